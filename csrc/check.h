@@ -1,0 +1,77 @@
+// Checks on the host, before a kernel starts: each names the argument, what it must be and what it was.
+// cu_fast/ops.py has checked shapes and types already; these hold for whoever calls the operators directly.
+
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace cu_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void check(bool ok, const Parts&... message) {
+  if (ok) return;
+  std::ostringstream text;
+  text << "cu_fast: ";
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
+
+// "Float [3, 4]"
+inline std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << torch::headeronly::toString(t.scalar_type()) << " [";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << "]";
+  return text.str();
+}
+
+// `letters` names the sizes: check_shape("z", z, "[T, E]", {T, E}). A size of -1 may be anything.
+inline void check_shape(const char* name, const Tensor& t, const char* letters,
+                        std::initializer_list<int64_t> sizes) {
+  bool ok = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  std::ostringstream wanted;
+  for (int64_t size : sizes) {
+    ok = ok && (size < 0 || t.size(d) == size);
+    wanted << (d ? ", " : "");
+    size < 0 ? wanted << "any" : wanted << size;
+    ++d;
+  }
+  check(ok, name, " must have shape ", letters, " = [", wanted.str(), "], got ", describe(t));
+  check(t.is_cpu(), name, " must be on the CPU like the other arguments");
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  check(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
+        describe(t));
+}
+
+inline void check_float(const char* name, const Tensor& t) {
+  const ScalarType s = t.scalar_type();
+  check(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half, name,
+        " must be Float, BFloat16 or Half, got ", describe(t));
+}
+
+// Every element of an int32 [rows, columns] tensor in [low, high).
+inline void check_range(const char* name, const int32_t* values, int64_t rows, int64_t columns, int64_t low,
+                        int64_t high) {
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    if (values[i] >= low && values[i] < high) continue;
+    std::ostringstream position;
+    position << i / columns;
+    if (columns > 1) position << ", " << i % columns;
+    check(false, name, "[", position.str(), "] is ", values[i], ", must be in [", low, ", ", high, ")");
+  }
+}
+
+}  // namespace cu_fast

@@ -1,0 +1,24 @@
+// Which codes are deleted for which token: U bitsets, and for each token the bitset that holds.
+
+#pragma once
+
+#include <cstdint>
+
+namespace cu_fast {
+
+// Bit j % 32 of word j / 32: set, and code j is deleted. A null bitset deletes nothing.
+inline bool is_deleted(const uint32_t* bits, int64_t code) {
+  return bits != nullptr && (bits[code / 32] >> (code % 32) & 1) != 0;
+}
+
+struct Mask {
+  const uint32_t* table;  // [U, W]; null: no mask
+  int64_t words;          // W = ceil(C / 32)
+  const int32_t* row;     // [T], in [-1, U); -1: nothing is deleted for this token
+
+  const uint32_t* bits(int64_t token) const {
+    return table == nullptr || row[token] < 0 ? nullptr : table + row[token] * words;
+  }
+};
+
+}  // namespace cu_fast

@@ -1,0 +1,77 @@
+// The k best codes of each token.
+//
+//   score(t, j) = canonical(z_t - pre, codes_j) [* inv_norm_j] [+ bias_j]      each step rounded to fp32
+//
+// 1. propose  Which codes of a tile may be selected: all of them. A certified scan that rules most of them
+// out
+//             would come before 2 and hand over fewer.
+// 2. score    visit_dots: their canonical dot products.
+// 3. offer    The epilogue, 16 scores at a time, and one comparison with the k-th best so far. What passes
+//             enters the token's heap, unless its mask deletes it. A deleted code that would have entered
+//             goes to a second heap if somebody asks for hits.
+// 4. select_finish (codebook_quantize.cpp), when all parts of the codes are done, sorts and writes.
+//
+// Heaps hold keys (core/order.h), so the order of visits does not matter.
+//
+// Included inside the namespace and the target region of one instruction set, which supplies Vec.
+
+namespace {
+
+// The heaps of one token and part, and what a score must reach.
+struct Candidates {
+  KeyHeap kept, deleted;
+  const uint32_t* mask;
+
+  void offer(float score, int64_t code) {
+    if (!(score <= std::numeric_limits<float>::max())) return;  // +Inf; the threshold kept out -Inf and NaN
+    const uint64_t key = key_of(score, static_cast<int32_t>(code));
+    if (!is_deleted(mask, code)) {
+      kept.push(key);
+    } else if (deleted.keys != nullptr) {
+      deleted.push(key);
+    }
+  }
+};
+
+// Offers the codes [first, first + n), whose dot products are given.
+void offer_tile(const SelectParams& p, Candidates& candidates, int64_t first, int64_t n, const float* dots) {
+  Vec threshold = Vec::broadcast(candidates.kept.threshold());
+  for (int64_t j = 0; j < n; j += kLanes) {
+    Vec score = Vec::load(dots + j);
+    if (p.inv_norm != nullptr) score = score * load_first(p.inv_norm + first + j, n - j);
+    if (p.bias != nullptr) score = score + load_first(p.bias + first + j, n - j);
+    score = score + Vec::broadcast(0);  // -0.0 becomes +0.0
+
+    uint32_t pass = Vec::at_least(score, threshold);
+    if (n - j < kLanes) pass &= (1u << (n - j)) - 1;
+    if (pass == 0) continue;
+    float lanes[kLanes];
+    score.store(lanes);
+    for (; pass != 0; pass &= pass - 1) {
+      const int lane = std::countr_zero(pass);
+      candidates.offer(lanes[lane], first + j + lane);
+    }
+    threshold = Vec::broadcast(candidates.kept.threshold());
+  }
+}
+
+}  // namespace
+
+void select_scan(const SelectParams& p, const Block& block, float* scratch) {
+  const auto candidates_of = [&](int64_t token) {
+    const int64_t place = (token * p.parts + block.part) * p.capacity;
+    uint64_t* const deleted = p.deleted == nullptr ? nullptr : p.deleted + place;
+    return Candidates{{p.kept + place, p.capacity}, {deleted, p.capacity}, p.mask.bits(token)};
+  };
+  visit_dots(
+      p.score, block, scratch,
+      [&](int64_t token, bool finite) {
+        Candidates candidates = candidates_of(token);
+        candidates.kept.clear(!finite);
+        if (candidates.deleted.keys != nullptr) candidates.deleted.clear(!finite);
+      },
+      [&](int64_t token, int64_t first, int64_t n, const float* dots) {
+        Candidates candidates = candidates_of(token);
+        offer_tile(p, candidates, first, n, dots);
+      });
+}

@@ -1,0 +1,134 @@
+// Host side: checks, cuts the work into blocks, runs the scan, then writes what its heaps hold.
+// The scan itself: codebook_quantize-inl.h.
+
+#include <algorithm>
+#include <tuple>
+
+#include "core/order.h"
+#include "cpu/grid.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/select.h"
+#include "cpu/simd.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace cu_fast {
+namespace {
+
+// Brings the k best of n keys to the front, best first.
+void best_first(uint64_t* keys, int64_t k, int64_t n) {
+  std::partial_sort(keys, keys + k, keys + n, std::greater<>());
+}
+
+// How many of the k best codes would be deleted ones, had they been let in. Both lists are sorted.
+int32_t count_hits(const uint64_t* kept, const uint64_t* deleted, int64_t k) {
+  int32_t hits = 0;
+  for (int64_t place = 0, i = 0; place < k; ++place) {
+    if (deleted[hits] > kept[i]) {
+      ++hits;
+    } else {
+      ++i;
+    }
+  }
+  return hits;
+}
+
+// Merges the parts' heaps of one token and writes its results.
+void select_finish(const SelectParams& p, int64_t token) {
+  const int64_t places = p.parts * p.capacity;
+  uint64_t* const kept = p.kept + token * places;
+  uint64_t* const deleted = p.deleted == nullptr ? nullptr : p.deleted + token * places;
+  float* const scores = p.scores + token * p.k;
+  int32_t* const ids = p.ids + token * p.k;
+
+  if (kept[0] == kPoison) {
+    std::fill_n(scores, p.k, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(ids, p.k, -1);
+    if (p.hits != nullptr) p.hits[token] = 0;
+    return;
+  }
+  best_first(kept, p.k, places);
+  for (int64_t i = 0; i < p.k; ++i) {
+    const bool taken = kept[i] != kEmpty;
+    const float score = taken ? score_of(kept[i]) : 0.0f;
+    scores[i] = p.relu && score < 0 ? 0.0f : score;
+    ids[i] = taken ? id_of(kept[i]) : -1;
+  }
+  if (p.hits == nullptr) return;
+  if (deleted != nullptr) best_first(deleted, p.k, places);
+  p.hits[token] = deleted == nullptr ? 0 : count_hits(kept, deleted, p.k);
+}
+
+std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& z_in, const Tensor& codes_in,
+                                                     const OptionalTensor& inv_norm,
+                                                     const OptionalTensor& bias, int64_t k,
+                                                     const OptionalTensor& mask_table,
+                                                     const OptionalTensor& mask_row, bool return_hits) {
+  check_shape("z", z_in, "[T, E]", {-1, -1});
+  check_float("z", z_in);
+  check_shape("codes", codes_in, "[C, E]", {-1, z_in.size(1)});
+  check_float("codes", codes_in);
+  const int64_t T = z_in.size(0), E = z_in.size(1), C = codes_in.size(0);
+  const OptionalTensor norms = as_fp32("inv_norm", inv_norm, "[C]", {C});
+  const OptionalTensor biases = as_fp32("bias", bias, "[C]", {C});
+  const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
+
+  const ScoreParams score{matrix_of(z), matrix_of(codes), nullptr, T, C, E};
+  SelectResult result =
+      select(score, data_of(norms), data_of(biases), k, mask_table, mask_row, return_hits, /*relu=*/false);
+  return {result.scores, result.ids, result.hits};
+}
+
+}  // namespace
+
+SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias, int64_t k,
+                    const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
+                    bool relu) {
+  const int64_t T = score.T, C = score.C;
+  check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
+  check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
+  const MaskArguments mask(mask_table, mask_row, T, C);
+
+  SelectResult result{new_tensor({T, k}, ScalarType::Float), new_tensor({T, k}, ScalarType::Int),
+                      new_tensor({return_hits ? T : 0}, ScalarType::Int)};
+  const auto scan = CU_FAST_DISPATCH(select_scan);
+  if (T == 0) return result;
+
+  const Grid grid = plan_grid(T, C, score.E, torch::stable::get_num_threads());
+  const int64_t capacity = std::min(k, grid.part_codes);
+  const bool rides_along = return_hits && mask_table.has_value();
+  const int64_t places = grid.parts * capacity;
+  Tensor kept = new_tensor({T, places}, ScalarType::Long);
+  Tensor deleted = new_tensor({rides_along ? T : 0, places}, ScalarType::Long);
+  const int64_t floats = round_up(scratch_floats(score), kLanes);
+  Tensor scratch = new_tensor({grid.workers, floats}, ScalarType::Float);
+
+  const SelectParams p{score,
+                       inv_norm,
+                       bias,
+                       mask.mask(),
+                       k,
+                       grid.parts,
+                       capacity,
+                       static_cast<uint64_t*>(kept.mutable_data_ptr()),
+                       rides_along ? static_cast<uint64_t*>(deleted.mutable_data_ptr()) : nullptr,
+                       relu,
+                       result.scores.mutable_data_ptr<float>(),
+                       result.ids.mutable_data_ptr<int32_t>(),
+                       return_hits ? result.hits.mutable_data_ptr<int32_t>() : nullptr};
+  float* const scratch_data = scratch.mutable_data_ptr<float>();
+  parallel(grid.workers, grid.size(), [&](int64_t worker, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) scan(p, grid.block(i), scratch_data + worker * floats);
+  });
+  parallel(std::min(grid.workers, T), T, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) select_finish(p, token);
+  });
+  return result;
+}
+
+}  // namespace cu_fast
+
+STABLE_TORCH_LIBRARY_IMPL(cu_fast, CPU, m) {
+  m.impl("codebook_quantize", TORCH_BOX(&cu_fast::codebook_quantize));
+}

@@ -1,0 +1,7 @@
+#include "cpu/baseline.h"
+#include "cpu/vec_scalar.h"
+
+namespace cu_fast::scalar {
+#include "cpu/canonical-inl.h"
+#include "cpu/codebook_quantize-inl.h"
+}  // namespace cu_fast::scalar

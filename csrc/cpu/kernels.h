@@ -1,0 +1,29 @@
+// Every kernel that exists once an instruction set. Scratch is 64-byte aligned, of the size that
+// scratch_floats() in cpu/grid.h says.
+
+#pragma once
+
+#include "core/params.h"
+
+#define CU_FAST_FOR_EACH_LEVEL(...) \
+  namespace scalar {                \
+  __VA_ARGS__                       \
+  }                                 \
+  namespace avx2 {                  \
+  __VA_ARGS__                       \
+  }                                 \
+  namespace avx512 {                \
+  __VA_ARGS__                       \
+  }
+
+namespace cu_fast {
+
+CU_FAST_FOR_EACH_LEVEL(
+    // Fills the heaps p.kept and p.deleted of a block's tokens and part.
+    void select_scan(const SelectParams& p, const Block& block, float* scratch);
+    // Writes p.out for a block's tokens and codes.
+    void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
+    // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
+    void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);)
+
+}  // namespace cu_fast

@@ -1,0 +1,88 @@
+// The weighted sum of each token's rows of the table.
+//
+//   y_t = ((sum_i w_i table[ids_i]) [/ k] [+ bias]) [+ residual_t]
+//
+// The sum starts at +0.0 and goes in the order of the slots: multiply, then add. Everything is rounded to
+// fp32, y once more to the table's dtype.
+//
+// 1. List the slots that take part: a code is there, and it is not deleted. A slot without a code whose
+// weight is
+//    NaN marks a row that was NaN before the selection: y_t is NaN.
+// 2. For each run of kRun vectors of y_t: add up in registers, finish, store.
+//
+// Included inside the namespace and the target region of one instruction set, which supplies Vec.
+
+namespace {
+
+// The list of slots; its length, or -1 for a NaN row.
+int64_t list_slots(const DecodeParams& p, int64_t token, DecodeSlot* slots) {
+  const uint32_t* const mask = p.mask.bits(token);
+  int64_t n = 0;
+  for (int64_t i = token * p.k; i < (token + 1) * p.k; ++i) {
+    const float weight = p.weights == nullptr ? 1.0f : p.weights[i];
+    if (p.ids[i] < 0) {
+      if (weight != weight) return -1;
+    } else if (!is_deleted(mask, p.ids[i])) {
+      slots[n++] = {p.ids[i], weight};
+    }
+  }
+  return n;
+}
+
+// y[token, d .. d + 16 kRun), or with kRun 1 what of it lies before D.
+template <int kRun, class T>
+inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* slots, int64_t n, int64_t d) {
+  const int64_t left = kRun > 1 ? kRun * kLanes : p.D - d;  // only a single vector may be cut short
+  Vec sum[kRun];
+#pragma GCC unroll 8
+  for (int v = 0; v < kRun; ++v) sum[v] = Vec::broadcast(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* const row = static_cast<const T*>(p.table.data) + slots[i].id * p.table.stride + d;
+    const Vec weight = Vec::broadcast(slots[i].weight);
+#pragma GCC unroll 8
+    for (int v = 0; v < kRun; ++v) {
+      sum[v] = sum[v] + weight * load_first(row + v * kLanes, left - v * kLanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kRun; ++v) {
+    const int64_t at = d + v * kLanes;
+    Vec y = sum[v];
+    if (p.mean) y = y / Vec::broadcast(static_cast<float>(p.k));
+    if (p.bias != nullptr) y = y + load_first(p.bias + at, left - v * kLanes);
+    if (p.residual.data != nullptr) {
+      with_row(p.residual, token, [&](const auto* row) { y = y + load_first(row + at, left - v * kLanes); });
+    }
+    store_first(y, static_cast<T*>(p.y) + token * p.D + at, left - v * kLanes);
+  }
+}
+
+template <class T>
+void decode_tokens(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* slots) {
+  constexpr int kRun = 4;
+  for (int64_t token = t_begin; token < t_end; ++token) {
+    const int64_t n = list_slots(p, token, slots);
+    if (n < 0) {
+      T nan;
+      narrow(std::numeric_limits<float>::quiet_NaN(), &nan);
+      std::fill_n(static_cast<T*>(p.y) + token * p.D, p.D, nan);
+      continue;
+    }
+    int64_t d = 0;
+    for (; d + kRun * kLanes <= p.D; d += kRun * kLanes) decode_run<kRun, T>(p, token, slots, n, d);
+    for (; d < p.D; d += kLanes) decode_run<1, T>(p, token, slots, n, d);
+  }
+}
+
+}  // namespace
+
+void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* slots) {
+  switch (p.table.dtype) {
+    case Dtype::f32:
+      return decode_tokens<float>(p, t_begin, t_end, slots);
+    case Dtype::bf16:
+      return decode_tokens<Bf16>(p, t_begin, t_end, slots);
+    case Dtype::f16:
+      return decode_tokens<Half>(p, t_begin, t_end, slots);
+  }
+}

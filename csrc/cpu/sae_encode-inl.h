@@ -1,0 +1,27 @@
+// The dense encoder.
+//
+//   out[t, j] = act(canonical(x_t - pre, W_enc_j) [+ bias_j])     act: none, or ReLU, which keeps NaN
+//
+// visit_dots computes the dot products; a row of x that holds NaN or Inf comes out as NaN throughout.
+//
+// Included inside the namespace and the target region of one instruction set, which supplies Vec.
+
+void sae_encode(const EncodeParams& p, const Block& block, float* scratch) {
+  bool finite[kBlockTokens];
+  visit_dots(
+      p.score, block, scratch,
+      [&](int64_t token, bool row_is_finite) { finite[token - block.t_begin] = row_is_finite; },
+      [&](int64_t token, int64_t first, int64_t n, const float* dots) {
+        float* const out = p.out + token * p.score.C + first;
+        if (!finite[token - block.t_begin]) {
+          std::fill_n(out, n, std::numeric_limits<float>::quiet_NaN());
+          return;
+        }
+        for (int64_t j = 0; j < n; j += kLanes) {
+          Vec z = Vec::load(dots + j);
+          if (p.bias != nullptr) z = z + load_first(p.bias + first + j, n - j);
+          if (p.relu) z = z.relu();
+          store_first(z, out + j, n - j);
+        }
+      });
+}

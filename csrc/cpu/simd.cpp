@@ -1,0 +1,83 @@
+#include "cpu/simd.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "check.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace cu_fast {
+namespace {
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512};
+
+const char* name_of(SimdLevel level) {
+  return kNames[static_cast<int>(level)];
+}
+
+bool is_supported(SimdLevel level) {
+#if defined(__x86_64__)
+  switch (level) {
+    case SimdLevel::scalar:
+      return true;
+    case SimdLevel::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case SimdLevel::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             is_supported(SimdLevel::avx2);
+  }
+  return false;
+#else
+  return level == SimdLevel::scalar;
+#endif
+}
+
+struct Choice {
+  SimdLevel level = SimdLevel::scalar;
+  std::string error;  // empty: the level may run
+};
+
+Choice choose(const char* wanted) {
+  Choice choice;
+  std::string supported;
+  for (SimdLevel level : kLevels) {
+    if (!is_supported(level)) continue;
+    choice.level = level;
+    supported += (supported.empty() ? "" : ", ") + std::string(name_of(level));
+  }
+  if (wanted == nullptr || *wanted == '\0') return choice;
+  for (SimdLevel level : kLevels) {
+    if (std::string(wanted) != name_of(level)) continue;
+    choice.level = level;
+    if (!is_supported(level)) {
+      choice.error =
+          "CU_FAST_SIMD is " + std::string(wanted) + ", which this machine lacks; it has " + supported;
+    }
+    return choice;
+  }
+  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2 or avx512";
+  return choice;
+}
+
+// Read once, when the library is loaded; an error waits for the first call.
+const Choice kChoice = choose(std::getenv("CU_FAST_SIMD"));
+
+std::string simd_level_name() {
+  return name_of(simd_level());
+}
+
+}  // namespace
+
+SimdLevel simd_level() {
+  check(kChoice.error.empty(), kChoice.error);
+  return kChoice.level;
+}
+
+}  // namespace cu_fast
+
+STABLE_TORCH_LIBRARY_IMPL(cu_fast, CompositeExplicitAutograd, m) {
+  m.impl("simd_level", TORCH_BOX(&cu_fast::simd_level_name));
+}

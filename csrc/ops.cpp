@@ -1,0 +1,14 @@
+// Every operator of the library. Shapes and meaning: cu_fast/ops.py. A device's host file implements them
+// (cpu/<op>.cpp), cu_fast/_native.py registers what they return without data.
+
+#include <torch/csrc/stable/library.h>
+
+// clang-format off
+STABLE_TORCH_LIBRARY(cu_fast, m) {
+  m.def("codebook_quantize(Tensor z, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool return_hits) -> (Tensor scores, Tensor ids, Tensor hits)");
+  m.def("sae_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, bool relu) -> Tensor z");
+  m.def("sae_encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, int k, Tensor? mask_table, Tensor? mask_row, bool relu) -> (Tensor scores, Tensor ids)");
+  m.def("masked_decode(Tensor ids, Tensor? weights, Tensor table, Tensor? bias, Tensor? residual, Tensor? mask_table, Tensor? mask_row, bool mean) -> Tensor y");
+  m.def("simd_level() -> str");
+}
+// clang-format on

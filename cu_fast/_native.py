@@ -1,0 +1,111 @@
+"""The native library: loads it, says why where it cannot be loaded, and gives its operators their fakes.
+
+Importing this module loads ``cu_fast/_C.abi3.so``, which registers ``torch.ops.cu_fast.*``; ``csrc/ops.cpp`` lists
+them. A library that is missing or broken is not an error here: :func:`failure` holds the reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+
+
+def load(library: Path) -> str | None:
+    """Load a native library. Returns None, or the reason why it cannot be used."""
+    if not library.exists():
+        return (
+            f"the native library {library} was not built; install a C++20 compiler (g++ >= 12 or clang), then "
+            "install cu-fast again into this environment (pip install --force-reinstall --no-deps)"
+        )
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return f"the native library {library} cannot be loaded into torch {torch.__version__}: {error}"
+    return None
+
+
+_failure = load(LIBRARY)
+
+
+def available() -> bool:
+    """Whether the native operators exist."""
+    return _failure is None
+
+
+def failure() -> str | None:
+    """Why the native operators do not exist, in a sentence; None where they do."""
+    return _failure
+
+
+def simd_level() -> str:
+    """The instruction set that the CPU kernels use: "scalar", "avx2" or "avx512".
+
+    The best that the machine has, or the one that ``CU_FAST_SIMD`` named when the library was loaded.
+
+    Raises:
+        RuntimeError: there is no library (see :func:`failure`), or CU_FAST_SIMD names a level that does not exist
+            or that the machine lacks.
+    """
+    if _failure is not None:
+        raise RuntimeError(_failure)
+    return torch.ops.cu_fast.simd_level()
+
+
+def _register_fakes() -> None:
+    # What the operators return, without data: what torch.compile and meta tensors need.
+
+    @torch.library.register_fake("cu_fast::codebook_quantize")
+    def codebook_quantize(
+        z: Tensor,
+        codes: Tensor,
+        inv_norm: Tensor | None,
+        bias: Tensor | None,
+        k: int,
+        mask_table: Tensor | None,
+        mask_row: Tensor | None,
+        return_hits: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores, ids = _selection(z, k)
+        return scores, ids, ids.new_empty(z.shape[0] if return_hits else 0)
+
+    @torch.library.register_fake("cu_fast::sae_encode")
+    def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
+        return x.new_empty((x.shape[0], W_enc.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake("cu_fast::sae_encode_topk")
+    def sae_encode_topk(
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_pre: Tensor | None,
+        k: int,
+        mask_table: Tensor | None,
+        mask_row: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _selection(x, k)
+
+    @torch.library.register_fake("cu_fast::masked_decode")
+    def masked_decode(
+        ids: Tensor,
+        weights: Tensor | None,
+        table: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask_table: Tensor | None,
+        mask_row: Tensor | None,
+        mean: bool,
+    ) -> Tensor:
+        return table.new_empty((ids.shape[0], table.shape[1]))
+
+    def _selection(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        shape = (z.shape[0], k)
+        return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.int32)
+
+
+if _failure is None:
+    _register_fakes()

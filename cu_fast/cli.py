@@ -1,0 +1,366 @@
+"""The command line, ``cu-fast``: thin; what it does is in the modules that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import cu_fast
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Unlearned inference: exact, masked top-k codebooks in Hugging Face models.",
+)
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text.")]
+ModelFolder = Annotated[str, typer.Argument(help="A folder made by `cu-fast train`, or 'demo' for the bundled model.")]
+
+
+@contextlib.contextmanager
+def errors_are_messages() -> Iterator[None]:
+    """What a user can mend is printed as one message, without a traceback; the exit code is 1."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        if os.environ.get("CU_FAST_LOG"):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {text}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@app.callback()
+def main() -> None:
+    level = logging.INFO if os.environ.get("CU_FAST_LOG") else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("cu_fast").setLevel(level)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """What this machine offers, which implementation runs, and why another does not."""
+    with errors_are_messages():
+        facts = environment()
+        if as_json:
+            print(json.dumps(facts, indent=2))
+        else:
+            console.print(_pairs(facts, "environment"))
+
+
+def environment() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from cu_fast import _native, ops
+
+    impls = {name: reason or "available" for name, reason in ops.available_impls().items()}
+    return {
+        "cu_fast": cu_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "simd": _native.simd_level() if _native.available() else None,
+        "impl on cpu": ops.resolve("auto", torch.device("cpu")),
+        "cuda": torch.cuda.is_available(),
+        **{f"impl {name!r}": state for name, state in impls.items()},
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith("CU_FAST_")},
+    }
+
+
+@app.command()
+def demo(
+    author: Annotated[str | None, typer.Option(help="Whom to unlearn live; any author of the training set.")] = None,
+    study: Annotated[int, typer.Option(help="Instead: unlearn this many authors picked at random; measure each.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which authors --study picks.")] = 0,
+    list_authors: Annotated[bool, typer.Option("--list", help="Print the authors' names.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The bundled model forgets an author while you watch."""
+    with errors_are_messages():
+        from cu_fast import demo as show
+
+        _quiet_transformers()
+        bundle = show.load_bundle()
+        if list_authors:
+            names = [a.name for a in bundle.authors]
+            print(json.dumps(names) if as_json else "\n".join(names))
+        elif study:
+            results = [f.to_dict() for f in show.study_many(bundle, study, seed, progress=not as_json)]
+            print(json.dumps(results, indent=2)) if as_json else console.print(_study_table(results))
+        else:
+            chosen = bundle.author(author) if author else bundle.authors[-1]
+            figures = show.run(bundle, chosen, _ignore if as_json else _show_step)
+            if as_json:
+                print(json.dumps(figures, indent=2))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="A transformers model folder.")],
+    data: Annotated[Path, typer.Argument(help="JSON lines: text | prompt, completion | source, target.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints; the model goes to its 'model' folder.")],
+    layer: Annotated[str, typer.Option(help="The layer that the bottleneck follows, e.g. model.layers.3.")],
+    codes: Annotated[int, typer.Option(help="C, the size of the codebook.")] = 25_000,
+    k: Annotated[int, typer.Option(help="Codes kept a token.")] = 8,
+    code_dim: Annotated[int | None, typer.Option(help="E, the width of a code; default: the model's.")] = None,
+    activation: Annotated[str, typer.Option(help="The encoder's: relu or none.")] = "relu",
+    recipe: Annotated[str, typer.Option(help="joint, or frozen_below: for a model that knows its task.")] = "joint",
+    epochs: Annotated[float, typer.Option()] = 10,
+    batch_size: Annotated[int, typer.Option()] = 12,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    codebook_learning_rate: Annotated[float, typer.Option()] = 3e-3,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of a prompt's tokens in the loss.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")] = False,
+) -> None:
+    """Put a codebook bottleneck into a model and train it."""
+    with errors_are_messages():
+        import transformers
+
+        from cu_fast.checkpoint import read_model, save_model
+        from cu_fast.nn import BottleneckConfig
+        from cu_fast.train import train as run
+
+        rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
+        network, tokenizer = read_model(model)
+        width = network.config.hidden_size
+        config = BottleneckConfig(width, code_dim or width, codes, k, activation=activation)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(output), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.0, seed=seed,
+            save_strategy="epoch", save_total_limit=2, logging_steps=50, report_to=[], dataloader_pin_memory=False,
+        )  # fmt: skip
+        attachment, figures = run(
+            network, tokenizer, rows, {layer: config}, arguments, recipe=recipe, prompt_weight=prompt_weight,
+            codebook_learning_rate=codebook_learning_rate, resume=resume,
+        )  # fmt: skip
+        save_model(attachment, tokenizer, output / "model")
+        console.print(_pairs(figures, f"trained; saved to {output / 'model'}"))
+
+
+@app.command()
+def unlearn(
+    model: ModelFolder,
+    target: Annotated[Path, typer.Option(help="Texts that hold the topic: a line each (JSON strings in .jsonl).")],
+    topic: Annotated[str, typer.Option(help="The mask's name.")],
+    control: Annotated[Path | None, typer.Option(help="Texts that do not hold it.")] = None,
+    words: Annotated[
+        str | None, typer.Option(help="No control? Comma-separated words of the topic to replace.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Which bottleneck, where there are several.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Codes counted at each token (S'); default: k.")] = None,
+    min_enrichment: Annotated[float, typer.Option(help="In bits.")] = 2.0,
+    alpha: Annotated[float, typer.Option(help="Bound on the corrected p-value.")] = 0.05,
+    output: Annotated[Path | None, typer.Option(help="A folder for the mask; default: with the model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the codes of a topic and save them as a mask. No training; reversible."""
+    with errors_are_messages():
+        from cu_fast.checkpoint import CODEBOOK, load_model
+        from cu_fast.unlearn import find_mask, replace_words
+
+        if (control is None) == (words is None):
+            raise ValueError("give either --control, texts without the topic, or --words, to make them from the target")
+        texts = _read_texts(target)
+        others = _read_texts(control) if control else replace_words(texts, words.split(","), texts)
+        folder = _model_folder(model)
+        if output is None and model == "demo":
+            raise ValueError("the bundled model's folder is not written to; give --output")
+        _, tokenizer, attachment = load_model(folder)
+        finding = find_mask(
+            attachment, tokenizer, texts, others, topic=topic, layer=layer, depth=depth,
+            min_enrichment=min_enrichment, alpha=alpha, progress=not as_json,
+        )  # fmt: skip
+        where = output or folder / CODEBOOK
+        if finding.mask.num_deleted and output:
+            finding.mask.save(output)
+        elif finding.mask.num_deleted:
+            if topic in attachment.masks:
+                attachment.remove_mask(topic)
+            attachment.add_mask(finding.mask)
+            attachment.save(where)
+        if as_json:
+            print(json.dumps(finding.to_dict() | {"path": str(where) if finding.mask.num_deleted else None}, indent=2))
+        else:
+            console.print(_evidence_table(finding))
+            if finding.mask.num_deleted:
+                console.print(f"mask saved to {where}", highlight=False)
+        if not finding.mask.num_deleted:
+            raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")],
+    without: Annotated[list[str] | None, typer.Option(help="A mask's name, or its folder; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option()] = 64,
+    as_json: Json = False,
+) -> None:
+    """Generate greedily, with topics unlearned."""
+    with errors_are_messages():
+        import torch
+
+        from cu_fast.checkpoint import load_model
+
+        network, tokenizer, attachment = load_model(_model_folder(model))
+        names = [
+            attachment.load_mask(name) if name not in attachment.masks and Path(name).is_dir() else name
+            for name in without or []
+        ]
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode(), attachment.unlearn(set(names) or None):
+            out = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        if not network.config.is_encoder_decoder:
+            out = out[:, inputs["input_ids"].shape[1] :]
+        text = tokenizer.decode(out[0], skip_special_tokens=True)
+        if as_json:
+            print(json.dumps({"text": text, "masks": names, "report": attachment.report()}, indent=2))
+        else:
+            print(text)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model folder; default: the bundled model.")] = "demo",
+    as_json: Json = False,
+) -> None:
+    """Prove on this machine that selections are exact, masks bite and nothing else changes."""
+    with errors_are_messages():
+        from cu_fast.verify import verify as run
+
+        _quiet_transformers()
+        checks = run(_model_folder(model))
+        if as_json:
+            print(json.dumps({"environment": environment(), "checks": checks}, indent=2))
+        else:
+            table = Table("check", "result", "figure", title="cu-fast verify")
+            for check in checks:
+                table.add_row(
+                    escape(check["check"]),
+                    "[green]pass" if check["passed"] else "[bold red]FAIL",
+                    escape(check["figure"]),
+                )
+            console.print(_pairs(environment(), "environment"), table)
+        if not all(check["passed"] for check in checks):
+            raise typer.Exit(1)
+
+
+def _model_folder(name: str) -> Path:
+    from cu_fast.demo import BUNDLE
+
+    return BUNDLE if name == "demo" else Path(name)
+
+
+def _read_texts(path: Path) -> list[str]:
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _ignore(name: str, figures: Any) -> None:
+    pass
+
+
+def _pairs(values: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+    return table
+
+
+def _evidence_table(finding) -> Table:
+    mask = finding.mask
+    title = f"{mask.topic}: {mask.num_deleted} of {mask.num_codes} codes, {finding.seconds:.1f} s"
+    table = Table("code", "bits", "q", "target", "control", "where it fired", title=title)
+    for code in finding.codes[:20]:
+        example = " | ".join(" ".join(text.split()) for text in code.examples)
+        table.add_row(
+            str(code.code), f"{code.enrichment:.1f}", f"{code.q:.1e}", str(code.target_count),
+            str(code.control_count), escape(example[:120]),
+        )  # fmt: skip
+    if len(finding.codes) > 20:
+        table.add_row("...", "", "", "", "", f"{len(finding.codes) - 20} more; --json prints all")
+    return table
+
+
+def _answers_table(title: str, answers: list[dict[str, str]]) -> Table:
+    table = Table("question", "without mask", "with mask", title=title, show_lines=True)
+    for row in answers:
+        table.add_row(*(escape(row[key]) for key in ("question", "before", "after")))
+    return table
+
+
+def _study_table(results: list[dict[str, Any]]) -> Table:
+    held = sum(r["holds"] for r in results)
+    table = Table(
+        "author", "codes", "seconds", "forgotten", "others", "random deletion", "holds",
+        title=f"ROUGE-L before -> after; {held} of {len(results)} hold",
+        caption="holds: forgotten >= 0.95 -> <= 0.25, others fall <= 0.05, random deletion >= 0.90, <= 5 s",
+    )  # fmt: skip
+    for r in results:
+        table.add_row(
+            r["author"], f"{r['codes_deleted']} ({100 * r['share_deleted']:.2f} %)", f"{r['seconds']:.1f}",
+            f"{r['forgotten_before']:.2f} -> {r['forgotten_after']:.2f}",
+            f"{r['others_before']:.3f} -> {r['others_after']:.3f}", f"{r['forgotten_random']:.2f}",
+            "yes" if r["holds"] else "[red]no",
+        )  # fmt: skip
+    return table
+
+
+def _report_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table("layer", "impl", "codes", "k", "mode", "tokens", "deletions that bit", "masks", title="report")
+    for layer in layers:
+        masks = ", ".join(f"{m['name']} ({m['deleted']}, {m['digest'][:8]})" for m in layer["masks"])
+        table.add_row(
+            layer["layer"], layer["impl"], str(layer["codes"]), str(layer["k"]), layer["mask_mode"],
+            str(layer["tokens"]), str(layer["hits"]), masks,
+        )  # fmt: skip
+    return table
+
+
+def _show_step(name: str, figures: Any) -> None:
+    if name == "model":
+        console.print(f"A small model that knows {figures['authors']} invented authors (TOFU), with a codebook in its")
+        console.print(f"middle. Ready masks: {', '.join(figures['ready_masks'])}.\n")
+    elif name == "ready mask":
+        title = f"with the ready mask {figures['mask']!r}; {figures['kept']} is kept"
+        console.print(_answers_table(title, figures["answers"]))
+    elif name == "unlearned live":
+        console.print(_answers_table(f"{figures['author']}, unlearned just now", figures["answers"]))
+        console.print(_study_table([figures]))
+    elif name == "one batch":
+        table = Table("mask", "question", "answer", title="one batch, a mask for each sequence", show_lines=True)
+        for row in figures:
+            mask = " + ".join(row["mask"]) if isinstance(row["mask"], list) else row["mask"] or "none"
+            table.add_row(mask, escape(row["question"]), escape(row["answer"]))
+        console.print(table)
+    elif name == "tokens per second":
+        console.print(_pairs(figures, "tokens per second, one sequence"))
+    elif name == "report":
+        console.print(_report_table(figures))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,347 @@
+"""Attach bottlenecks to a live ``transformers`` model, and say which masks hold. The only file that knows models.
+
+    attachment = cu_fast.attach(model, path_or_configs)
+    with attachment.unlearn("topic"):
+        model.generate(...)
+
+A forward hook on each named layer replaces the hidden state that leaves it, after the residual connection; the
+bottleneck is a child module of the layer, so it moves, trains and is saved with the model. The model keeps its
+class, its parameters and their names, and ``detach()`` takes everything out again.
+
+Which masks hold is a context variable, so threads and tasks do not disturb one another. What cannot be done
+raises; the model never quietly runs without a mask. The private halves, in reading order: ``_topics`` (from names
+to rows of a mask table), ``_active`` (what holds now, and what a compiled model calls), ``_hooks`` (what runs in a
+forward), ``_files`` (an attachment on disk).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cu_fast import _files
+from cu_fast._active import Active, StaleCacheError
+from cu_fast._hooks import CHILD, LayerHook, ModelHook, wrap_generate
+from cu_fast._topics import NOTHING, Layer, Topics, near
+from cu_fast.masks import Mask, MaskTable
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+
+__all__ = ["Attachment", "StaleCacheError", "attach"]
+
+
+def attach(model: nn.Module, source: str | Path | Mapping[str, BottleneckConfig], *, impl: str = "auto") -> Attachment:
+    """Put bottlenecks behind layers of a live model, in place.
+
+    Args:
+        model: a ``transformers`` model, dispatched over devices or not, not yet compiled.
+        source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
+            layer's name in ``model.named_modules()``, for fresh bottlenecks.
+        impl: what ``cu_fast.ops`` runs on: "auto", "reference" or "cpu".
+
+    Returns:
+        The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The
+        global random state is left as it was.
+
+    Raises:
+        ValueError: no such layer (near names are listed), a width that is not the model's, a model that already
+            has bottlenecks, a damaged folder or one made for another model. TypeError: not a model, or a compiled
+            one. RuntimeError: ``impl`` cannot run here. The model is then as before.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it should be a transformers model")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled; attach to the model itself, then call torch.compile")
+    taken = [name for name, module in model.named_modules() if CHILD in module._modules]
+    if taken:
+        raise ValueError(f"layers {taken} already have bottlenecks; detach() them, or name all layers in one call")
+    with torch.inference_mode(False):
+        if isinstance(source, Mapping):
+            bottlenecks = _fresh(model, source)
+        else:
+            bottlenecks = _load(model, Path(source))
+        for name, bottleneck in bottlenecks.items():
+            bottleneck.impl = impl
+            layer = model.get_submodule(name)
+            device = _device_of(layer)
+            if device.type == "meta":
+                raise ValueError(f"layer {name!r} is on the meta device; load the model's weights first")
+            bottleneck.to(device).train(layer.training)
+            bottleneck.receipt()  # an impl that cannot run raises here, not in the first forward
+        attachment = Attachment(model, bottlenecks)
+        if not isinstance(source, Mapping):
+            for name, folder in _files.mask_folders(Path(source)).items():
+                attachment._topics.load(folder, name)
+    attachment._install()
+    return attachment
+
+
+class Attachment:
+    """The bottlenecks of one model, its masks, and what holds now. Made by :func:`attach`.
+
+    model: the model. bottlenecks: layer name -> CodebookBottleneck. masks: name -> its masks, a layer each.
+    """
+
+    def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck]) -> None:
+        self.model = model
+        self.bottlenecks: Mapping[str, CodebookBottleneck] = MappingProxyType(dict(bottlenecks))
+        self._layers = [
+            Layer(name, b, MaskTable(b.config.num_codes, b.codebook.codes.device)) for name, b in bottlenecks.items()
+        ]
+        self._modules = [model.get_submodule(name) for name in bottlenecks]
+        self._active = Active(self._layers)
+        self._topics = Topics(self._layers)
+        self._undo: list[Callable[[], None]] | None = None
+
+    # -- masks -----------------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> Mapping[str, tuple[Mask, ...]]:
+        return MappingProxyType(self._topics.masks)
+
+    def add_mask(self, mask: Mask | Iterable[Mask], name: str | None = None) -> str:
+        """Make masks known under one name (None: their topic), each for the layer whose codebook it was made for.
+
+        Returns the name. Raises ValueError: made for another codebook, or the name is taken.
+        """
+        self._check_usable()
+        return self._topics.add(mask, name)
+
+    def load_mask(self, path: str | Path, name: str | None = None) -> str:
+        """:meth:`add_mask` from a folder written by ``Mask.save``, or one that holds several, a layer each."""
+        self._check_usable()
+        return self._topics.load(path, name)
+
+    def remove_mask(self, name: str) -> None:
+        """Forget a name. A context that uses it goes on."""
+        self._check_usable()
+        self._topics.remove(name)
+
+    # -- what holds ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def unlearn(self, topics: str | set[str] | list | None) -> Iterator[Attachment]:
+        """Delete topics while the context is open, in this thread (or task) only.
+
+        Args:
+            topics: a mask's name; a set of names, their union; None, explicitly nothing; or a list with one entry
+                a sequence of the batch, each a name, None, or a collection of names (their union).
+
+        An inner context replaces the outer one, whatever either deletes. Another thread starts with none: while
+        masks are active anywhere, a forward there raises unless it says what holds, with its own ``unlearn``.
+        Inside ``generate`` the entries are those of its input, and beams and return sequences follow theirs.
+
+        Raises:
+            ValueError: an unknown name. RuntimeError: the model is in training mode, a swapped layer is no longer
+                in the model, or a codebook is not the one that a mask was made for.
+        """
+        self._check_usable()
+        request = self._topics.request(topics)
+        try:
+            if request.signature != NOTHING:
+                self._check_model()
+            with self._active.holding(request):
+                yield self
+        finally:
+            self._topics.release(request)
+
+    def _check_model(self) -> None:
+        if self.model.training or any(module.training for module in self._modules):
+            raise RuntimeError("the model is in training mode; call model.eval() before unlearn()")
+        for layer, module in zip(self._layers, self._modules):
+            if _submodule(self.model, layer.name) is not module or CHILD not in module._modules:
+                raise RuntimeError(f"layer {layer.name!r} was replaced since attach(); masks would not reach it")
+
+    @contextlib.contextmanager
+    def observe(self, fn: Callable[[Tensor, CodebookBottleneck], None]) -> Iterator[Attachment]:
+        """Call ``fn(x, bottleneck)`` with what every swapped layer returns, x [B, S, D], before its bottleneck.
+
+        In this thread only. x is the model's own tensor: do not write to it.
+        """
+        self._check_usable()
+        token = self._active.observer.set(fn)
+        try:
+            yield self
+        finally:
+            self._active.observer.reset(token)
+
+    # -- figures ---------------------------------------------------------------------------------------------
+
+    @property
+    def mask_mode(self) -> str:
+        """What a mask does, "ablate" or "reselect"; set it for every layer at once. "mixed" where layers differ."""
+        modes = {bottleneck.mask_mode for bottleneck in self.bottlenecks.values()}
+        return modes.pop() if len(modes) == 1 else "mixed"
+
+    @mask_mode.setter
+    def mask_mode(self, mode: str) -> None:
+        if mode not in ("ablate", "reselect"):
+            raise ValueError(f"mask_mode is {mode!r}; it should be 'ablate' or 'reselect'")
+        if self._active.masked_contexts:
+            raise RuntimeError("mask_mode cannot change while an unlearn context is open")
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.mask_mode = mode
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each layer what ran since :meth:`reset_report`.
+
+        layer, impl, codes, k, mask_mode, tokens that passed, hits (kept codes that masks took away), and masks: the
+        name, digest and number of deleted codes of each that is known for this layer.
+        """
+        self._check_usable()
+        return [
+            {
+                "layer": layer.name,
+                "codes": layer.bottleneck.config.num_codes,
+                "k": layer.bottleneck.config.k,
+                "mask_mode": layer.bottleneck.mask_mode,
+                **layer.bottleneck.receipt(),
+                "masks": self._topics.known_for(layer),
+            }
+            for layer in self._layers
+        ]
+
+    def reset_report(self) -> None:
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.reset_receipt()
+
+    def auxiliary_loss(self) -> Tensor:
+        """The sum of the bottlenecks' auxiliary losses in the last training forward: a scalar."""
+        losses = [bottleneck.auxiliary_loss() for bottleneck in self.bottlenecks.values()]
+        return sum(loss.to(losses[0].device) for loss in losses)
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the bottlenecks and masks, not the model, to a folder that :func:`attach` reads, whole or not at all.
+
+        Raises FileExistsError where ``path`` holds anything else than an attachment: that is not replaced.
+        """
+        self._check_usable()
+        _files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, _model_type(self.model))
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Take the bottlenecks out; the model is then as before ``attach``, bit for bit. No further use.
+
+        Raises RuntimeError inside an unlearn context.
+        """
+        self._check_usable()
+        if self._active.masked_contexts:
+            raise RuntimeError("detach() inside an unlearn context; leave it first")
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = None
+
+    def _check_usable(self) -> None:
+        if self._undo is None:
+            raise RuntimeError("the attachment was detached; attach() again")
+
+    def _install(self) -> None:
+        # First all that may fail: which models hold swapped layers, one in another; the innermost runs them.
+        owners: list[nn.Module] = []
+        for layer in self._layers:
+            around = [self.model.get_submodule(prefix) for prefix in _prefixes(layer.name)]
+            around = [m for m in around if m is self.model or isinstance(m, PreTrainedModel)]
+            owners += [m for m in around if not any(m is owner for owner in owners)]
+            layer.runner = next(i for i, owner in enumerate(owners) if owner is around[-1])
+        guards = [
+            ModelHook(self._active, runner, _encoder_is_swapped(owner, self._modules))
+            for runner, owner in enumerate(owners)
+        ]
+        undo = self._undo = []
+        for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
+            module.add_module(CHILD, layer.bottleneck)
+            undo.append(functools.partial(module._modules.pop, CHILD))
+            # First of the layer's hooks: whatever else looks at its output sees the bottleneck's.
+            undo.append(module.register_forward_hook(LayerHook(self._active, index).after, prepend=True).remove)
+        for owner, guard in zip(owners, guards):
+            undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
+            undo.append(owner.register_forward_hook(guard.after).remove)
+        if hasattr(self.model, "generate"):
+            undo.append(wrap_generate(self.model, self._active))
+
+
+# -- what attach needs to know about models ----------------------------------------------------------------------
+
+
+def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> dict[str, CodebookBottleneck]:
+    for name, config in configs.items():
+        if not isinstance(config, BottleneckConfig):
+            raise TypeError(f"the config of layer {name!r} is {type(config).__name__}; it should be BottleneckConfig")
+    _check_layers(model, configs)
+    with torch.random.fork_rng(devices=[]):
+        return {name: CodebookBottleneck(config) for name, config in configs.items()}
+
+
+def _load(model: nn.Module, path: Path) -> dict[str, CodebookBottleneck]:
+    record = _files.read_record(path)
+    if record.model_type != _model_type(model):
+        raise ValueError(
+            f"{path} was made for a model of type {record.model_type!r} ({record.model_class}), and this one is "
+            f"{_model_type(model)!r} ({type(model).__name__})"
+        )
+    _check_layers(model, record.configs)
+    return _files.read_bottlenecks(path, record)
+
+
+def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    if not configs:
+        raise ValueError("no layer is named; give {layer name: BottleneckConfig}")
+    for name, config in configs.items():
+        if name not in names:
+            raise ValueError(f"the model has no layer {name!r}; {near(name, names)}")
+        width = _hidden_size(model, name)
+        if width is not None and config.d_model != width:
+            raise ValueError(f"d_model of layer {name!r} is {config.d_model}; the model's hidden size is {width}")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules around a layer, outermost first: "a.b.c" -> "", "a", "a.b"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _hidden_size(model: nn.Module, name: str) -> int | None:
+    """The width that the config of the innermost model around a layer states, None where it states none."""
+    configs = [getattr(model.get_submodule(prefix), "config", None) for prefix in _prefixes(name)]
+    config = [config for config in configs if config is not None][-1:]
+    return getattr(config[0].get_text_config(), "hidden_size", None) if config else None
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate's execution device where its weights are offloaded, else theirs."""
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            if getattr(part, "execution_device", None) is not None:
+                return torch.device(part.execution_device)
+    return next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
+
+
+def _encoder_is_swapped(owner: nn.Module, layers: list[nn.Module]) -> bool:
+    if not getattr(getattr(owner, "config", None), "is_encoder_decoder", False) or not hasattr(owner, "get_encoder"):
+        return False
+    encoder = owner.get_encoder()
+    return encoder is not owner and any(module is layer for module in encoder.modules() for layer in layers)

@@ -1,0 +1,514 @@
+"""Modules: SparseAutoencoder, Codebook, and the CodebookBottleneck that CodeUnlearn puts into a model.
+
+    x [..., D] -> z = act((x / rms - b_pre) W_enc^T + b_enc) [T, E]
+               -> the k codes most similar to z
+               -> y = rms * ((sum_i w_i codes[ids_i]) W_dec^T + b_dec) [..., D]
+
+Sources: CodeUnlearn (arXiv 2410.10866), Codebook Features (arXiv 2310.17230), TopK-SAE (arXiv 2406.04093).
+
+In training the same exact selection is made; the gradient passes it straight through (to z as if y came from z,
+to the codes as usual), and ``auxiliary_loss()`` holds the reconstruction, commitment, codebook and L1 terms.
+In evaluation the decoder is folded into a table, [C, D], so that decoding gathers k rows; there is no autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cu_fast import ops, reference
+
+# A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
+# Shapes and dtype alone decide, so that every machine takes the same path.
+FOLD_LIMIT_BYTES = 2**30
+SEED_ROWS = 20_000  # tokens that an encoder's start is computed from
+FOLDED = ("inv_norm", "bias", "W_enc", "b_pre", "W_dec", "b_dec", "table")
+
+
+@dataclasses.dataclass(frozen=True)
+class BottleneckConfig:
+    """The shape and the training terms of one bottleneck.
+
+    d_model: D, the layer's width. code_dim: E. num_codes: C. k: codes kept a token.
+    similarity: "cosine", "dot" or "l2". activation: of the encoder, "relu" or "none".
+    weight: a kept code's weight: "one" (CodeUnlearn), "mean" (1/k, Codebook Features), "score" (relu(score)).
+    autoencoder: False = no encoder and decoder, code_dim must be d_model (Codebook Features).
+    normalize: divide x by its running root mean square (one number for the layer), and multiply y by it. The
+        scale is learnt while training; without it codes hardly move where hidden states are large.
+    mask_mode: what a mask does: "ablate" zeroes a deleted code's weight, "reselect" lets the next best take its
+        place (the paper's). Ablate is the default because the next best code often says the same.
+    *_weight: factors of the terms of ``auxiliary_loss()``; reconstruction is relative to the variance of x.
+    """
+
+    d_model: int
+    code_dim: int
+    num_codes: int
+    k: int
+    similarity: Literal["cosine", "dot", "l2"] = "cosine"
+    activation: Literal["relu", "none"] = "relu"
+    weight: Literal["one", "mean", "score"] = "one"
+    autoencoder: bool = True
+    normalize: bool = True
+    mask_mode: Literal["ablate", "reselect"] = "ablate"
+    reconstruction_weight: float = 1.0
+    commitment_weight: float = 0.25
+    codebook_weight: float = 0.25
+    l1_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "code_dim", "num_codes", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it should be an int >= 1")
+        if self.k > self.num_codes:
+            raise ValueError(f"k is {self.k}; it should be at most num_codes, {self.num_codes}")
+        if not self.autoencoder and self.code_dim != self.d_model:
+            raise ValueError(
+                f"code_dim is {self.code_dim}; without an autoencoder it should be d_model, {self.d_model}"
+            )
+        for name, allowed in (
+            ("similarity", ("cosine", "dot", "l2")),
+            ("activation", ("relu", "none")),
+            ("weight", ("one", "mean", "score")),
+            ("mask_mode", ("ablate", "reselect")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(allowed)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_weight") and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise ValueError(f"{field.name} is {value!r}; it should be a finite number >= 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BottleneckConfig:
+        """Raises ValueError for an unknown or missing key: a setting that is not understood is not ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(f"the bottleneck's config has unknown keys {unknown} and lacks {missing}")
+        return cls(**values)
+
+
+class SparseAutoencoder(nn.Module):
+    """Encoder and decoder of the bottleneck: one linear layer each way (arXiv 2410.10866; ReLU by default).
+
+    Starts at the identity where code_dim equals d_model, else at a random orthogonal map and its transpose, so
+    that an untrained bottleneck keeps as much of x as it can.
+    """
+
+    def __init__(self, d_model: int, code_dim: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.activation = activation
+        self.W_enc = nn.Parameter(torch.empty(code_dim, d_model))
+        self.b_enc = nn.Parameter(torch.zeros(code_dim))
+        self.b_pre = nn.Parameter(torch.zeros(d_model))
+        self.W_dec = nn.Parameter(torch.empty(d_model, code_dim))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        with torch.no_grad():
+            if code_dim == d_model:
+                nn.init.eye_(self.W_enc)
+            else:
+                nn.init.orthogonal_(self.W_enc)
+            self.W_dec.copy_(self.W_enc.T)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [T, D] -> z [T, E], differentiable. Evaluation goes through ops.sae_encode instead."""
+        z = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+        return torch.relu(z) if self.activation == "relu" else z
+
+    def decode(self, q: Tensor) -> Tensor:
+        """q [T, E] -> [T, D], differentiable."""
+        return F.linear(q, self.W_dec, self.b_dec)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> (reconstruction [T, D], z [T, E])."""
+        z = self.encode(x)
+        return self.decode(z), z
+
+
+class Codebook(nn.Module):
+    """C codes of width E and the statistics of their use.
+
+    ``counts``, int64 [C], says how often each code was kept since ``reset_usage()``; training only.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, k: int, similarity: str = "cosine") -> None:
+        super().__init__()
+        self.k = k
+        self.similarity = similarity
+        self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
+        self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
+
+    def pack(self) -> ops.PackedCodes:
+        return ops.pack_codes(self.codes.detach(), self.similarity)
+
+    def similarities(self, z: Tensor, ids: Tensor) -> Tensor:
+        """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]."""
+        codes = F.embedding(ids.clamp(min=0), self.codes)
+        scores = torch.einsum("te,tke->tk", z, codes)
+        if self.similarity == "cosine":
+            return scores / codes.norm(dim=-1).clamp(min=1e-12)
+        return scores - 0.5 * codes.square().sum(-1) if self.similarity == "l2" else scores
+
+    def usage(self) -> dict[str, float]:
+        """How the codes were used since ``reset_usage()``.
+
+        used: share of codes kept at least once. dead: number never kept. entropy: of the codes' frequencies, in
+        nats. perplexity: exp(entropy), the effective number of codes.
+        """
+        frequency = self.counts.double() / self.counts.sum().clamp(min=1)
+        entropy = float(torch.special.entr(frequency).sum())
+        used = int((self.counts > 0).sum())
+        return {
+            "used": used / self.counts.numel(),
+            "dead": self.counts.numel() - used,
+            "entropy": entropy,
+            "perplexity": float(torch.tensor(entropy).exp()),
+        }
+
+    def reset_usage(self) -> None:
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def reseed_dead(self, z: Tensor, generator: torch.Generator | None = None) -> int:
+        """Move every code not kept since ``reset_usage()`` onto a random row of z [n, E]; returns how many.
+
+        A moved code gets the mean norm of the codes in use, so that it can win without shouting.
+        """
+        dead = (self.counts == 0).nonzero()[:, 0]
+        if len(dead) == 0 or len(z) == 0:
+            return 0
+        rows = torch.randint(len(z), (len(dead),), generator=generator)
+        fresh = F.normalize(z[rows.to(z.device)].float(), dim=-1)
+        alive = self.codes[self.counts > 0]
+        norm = alive.float().norm(dim=-1).mean() if len(alive) else self.codes.float().norm(dim=-1).mean()
+        self.codes[dead] = (fresh * norm).to(self.codes.dtype)
+        return len(dead)
+
+
+class CodebookBottleneck(nn.Module):
+    """x [..., D] -> y [..., D], through the k codes most similar to each token.
+
+    ``impl`` is handed to every operator; ``mask_mode`` may be changed at any time. Parameters keep their own
+    dtype, x may have any floating dtype, and y has x's.
+    """
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_mode = config.mask_mode
+        self.impl = "auto"
+        self.autoencoder = (
+            SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
+        )
+        self.codebook = Codebook(config.num_codes, config.code_dim, config.k, config.similarity)
+        self.register_buffer("rms", torch.ones((), dtype=torch.float32))
+        self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
+        # Receipt: tokens that passed, kept codes that a mask took away. On the device, so that nothing syncs.
+        self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
+        for name in FOLDED:
+            self.register_buffer(f"folded_{name}", None, persistent=False)
+        self._folded_version: tuple | None = None
+        self._sha256: tuple[tuple, str] | None = None
+        self._last_z: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
+        self.register_load_state_dict_post_hook(_fold_loaded)
+
+    def forward(self, x: Tensor, mask_table: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
+        """The bottleneck's output, [..., D] in x's dtype.
+
+        Args:
+            x: [..., D]; the leading dimensions are flattened to T tokens.
+            mask_table: int32 [U, ceil(C/32)] or None; mask_row: int32 [T] or None (see ``cu_fast.ops``).
+
+        Raises:
+            RuntimeError: a mask in training mode (deletion is for evaluation: call ``model.eval()``).
+        """
+        if self.training:
+            if mask_table is not None:
+                raise RuntimeError("a mask is active but the bottleneck is in training mode; call model.eval() first")
+            return self._forward_training(x)
+        with torch.no_grad():
+            y = self._forward_inference(x.detach().reshape(-1, self.config.d_model), mask_table, mask_row)
+            y = y.to(x.dtype).reshape(x.shape)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = _NoGradient.apply(x, y)
+        return y
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def _forward_inference(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
+        self._check_folded()
+        masked = {"mask_table": mask_table, "mask_row": mask_row}
+        reselect = mask_table is not None and self.mask_mode == "reselect"
+        selection = self._select(x, self.config.k, return_hits=reselect, **(masked if reselect else {}))
+        self.passed[0] += x.shape[0]
+        if reselect:
+            self.passed[1] += selection.hits.sum()
+        elif mask_table is not None:
+            self.passed[1] += reference.is_deleted(selection.ids, mask_table, mask_row).sum()
+
+        decode = {"reduce": "mean" if self.config.weight == "mean" else "sum", "impl": self.impl}
+        if mask_table is not None and not reselect:
+            decode |= masked
+        weights = self._weights(selection)
+        if self.folded_table is not None:
+            return ops.masked_decode(selection.ids, weights, self.folded_table, self.folded_b_dec, **decode)
+        q = ops.masked_decode(selection.ids, weights, self.codebook.codes.detach(), **decode)
+        return ops.sae_encode(q, self.folded_W_dec, self.folded_b_dec, activation="none", impl=self.impl)
+
+    def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
+        if self.autoencoder is None:
+            z = x.float() / self.rms
+        else:
+            z = ops.sae_encode(
+                x,
+                self.folded_W_enc,
+                self.autoencoder.b_enc.detach(),
+                self.folded_b_pre,
+                activation=self.config.activation,
+                impl=self.impl,
+            )
+        packed = ops.PackedCodes(
+            self.codebook.codes.detach(), self.config.similarity, self.folded_inv_norm, self.folded_bias
+        )
+        return ops.codebook_quantize(z, packed, k=k, impl=self.impl, **options)
+
+    def _weights(self, selection: ops.Selection) -> Tensor:
+        if self.config.weight == "score":
+            return torch.relu(selection.scores)
+        # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
+        return torch.where(selection.ids < 0, selection.scores, 1.0)
+
+    @torch.no_grad()
+    def select(self, x: Tensor, k: int | None = None) -> ops.Selection:
+        """The k (None: the config's) best codes of every token of x [..., D], flattened to T; nothing deleted."""
+        self._check_folded()
+        return self._select(x.detach().reshape(-1, self.config.d_model), k or self.config.k)
+
+    def receipt(self) -> dict[str, Any]:
+        """What ran since ``reset_receipt()``: impl, tokens that passed, kept codes that masks took away (hits)."""
+        tokens, hits = self.passed.tolist()
+        return {"impl": ops.resolve(self.impl, self.codebook.codes.device), "tokens": tokens, "hits": hits}
+
+    def reset_receipt(self) -> None:
+        self.passed.zero_()
+
+    # -- folding ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute what evaluation reads: packed codes, and encoder and decoder with the scale folded in.
+
+        Called by ``eval()``, after loading, after ``.to()``, and in eager mode whenever a parameter was written
+        to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation.
+        """
+        codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
+        packed = self.codebook.pack()
+        self.folded_inv_norm, self.folded_bias = packed.inv_norm, packed.bias
+        if sae is None:
+            self.folded_table = codes.float() * rms
+        else:
+            self.folded_W_enc = sae.W_enc.float() / rms
+            self.folded_b_pre = sae.b_pre.float() * rms
+            self.folded_W_dec = sae.W_dec.float() * rms
+            self.folded_b_dec = sae.b_dec.float() * rms
+            self.folded_table = None
+            table_bytes = codes.shape[0] * self.config.d_model * codes.element_size()
+            if table_bytes <= max(FOLD_LIMIT_BYTES, codes.numel() * codes.element_size()):
+                self.folded_table = ops.sae_encode(codes, self.folded_W_dec, activation="none", impl=self.impl)
+        if self.folded_table is not None:
+            self.folded_table = self.folded_table.to(codes.dtype)
+        self._folded_version = self._version()
+
+    def _version(self) -> tuple:
+        return tuple(map(_tensor_version, (*self.parameters(), self.rms)))
+
+    def _check_folded(self) -> None:
+        if torch.compiler.is_compiling():
+            if self._folded_version is None:
+                raise RuntimeError("the bottleneck is not folded; call model.eval() before torch.compile")
+        elif self._folded_version != self._version():
+            self.fold()
+
+    def train(self, mode: bool = True) -> CodebookBottleneck:
+        super().train(mode)
+        if mode:
+            self._folded_version = self._sha256 = None
+            for name in FOLDED:
+                setattr(self, f"folded_{name}", None)
+        elif not self.codebook.codes.is_meta:
+            self._check_folded()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        rms = self.rms
+        super()._apply(fn, recurse)
+        if not (rms.is_meta or self.rms.is_meta):
+            self.rms = rms.to(self.rms.device)  # a scale, not a weight: casting the model must not round it
+        return self.train(self.training)
+
+    def codebook_sha256(self) -> str:
+        """The codebook's identity, which masks are bound to: its similarity, shape and codes, widened to fp32.
+
+        So a checkpoint read as fp32 or as the bf16 it was stored in is the same codebook, and one rounded to
+        bf16 is another.
+        """
+        codes = self.codebook.codes
+        version = _tensor_version(codes)
+        # In training nothing is remembered: a fused optimizer writes to the codes without counting a version.
+        if self.training or self._sha256 is None or self._sha256[0] != version:
+            digest = hashlib.sha256(f"{self.config.similarity} {list(codes.shape)} ".encode())
+            digest.update(codes.detach().float().cpu().contiguous().numpy().tobytes())
+            self._sha256 = (version, digest.hexdigest())
+        return self._sha256[1]
+
+    @torch.no_grad()
+    def erase(self, ids: Tensor) -> Tensor:
+        """Remove codes for good: their rows are dropped, and with them every trace of their values.
+
+        ids: int [n]. What remains is numbered anew, so this is another codebook, to which old masks do not belong.
+        An erased code cannot hold its place among the k, so the next best takes it: as mask_mode "reselect" does.
+
+        Returns:
+            The old ids of the remaining codes, int64 [C - n], in their new order.
+
+        Raises:
+            ValueError: fewer than k codes would remain.
+        """
+        keep = torch.ones(self.config.num_codes, dtype=torch.bool)
+        keep[ids.long().cpu()] = False
+        kept = keep.nonzero()[:, 0]
+        if len(kept) < self.config.k:
+            raise ValueError(f"erasing {len(ids)} codes leaves {len(kept)}; k = {self.config.k} should remain")
+        self.config = dataclasses.replace(self.config, num_codes=len(kept))
+        book = self.codebook
+        book.codes = nn.Parameter(book.codes.detach()[kept.to(book.codes.device)], book.codes.requires_grad)
+        book.counts = book.counts[kept.to(book.counts.device)]
+        self.train(self.training)
+        return kept
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def _forward_training(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.config.d_model).float()
+        if self.config.normalize:
+            self._update_rms(flat.detach())
+        x_scaled = flat / self.rms
+        z = x_scaled if self.autoencoder is None else self.autoencoder.encode(x_scaled)
+        q = self._quantize_training(z)
+        # Straight-through: the value is q's; z receives q's gradient, and so do the codes that make it up.
+        through = q + (z - z.detach())
+        y = through if self.autoencoder is None else self.autoencoder.decode(through)
+        x_scale, z_scale = _variance(x_scaled), _variance(z)
+        self.losses = {
+            "reconstruction": (y - x_scaled.detach()).square().mean() / x_scale,
+            "commitment": (z - q.detach()).square().mean() / z_scale,
+            "codebook": (q - z.detach()).square().mean() / z_scale,
+            "l1": self.codebook.codes.abs().mean(),
+        }
+        return (y * self.rms).to(x.dtype).reshape(x.shape)
+
+    def _quantize_training(self, z: Tensor) -> Tensor:
+        """The exact selection of evaluation, then a differentiable gather: z [T, E] -> q [T, E]."""
+        book = self.codebook
+        self._last_z = z.detach()
+        ids = ops.codebook_quantize(self._last_z, book.pack(), k=self.config.k, impl=self.impl).ids.long()
+        kept = ids >= 0
+        ids = ids.clamp(min=0)
+        book.counts.scatter_add_(0, ids.flatten(), kept.flatten().long())
+        weights = kept.to(z.dtype)
+        if self.config.weight == "mean":
+            weights = weights / self.config.k
+        elif self.config.weight == "score":
+            weights = weights * torch.relu(book.similarities(z, ids))
+        return F.embedding_bag(ids, book.codes, per_sample_weights=weights, mode="sum")
+
+    @torch.no_grad()
+    def _update_rms(self, x: Tensor) -> None:
+        # A plain mean over the first hundred steps, an exponential one after that.
+        self.rms_steps += 1
+        momentum = (1.0 / self.rms_steps).clamp(min=0.01)
+        self.rms.copy_(torch.lerp(self.rms.square(), x.square().mean(), momentum.float()).sqrt().clamp(min=1e-6))
+
+    def auxiliary_loss(self) -> Tensor:
+        """The weighted sum of ``losses`` of the last training forward: a scalar to add to the task's loss.
+
+        Reconstruction is a squared error relative to x's variance, commitment and codebook to z's.
+
+        Raises:
+            RuntimeError: no training forward has run.
+        """
+        if not self.losses:
+            raise RuntimeError("no auxiliary loss yet; run a forward pass in training mode first")
+        return sum(getattr(self.config, f"{name}_weight") * loss for name, loss in self.losses.items())
+
+    def usage(self) -> dict[str, float]:
+        return self.codebook.usage()
+
+    @torch.no_grad()
+    def seed_codes(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start the scale, the encoder and the codes from data: x [..., D] is a sample of the layer's output.
+
+        An encoder narrower than the model starts at the sample's first right singular vectors, and the decoder at
+        their transpose. Each code becomes the z of a random token, divided by k where k codes are summed.
+        """
+        flat = x.detach().reshape(-1, self.config.d_model).float()
+        if self.config.normalize:
+            self._update_rms(flat)
+        z, sae = flat / self.rms, self.autoencoder
+        if sae is not None:
+            if self.config.code_dim < self.config.d_model:
+                rows = torch.randperm(len(z), generator=generator)[:SEED_ROWS].to(z.device)
+                axes = torch.linalg.svd(z[rows], full_matrices=False).Vh[: self.config.code_dim]
+                sae.W_enc[: len(axes)] = axes  # fewer rows than code_dim give fewer axes
+                sae.W_dec.copy_(sae.W_enc.T)
+            z = sae.encode(z)
+        rows = torch.randint(len(z), (self.config.num_codes,), generator=generator).to(z.device)
+        share = self.config.k if self.config.weight == "one" else 1
+        self.codebook.codes.copy_(z[rows] / share)
+
+    def reseed_dead(self, generator: torch.Generator | None = None) -> int:
+        """Move the codes not kept since the last call onto tokens of the last batch; returns how many."""
+        if self._last_z is None:
+            raise RuntimeError("no tokens to seed from yet; run a forward pass in training mode first")
+        moved = self.codebook.reseed_dead(self._last_z, generator)
+        self.codebook.reset_usage()
+        return moved
+
+
+class _NoGradient(torch.autograd.Function):
+    """Evaluation has no gradient; asking for one is an error, not a zero."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "a codebook bottleneck in evaluation mode has no gradient; call model.train() to train through it"
+        )
+
+
+def _fold_loaded(bottleneck: CodebookBottleneck, _) -> None:
+    bottleneck.train(bottleneck.training)
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Mean squared distance from the mean row, without a gradient: what an error is measured against."""
+    x = x.detach()
+    return (x - x.mean(0)).square().mean().clamp(min=1e-12)
+
+
+def _tensor_version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

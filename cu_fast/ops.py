@@ -1,0 +1,365 @@
+"""The three operators: contract, host checks, and choice of implementation.
+
+    sae_encode         z   = act((x - b_pre) W_enc^T + b_enc)               x [T, D] -> z [T, E]
+    codebook_quantize  ids = the k best codes by score(z, j), not deleted    z [T, E] -> scores, ids [T, k]
+    masked_decode      y   = reduce_i(w_i table[ids_i]) + bias + residual    ids [T, k] -> y [T, D]
+
+T tokens, D model width, E code width, C codes, k codes kept a token, U masks in a table. Scores are defined
+numbers and selection is a total order (score descending, then id ascending), so every implementation returns
+the same bits: see ``docs/contract.md``. Inputs are fp32, bf16 or fp16; a last dimension that is not
+contiguous is copied; outputs never alias inputs, and inputs are never written to.
+
+A mask is ``mask_table``, int32 [U, ceil(C/32)] (bit j % 32 of word j // 32 set = code j deleted), with
+``mask_row``, int32 [T]: the row that holds for each token, -1 = nothing deleted. Give both or neither.
+
+``impl`` is "auto", "reference" (plain PyTorch) or "cpu" (the native library). An explicit choice never falls
+back. All operators are for inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cu_fast import _native, reference
+
+logger = logging.getLogger("cu_fast")
+
+Similarity = Literal["cosine", "dot", "l2"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+
+
+class PackedCodes(NamedTuple):
+    """A codebook with what is computed once for it. Made by :func:`pack_codes`; shares memory with its input.
+
+    codes [C, E]; inv_norm fp32 [C] (cosine) or None; bias fp32 [C] or None (for l2: -0.5 ||c||^2).
+    """
+
+    codes: Tensor
+    similarity: str
+    inv_norm: Tensor | None
+    bias: Tensor | None
+
+
+class Selection(NamedTuple):
+    """What a selection returns: scores fp32 [T, k] and ids int32 [T, k], best first; hits int32 [T] or None.
+
+    Where fewer than k codes are left the slot holds id -1 and score 0. A row with NaN or Inf holds id -1 and
+    score NaN, which :func:`masked_decode` turns into a NaN row.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    hits: Tensor | None
+
+
+def pack_codes(codes: Tensor, similarity: Similarity = "cosine", bias: Tensor | None = None) -> PackedCodes:
+    """Do a codebook's work once: inverse norms (cosine) or -0.5 ||c||^2 (l2).
+
+    Args:
+        codes: [C, E], fp32, bf16 or fp16. Kept, not copied, when contiguous: pack again after changing it.
+        similarity: "cosine" scores z.c / ||c|| (||z|| does not change the order, so it is left out);
+            "dot" z.c; "l2" z.c - 0.5 ||c||^2, which orders like -||z - c||.
+        bias: [C], added to each score, or None. Not with "l2", whose norm term takes its place.
+
+    Returns:
+        PackedCodes.
+
+    Raises:
+        ValueError, TypeError: an argument with a wrong shape, dtype or value, named in the message.
+    """
+    _check_matrix("codes", codes)
+    if similarity not in ("cosine", "dot", "l2"):
+        raise ValueError(f"similarity is {similarity!r}; it should be 'cosine', 'dot' or 'l2'")
+    if codes.shape[0] == 0 or codes.shape[1] == 0:
+        raise ValueError(f"codes has shape {_shape(codes)}; it should hold at least one code of width >= 1")
+    if codes.shape[0] > 2**31 - 1:
+        raise ValueError(f"codes has {codes.shape[0]} rows; ids are int32, so at most 2^31 - 1 are possible")
+    _check_vector("bias", bias, codes.shape[0], "C", codes.device)
+    _refuse_grad("pack_codes", codes=codes, bias=bias)
+    if similarity == "l2" and bias is not None:
+        raise ValueError("bias is given with similarity 'l2', whose own term takes its place; pass bias=None")
+    codes = codes.contiguous()
+    inv_norm = reference.inverse_norm(codes) if similarity == "cosine" else None
+    if similarity == "l2":
+        bias = -0.5 * reference.canonical_dot(codes, codes)
+    elif bias is not None:
+        bias = bias.float().contiguous()
+    return PackedCodes(codes, similarity, inv_norm, bias)
+
+
+def codebook_quantize(
+    z: Tensor,
+    packed: PackedCodes,
+    *,
+    k: int,
+    mask_table: Tensor | None = None,
+    mask_row: Tensor | None = None,
+    return_hits: bool = False,
+    impl: str = "auto",
+) -> Selection:
+    """The k best codes of every row of z that are not deleted (contract, sections 2 to 4: mode "reselect").
+
+    Args:
+        z: [T, E].
+        packed: from :func:`pack_codes`.
+        k: codes kept a token, 1 <= k <= C.
+        mask_table, mask_row: see the module's docstring. A deleted code cannot come out.
+        return_hits: also count, for each token, the deleted codes that would have been among its k.
+        impl: "auto", "reference" or "cpu".
+
+    Returns:
+        Selection(scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or None).
+
+    Raises:
+        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
+        RuntimeError: z or the codes require grad, or the implementation asked for is not available.
+    """
+    C, E = packed.codes.shape
+    _check_matrix("z", z, width=E, of="packed.codes")
+    _check_k(k, C)
+    _check_device("packed.codes", packed.codes, "z", z)
+    _check_mask(mask_table, mask_row, z.shape[0], C, z.device)
+    _refuse_grad("codebook_quantize", z=z, codes=packed.codes)
+    op = _choose("codebook_quantize", impl, z.device)
+    scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits)
+    return Selection(scores, ids, hits if return_hits else None)
+
+
+def sae_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    b_pre: Tensor | None = None,
+    *,
+    activation: Literal["relu", "none"] = "relu",
+    k: int | None = None,
+    mask_table: Tensor | None = None,
+    mask_row: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | Selection:
+    """A sparse autoencoder's encoder: dense, or with ``k`` the TopK-SAE's fused selection (arXiv 2406.04093).
+
+    Args:
+        x: [T, D].
+        W_enc: [E, D]; with k its rows are the codes, so E is C.
+        b_enc: [E] or None (= 0).
+        b_pre: [D], subtracted from x first, or None (= 0).
+        activation: "relu" or "none".
+        k: None for dense z; else the latents kept a token, 1 <= k <= E.
+        mask_table, mask_row: only with k; see the module's docstring.
+        impl: "auto", "reference" or "cpu".
+
+    Returns:
+        Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that what is selected from it does
+        not depend on machine or batch; a row with NaN or Inf in x - b_pre is NaN.
+        With k: Selection; ordered by the pre-activation, its scores are activation(score), the decode weights.
+
+    Raises:
+        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad, or the implementation asked for is not available.
+    """
+    _check_matrix("W_enc", W_enc)
+    E, D = W_enc.shape
+    _check_matrix("x", x, width=D, of="W_enc")
+    _check_device("W_enc", W_enc, "x", x)
+    _check_vector("b_enc", b_enc, E, "W_enc's rows", x.device)
+    _check_vector("b_pre", b_pre, D, "D", x.device)
+    if activation not in ("relu", "none"):
+        raise ValueError(f"activation is {activation!r}; it should be 'relu' or 'none'")
+    _refuse_grad("sae_encode", x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
+    relu = activation == "relu"
+    if k is None:
+        if mask_table is not None or mask_row is not None:
+            raise ValueError("mask_table and mask_row need k: a dense encode selects nothing to mask")
+        return _choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
+    _check_k(k, E)
+    _check_mask(mask_table, mask_row, x.shape[0], E, x.device)
+    op = _choose("sae_encode_topk", impl, x.device)
+    return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu), None)
+
+
+def masked_decode(
+    ids: Tensor,
+    weights: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask_table: Tensor | None = None,
+    mask_row: Tensor | None = None,
+    *,
+    reduce: Literal["sum", "mean"] = "sum",
+    impl: str = "auto",
+) -> Tensor:
+    """Gather and sum: y = reduce_i(w_i table[ids_i]) + bias + residual (contract, section 4: mode "ablate").
+
+    Sums run over i in order, in fp32, multiply, then add; then bias, then residual; one rounding at the end.
+
+    Args:
+        ids: int32 or int64 [T, k], -1 <= id < C; -1 adds nothing.
+        weights: [T, k], or None (= 1). NaN beside id -1 makes the row NaN (see :class:`Selection`).
+        table: [C, D].
+        bias: [D] or None. residual: [T, D] or None.
+        mask_table, mask_row: see the module's docstring. A deleted code's weight becomes 0.
+        reduce: "sum", or "mean", which divides by k whatever was deleted.
+        impl: "auto", "reference" or "cpu".
+
+    Returns:
+        y [T, D] in table's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad, or the implementation asked for is not available.
+    """
+    _check_matrix("table", table)
+    C, D = table.shape
+    if ids.dtype not in INTS or ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids is {ids.dtype} {_shape(ids)}; it should be int32 or int64 [T, k] with k >= 1")
+    T = ids.shape[0]
+    _check_device("ids", ids, "table", table)
+    for name, tensor, shape in (("weights", weights, tuple(ids.shape)), ("residual", residual, (T, D))):
+        if tensor is not None:
+            _check_matrix(name, tensor)
+            _check_device(name, tensor, "table", table)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {_shape(tensor)}; it should be {list(shape)}")
+    _check_vector("bias", bias, D, "D", table.device)
+    _check_mask(mask_table, mask_row, T, C, table.device)
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"reduce is {reduce!r}; it should be 'sum' or 'mean'")
+    _refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
+    op = _choose("masked_decode", impl, table.device)
+    _check_values("ids", ids, C)
+    return op(ids.int(), weights, table, bias, residual, mask_table, mask_row, reduce == "mean")
+
+
+def available_impls() -> dict[str, str | None]:
+    """Every implementation and why it cannot run here, None where it can."""
+    return {"reference": None, "cpu": None if _native.available() else _native.failure()}
+
+
+def resolve(impl: str, device: torch.device) -> str:
+    """The implementation that ``impl`` means for tensors on ``device``.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: an explicit choice that cannot run, with the reason.
+    """
+    if impl == "auto":
+        return _auto(device.type)
+    if impl == "reference":
+        return impl
+    if impl != "cpu":
+        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference' or 'cpu'")
+    if device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"impl='cpu' needs CPU tensors, these are on {device}; move them, or use 'auto'")
+    if not _native.available():
+        raise RuntimeError(f"impl='cpu' is not available: {_native.failure()}")
+    return impl
+
+
+@torch.compiler.assume_constant_result
+def _auto(device_type: str) -> str:
+    return _announced(device_type)
+
+
+@functools.cache
+def _announced(device_type: str) -> str:
+    if device_type in ("cpu", "meta") and _native.available():
+        logger.info("on %s: impl 'cpu' (%s)", device_type, _native.simd_level())
+        return "cpu"
+    if device_type == "cpu":
+        logger.warning("on cpu: impl 'reference', exact but slow, because %s", _native.failure())
+    else:
+        logger.warning("on %s: impl 'reference', exact but slow; no native kernels for it yet", device_type)
+    return "reference"
+
+
+def _choose(op: str, impl: str, device: torch.device):
+    if resolve(impl, device) == "cpu":
+        return getattr(torch.ops.cu_fast, op)
+    return getattr(reference, op)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_matrix(name: str, tensor: Tensor, width: int | None = None, of: str = "") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {_shape(tensor)}; it should have two dimensions (flatten it first)")
+    if width is not None and tensor.shape[1] != width:
+        raise ValueError(f"{name} has shape {_shape(tensor)}; its last dimension should be {width}, as {of} has")
+
+
+def _check_vector(name: str, tensor: Tensor | None, size: int, letter: str, device: torch.device) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
+    if tuple(tensor.shape) != (size,):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; it should be [{size}] ({letter})")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move one of them")
+
+
+def _check_k(k: int, C: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is {k!r}; it should be an int")
+    if not 1 <= k <= C:
+        raise ValueError(f"k is {k}; it should be between 1 and the {C} codes")
+
+
+def _check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device: torch.device) -> None:
+    if table is None and row is None:
+        return
+    if table is None or row is None:
+        missing = "mask_table" if table is None else "mask_row"
+        raise ValueError(f"{missing} is None; mask_table and mask_row come together")
+    words = (C + 31) // 32
+    for name, tensor in (("mask_table", table), ("mask_row", row)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} is {tensor.dtype}; it should be int32")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
+    if table.dim() != 2 or table.shape[1] != words:
+        raise ValueError(
+            f"mask_table has shape {_shape(table)}; it should be [U, {words}], a bit for each of {C} codes"
+        )
+    if tuple(row.shape) != (T,):
+        raise ValueError(f"mask_row has shape {_shape(row)}; it should be [{T}], a row of the table a token")
+    _check_values("mask_row", row, table.shape[0])
+
+
+def _check_values(name: str, tensor: Tensor, limit: int) -> None:
+    # Values are looked at where that costs no device synchronisation; a trace has none to look at.
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    low, high = (int(v) for v in tensor.aminmax())
+    if low < -1 or high >= limit:
+        value = low if low < -1 else high
+        raise ValueError(f"{name} holds {value}; it should lie between -1 and {limit - 1}")
+
+
+def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op} is for inference and {name} requires grad; call it under torch.no_grad(), "
+                f"or train through cu_fast.nn, which holds the straight-through gradient"
+            )

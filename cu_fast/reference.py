@@ -1,0 +1,199 @@
+"""The three operators in plain PyTorch: the specification, the fallback, and the oracle of every test.
+
+Written to be read next to the operator contract in ``docs/contract.md``, not to be fast. It runs on any device,
+and like every implementation it never builds the [T, C] matrix: codes are visited in tiles, beside a running
+list of the best k.
+
+One caveat that the native kernels do not have: PyTorch follows the process's denormal setting, so under
+``torch.set_flush_denormal(True)`` tiny products differ here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 16  # partial sums of the canonical dot product
+BLOCK_C = 1024  # codes a tile
+BLOCK_T = 64  # tokens a tile: bounds the scratch at BLOCK_T * BLOCK_C * LANES floats
+
+
+def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product over the last dimension as a defined fp32 number.
+
+    16 partial sums, then a tree; multiply, then add, never fused. a [..., E] and b [..., E] broadcast against
+    each other and are widened to fp32. Returns fp32 [...].
+    """
+    pad = -a.shape[-1] % LANES
+    a = torch.nn.functional.pad(a.float(), (0, pad))
+    b = torch.nn.functional.pad(b.float(), (0, pad))
+    partial = torch.zeros_like(a[..., :LANES] * b[..., :LANES])
+    for e in range(0, a.shape[-1], LANES):
+        partial += a[..., e : e + LANES] * b[..., e : e + LANES]
+    width = LANES
+    while width > 1:
+        width //= 2
+        partial = partial[..., :width] + partial[..., width : 2 * width]
+    return partial[..., 0]
+
+
+def inverse_norm(codes: Tensor) -> Tensor:
+    """1 / sqrt(canonical(c, c)), each step rounded to fp32; 0 for a zero code. codes [C, E] -> fp32 [C]."""
+    squared = canonical_dot(codes, codes)
+    return torch.where(squared == 0, 0.0, 1.0 / torch.sqrt(squared))
+
+
+def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
+    """Whether each code is deleted in its token's row of the table.
+
+    ids [T, n] or [1, n] int, -1 allowed (never deleted); mask_table int32 [U, ceil(C/32)]; mask_row int32 [T],
+    -1 = nothing deleted. Returns bool [T, n].
+    """
+    if mask_table.shape[0] == 0:
+        return torch.zeros(mask_row.shape[0], ids.shape[1], dtype=torch.bool, device=ids.device)
+    row = mask_row.long().clamp(min=0)[:, None]
+    code = ids.long().clamp(min=0)
+    bit = (mask_table[row, code >> 5] >> (code & 31).int()) & 1
+    return (bit != 0) & (mask_row >= 0)[:, None] & (ids >= 0)
+
+
+def _keep_best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    # Columns come in order of id within equal scores, so a stable sort is the contract's total order.
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def codebook_quantize(
+    z: Tensor,
+    codes: Tensor,
+    inv_norm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    return_hits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best codes of every row of z: score descending, then id ascending.
+
+    z [T, E]; codes [C, E]; inv_norm, bias fp32 [C] or None. Returns scores fp32 [T, k], ids int32 [T, k] and
+    hits int32 [T] ([0] unless return_hits). A slot that no code can fill holds id -1 and score 0; a row of z
+    with NaN or Inf holds id -1 and score NaN.
+    """
+    tiles = [
+        _quantize_tile(z[t : t + BLOCK_T], codes, inv_norm, bias, k, mask_table, row, return_hits)
+        for t in range(0, max(z.shape[0], 1), BLOCK_T)
+        for row in [None if mask_row is None else mask_row[t : t + BLOCK_T]]
+    ]
+    scores, ids, hits = (torch.cat(parts) for parts in zip(*tiles))
+    return scores, ids, hits if return_hits else hits[:0]
+
+
+def _quantize_tile(z, codes, inv_norm, bias, k, mask_table, mask_row, return_hits):
+    z = z.float()
+    finite_row = torch.isfinite(z).all(1, keepdim=True)
+    z = torch.where(finite_row, z, 0.0)
+    T, C = z.shape[0], codes.shape[0]
+    empty = -torch.inf  # a real score is finite, so -inf marks a slot that nobody has taken
+    best = z.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
+    best_unmasked = best
+
+    for c in range(0, C, BLOCK_C):
+        score = canonical_dot(z[:, None], codes[None, c : c + BLOCK_C])
+        if inv_norm is not None:
+            score = score * inv_norm[c : c + BLOCK_C]
+        if bias is not None:
+            score = score + bias[c : c + BLOCK_C]
+        score = score + 0.0  # -0.0 becomes +0.0
+        score = torch.where(torch.isfinite(score), score, empty)
+        ids = torch.arange(c, c + score.shape[1], dtype=torch.int32, device=z.device).expand(T, -1)
+        if mask_table is not None:
+            deleted = is_deleted(ids, mask_table, mask_row)
+            if return_hits:
+                best_unmasked = _keep_best(
+                    torch.cat([best_unmasked[0], score], 1), torch.cat([best_unmasked[1], ids], 1), k
+                )
+            score = torch.where(deleted, empty, score)
+        best = _keep_best(torch.cat([best[0], score], 1), torch.cat([best[1], ids], 1), k)
+
+    scores, ids = best
+    taken = (scores > empty) & finite_row
+    ids = torch.where(taken, ids, -1)
+    scores = torch.where(taken, scores, torch.where(finite_row, 0.0, torch.nan))
+    hits = torch.zeros(T, dtype=torch.int32, device=z.device)
+    if return_hits and mask_table is not None:
+        score, code = best_unmasked
+        hit = is_deleted(code, mask_table, mask_row) & (score > empty) & finite_row
+        hits = hit.sum(1, dtype=torch.int32)
+    return scores, ids, hits
+
+
+def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
+    """z = act((x - b_pre) W_enc^T + b_enc), every entry a canonical dot product.
+
+    x [T, D]; W_enc [E, D]; b_enc [E]; b_pre [D]. Returns fp32 [T, E]; a row of x - b_pre with NaN or Inf is NaN.
+    """
+    x = x.float() if b_pre is None else x.float() - b_pre.float()
+    finite_row = torch.isfinite(x).all(1, keepdim=True)
+    x = torch.where(finite_row, x, 0.0)
+    z = x.new_empty(x.shape[0], W_enc.shape[0])
+    for t in range(0, x.shape[0], BLOCK_T):
+        for e in range(0, W_enc.shape[0], BLOCK_C):
+            tile = canonical_dot(x[t : t + BLOCK_T, None], W_enc[None, e : e + BLOCK_C])
+            z[t : t + BLOCK_T, e : e + BLOCK_C] = tile
+    if b_enc is not None:
+        z = z + b_enc.float()
+    if relu:
+        z = torch.relu(z)
+    return torch.where(finite_row, z, torch.nan)
+
+
+def sae_encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_pre: Tensor | None,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The TopK-SAE's encoder: W_enc's rows are the codes. Returns act(score) fp32 [T, k] and ids int32 [T, k]."""
+    x = x.float() if b_pre is None else x.float() - b_pre.float()
+    bias = None if b_enc is None else b_enc.float()
+    scores, ids, _ = codebook_quantize(x, W_enc, None, bias, k, mask_table, mask_row, False)
+    return torch.relu(scores) if relu else scores, ids
+
+
+def masked_decode(
+    ids: Tensor,
+    weights: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """y = reduce_i(w_i table[ids_i]) + bias + residual, added in that order in fp32, rounded once.
+
+    ids int [T, k]; weights [T, k] or None (= 1); table [C, D]; bias [D]; residual [T, D]. Returns [T, D] in
+    table's dtype. A deleted code adds nothing, whatever its row holds. Nor does id -1, except that with the
+    weight NaN (the score of a row with NaN or Inf) it makes the row NaN: the fault stays visible.
+    """
+    T, k = ids.shape
+    weights = torch.ones(T, k, device=ids.device) if weights is None else weights.float()
+    use = ids >= 0
+    if mask_table is not None:
+        use = use & ~is_deleted(ids, mask_table, mask_row)
+    acc = torch.zeros(T, table.shape[1], device=table.device)
+    for i in range(k):
+        row = table[ids[:, i].long().clamp(min=0)].float()
+        acc = torch.where(use[:, i, None], acc + weights[:, i, None] * row, acc)
+    if mean:
+        acc = acc / k
+    if bias is not None:
+        acc = acc + bias.float()
+    if residual is not None:
+        acc = acc + residual.float()
+    faulty = ((ids < 0) & torch.isnan(weights)).any(1, keepdim=True)
+    return torch.where(faulty, torch.nan, acc).to(table.dtype)

@@ -1,0 +1,294 @@
+"""Training a model with codebook bottlenecks, on ``transformers.Trainer``.
+
+Two recipes:
+
+``joint``         model and bottleneck together (CodeUnlearn, arXiv 2410.10866): the model comes to rely on codes.
+``frozen_below``  everything that runs before the bottleneck is frozen; the bottleneck and what follows it learn.
+                  For a model that already knows its task: what was found to work on small models.
+
+Data sets are sequences of dicts with one of three key sets: {"text"}; {"prompt", "completion"} (causal: the
+prompt's tokens count ``prompt_weight``); {"source", "target"} (sequence to sequence).
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cu_fast.hf import Attachment, attach
+from cu_fast.nn import BottleneckConfig
+
+Recipe = Literal["joint", "frozen_below"]
+
+
+def train(
+    model: nn.Module,
+    tokenizer,
+    dataset: Sequence[Mapping[str, str]],
+    bottlenecks: Mapping[str, BottleneckConfig] | None,
+    arguments: TrainingArguments,
+    *,
+    recipe: Recipe = "joint",
+    codebook_learning_rate: float | None = None,
+    prompt_weight: float = 1.0,
+    max_length: int = 512,
+    reseed_every: int = 60,
+    reseed_until: float = 0.7,
+    resume: bool = False,
+) -> tuple[Attachment | None, dict[str, float]]:
+    """Put bottlenecks into a model and train it.
+
+    Args:
+        model, tokenizer: changed in place; the tokenizer needs a pad token.
+        dataset: see the module's docstring.
+        bottlenecks: layer name -> config, put in fresh with codes from data; None: train the model as it is.
+        arguments: transformers' own; its folder takes the checkpoints. ``seed`` also seeds codes.
+        recipe: "joint" or "frozen_below".
+        codebook_learning_rate: of the codes; None: the same as the rest. Codes have no weight decay.
+        prompt_weight: weight of a prompt's tokens in the loss, 0 = only completions count.
+        max_length: tokens a row is cut to.
+        reseed_every: steps after which codes that nobody used move to a token of the last batch; 0 = never.
+        reseed_until: share of the training after which none is moved any more.
+        resume: go on from the newest checkpoint in the arguments' folder; raises where there is none.
+
+    Returns:
+        (attachment, figures): the attachment, None without bottlenecks, and the last training figures.
+
+    Raises:
+        ValueError: an empty data set, rows with other keys, an unknown recipe or layer.
+    """
+    if recipe not in ("joint", "frozen_below"):
+        raise ValueError(f"recipe is {recipe!r}; it should be 'joint' or 'frozen_below'")
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty; it should hold at least one row")
+    rows = [encode_row(tokenizer, row, prompt_weight, max_length) for row in dataset]
+    collate = Collator(tokenizer.pad_token_id)
+    arguments = copy.copy(arguments)
+    arguments.remove_unused_columns = False  # the loss's weights are no argument of the model's
+    attachment = None
+    if bottlenecks:
+        attachment = attach(model, bottlenecks)
+        generator = torch.Generator().manual_seed(arguments.seed)
+        sample = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:512].tolist()]
+        seed_codes(attachment, sample, collate, arguments.per_device_train_batch_size, generator)
+        if recipe == "frozen_below":
+            freeze_below(attachment, collate(rows[:1]))
+    trainer = CodebookTrainer(
+        attachment,
+        codebook_learning_rate,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    if attachment is not None:
+        trainer.add_callback(UsageCallback(trainer, reseed_every, reseed_until, arguments.seed))
+    trainer.train(resume_from_checkpoint=resume or None)
+    model.eval()
+    figures = {
+        k: v for entry in trainer.state.log_history[-2:] for k, v in entry.items() if isinstance(v, (int, float))
+    }
+    return attachment, figures
+
+
+class CodebookTrainer(Trainer):
+    """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss."""
+
+    def __init__(self, attachment: Attachment | None, codebook_learning_rate: float | None, **arguments: Any) -> None:
+        self.attachment = attachment
+        self.codebook_learning_rate = codebook_learning_rate
+        self.terms: dict[str, list[float]] = collections.defaultdict(list)
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean already
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        weights = inputs.pop("loss_weights")
+        labels = inputs["labels"] if self.model.config.is_encoder_decoder else inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = weighted_loss(outputs.logits, labels, weights, shift=not self.model.config.is_encoder_decoder)
+        if self.attachment is not None:
+            self.terms["task_loss"].append(loss.detach().item())
+            for bottleneck in self.attachment.bottlenecks.values():
+                for name, value in bottleneck.losses.items():
+                    self.terms[name].append(value.detach().item())
+            loss = loss + self.attachment.auxiliary_loss()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        logs |= {name: sum(values) / len(values) for name, values in self.terms.items()}
+        self.terms.clear()
+        super().log(logs, *arguments, **options)
+
+    def create_optimizer(self, *arguments: Any, **options: Any):
+        if self.optimizer is None and self.attachment is not None:
+            codes = {id(b.codebook.codes): b.codebook.codes for b in self.attachment.bottlenecks.values()}
+            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in codes]
+            factory, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rate = self.codebook_learning_rate or self.args.learning_rate
+            self.optimizer = factory(
+                [
+                    {"params": rest, "weight_decay": self.args.weight_decay},
+                    {"params": list(codes.values()), "weight_decay": 0.0, "lr": rate},
+                ],
+                **settings,
+            )
+        return super().create_optimizer(*arguments, **options)
+
+
+class UsageCallback(TrainerCallback):
+    """Reports how many codes are used and moves dead ones onto tokens of the last batch."""
+
+    def __init__(self, trainer: CodebookTrainer, every: int, until: float, seed: int) -> None:
+        self.trainer, self.every, self.until = trainer, every, until
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        step = state.global_step + 1
+        if not self.every or step % self.every:
+            return
+        for bottleneck in self.trainer.attachment.bottlenecks.values():
+            _sum_over_ranks(bottleneck.codebook.counts)
+            usage = bottleneck.usage()
+            self.trainer.terms["codes_used"].append(usage["used"])
+            self.trainer.terms["code_perplexity"].append(usage["perplexity"])
+            if step < self.until * state.max_steps:
+                dead = bottleneck.codebook.counts == 0
+                bottleneck.reseed_dead(self.generator)
+                self._settle(bottleneck.codebook.codes, dead)
+            else:
+                bottleneck.codebook.reset_usage()
+
+    def _settle(self, codes: nn.Parameter, moved: Tensor) -> None:
+        # A moved code must not carry the momentum of the old one; and every process must hold the same codes.
+        for value in self.trainer.optimizer.state.get(codes, {}).values():
+            if torch.is_tensor(value) and value.shape == codes.shape:
+                value[moved] = 0
+        if _distributed():
+            torch.distributed.broadcast(codes.data, 0)
+
+
+@dataclasses.dataclass
+class Collator:
+    """Rows of ids to a padded batch: input_ids, attention_mask, labels, loss_weights [B, S]; right-padded."""
+
+    pad: int
+
+    def __call__(self, rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:
+        def padded(name: str, value: float, dtype: torch.dtype) -> Tensor:
+            return nn.utils.rnn.pad_sequence(
+                [torch.tensor(row[name], dtype=dtype) for row in rows], batch_first=True, padding_value=value
+            )
+
+        return {
+            "input_ids": padded("input_ids", self.pad, torch.int64),
+            "attention_mask": nn.utils.rnn.pad_sequence(
+                [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows], batch_first=True
+            ),
+            "labels": padded("labels", -100, torch.int64),
+            "loss_weights": padded("loss_weights", 0.0, torch.float32),
+        }
+
+
+def encode_row(tokenizer, row: Mapping[str, str], prompt_weight: float, max_length: int) -> dict[str, list]:
+    """One row as ids: input_ids, labels and loss_weights, cut to ``max_length`` tokens."""
+    keys = set(row)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if keys >= {"source", "target"}:
+        labels = (tokenizer(row["target"], add_special_tokens=False)["input_ids"] + end)[:max_length]
+        ids = (tokenizer(row["source"], add_special_tokens=False)["input_ids"] + end)[:max_length]
+        return {"input_ids": ids, "labels": labels, "loss_weights": [1.0] * len(labels)}
+    if keys >= {"prompt", "completion"}:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + end
+    elif "text" in keys:
+        prompt, completion = [], tokenizer(row["text"])["input_ids"] + end
+    else:
+        raise ValueError(
+            f"a row has the keys {sorted(keys)}; it should have 'text', 'prompt' and 'completion', or 'source' and 'target'"
+        )
+    ids = (prompt + completion)[:max_length]
+    weights = ([prompt_weight] * len(prompt) + [1.0] * len(completion))[:max_length]
+    return {"input_ids": ids, "labels": ids, "loss_weights": weights}
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, shift: bool) -> Tensor:
+    """Cross-entropy, averaged over tokens with their weights. logits [B, S, V]; labels, weights [B, S]."""
+    if shift:
+        logits, labels, weights = logits[:, :-1], labels[:, 1:], weights[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100)
+    weights = weights.flatten()
+    return (loss * weights).sum() / weights.sum().clamp(min=1e-8)
+
+
+@torch.no_grad()
+def seed_codes(attachment: Attachment, rows: Sequence[Mapping], collate, batch_size: int, generator) -> None:
+    """Start codes, and scales, from the layers' outputs on a sample of rows."""
+    model = attachment.model
+    samples: dict[int, list[Tensor]] = collections.defaultdict(list)
+
+    def observe(x: Tensor, bottleneck) -> None:
+        samples[id(bottleneck)].append(x[attention.bool()] if x.shape[:2] == attention.shape else x.flatten(0, 1))
+
+    was_training = model.training
+    model.eval()
+    with attachment.observe(observe):
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size])
+            batch.pop("loss_weights")
+            attention = batch["attention_mask"].to(model.device)
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+    for bottleneck in attachment.bottlenecks.values():
+        bottleneck.seed_codes(torch.cat(samples[id(bottleneck)]), generator)
+    model.train(was_training)
+
+
+def freeze_below(attachment: Attachment, batch: Mapping[str, Tensor]) -> list[str]:
+    """Freeze every parameter that is read before the first bottleneck runs; returns their names.
+
+    Found by running a batch and watching which modules are called, so no model's layout needs to be known. A
+    parameter that is also used above, as a tied output embedding is, is frozen too: it would change what is below.
+    """
+    model, below, reached = attachment.model, set(), False
+    inside = {id(m) for b in attachment.bottlenecks.values() for m in b.modules()}
+
+    def before(module: nn.Module, _) -> None:
+        nonlocal reached
+        if id(module) in inside:
+            reached = True
+        elif not reached:
+            below.update(id(p) for p in module.parameters(recurse=False))
+
+    handles = [module.register_forward_pre_hook(before) for module in model.modules()]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(**{name: value.to(model.device) for name, value in batch.items() if name != "loss_weights"})
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in below:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_ranks(counts: Tensor) -> None:
+    if _distributed():
+        torch.distributed.all_reduce(counts)

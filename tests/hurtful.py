@@ -1,0 +1,67 @@
+"""Inputs made to hurt, shared by the operator tests: ragged, strided, tied, huge, denormal, faulty, all deleted."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("gaussian", "tied", "equal", "clustered", "huge", "denormal", "faulty", "zeros")
+
+
+def matrix(rows: int, width: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """[rows, width] of the given kind; rows of "faulty" hold a NaN or an Inf here and there."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=g)
+    if kind == "tied":
+        x = torch.randint(-1, 2, (rows, width), generator=g).float()
+        x[rows // 2 :] = x[: rows - rows // 2].clone()
+    elif kind == "equal":
+        x = x[:1].expand(rows, width).clone()
+    elif kind == "clustered":
+        x = x[:1] + 1e-4 * x
+    elif kind == "huge":
+        x = x * (3e38 if dtype != torch.float16 else 6e4) / 4
+    elif kind == "denormal":
+        x = x * (1e-42 if dtype != torch.float16 else 1e-7)
+    elif kind == "faulty":
+        holes = torch.rand(rows, width, generator=g)
+        x[holes < 0.1 / width] = torch.nan
+        x[holes > 1 - 0.1 / width] = torch.inf
+    elif kind == "zeros":
+        x = torch.where(x > 0, 0.0, -0.0)
+    return x.to(dtype)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values behind another memory layout."""
+    if how == "rows":
+        return torch.stack([x, torch.full_like(x, 7)], 1)[:, 0]
+    if how == "columns":
+        return torch.stack([x, torch.full_like(x, 7)], 2)[:, :, 0]
+    if how == "transposed":
+        return x.T.contiguous().T
+    return x
+
+
+def masks(T: int, C: int, share: float, seed: int, U: int = 3) -> tuple[Tensor, Tensor]:
+    """A table of U masks that delete about the given share (1: everything), and a row for each token, -1 included."""
+    g = torch.Generator().manual_seed(seed)
+    words = (C + 31) // 32
+    bits = torch.rand(U, words, 32, generator=g) < share
+    table = (bits.long() << torch.arange(32)).sum(2)
+    table = torch.where(table >= 2**31, table - 2**32, table).int()
+    return table, torch.randint(-1, U, (T,), generator=g, dtype=torch.int32)
+
+
+layouts = st.sampled_from(["plain", "rows", "columns", "transposed"])
+dtypes = st.sampled_from(DTYPES)
+kinds = st.sampled_from(KINDS)
+seeds = st.integers(0, 2**31)
+shares = st.sampled_from([None, 0.0, 0.01, 0.5, 0.97, 1.0])
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """torch.equal, with NaN equal to NaN: the same values in the same places, shape and dtype included."""
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

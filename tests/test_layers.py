@@ -1,0 +1,73 @@
+"""Who may import whom: cli -> {train, unlearn, verify, demo} -> hf -> nn -> ops -> {native, reference}. Never upward, never sideways."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import cu_fast
+
+PACKAGE = Path(cu_fast.__file__).parent
+MAY_IMPORT = {
+    "__init__": set(),
+    "_native": set(),
+    "reference": set(),
+    "ops": {"_native", "reference"},
+    "masks": set(),
+    "nn": {"ops", "reference"},
+    "_topics": {"masks", "nn"},
+    "_active": {"_topics"},
+    "_files": {"masks", "nn", "ops"},
+    "_hooks": {"_active"},
+    "hf": {"_active", "_files", "_hooks", "_topics", "masks", "nn"},
+    "checkpoint": {"hf"},
+    "unlearn": {"masks"},
+    "train": {"hf", "nn"},
+    "verify": {"checkpoint", "hf", "masks", "ops"},
+    "demo": {"checkpoint", "hf", "masks", "unlearn"},
+    "cli": {"_native", "checkpoint", "demo", "nn", "ops", "train", "unlearn", "verify"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's own modules that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cu_fast":
+            names.update([node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names])
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path.name} imports relatively; the arrows are read from absolute imports")
+        elif isinstance(node, ast.Import):
+            names.update(a.name.split(".")[1] for a in node.names if a.name.startswith("cu_fast."))
+    return names - {"__version__"}
+
+
+def test_every_import_follows_the_arrows():
+    modules = {path.stem: imported(path) for path in PACKAGE.glob("*.py")}
+    assert set(modules) == set(MAY_IMPORT), "a module without a place in the architecture"
+    wrong = {name: sorted(names - MAY_IMPORT[name]) for name, names in modules.items()}
+    assert not any(wrong.values()), wrong
+
+
+def test_only_hf_knows_transformers_models():
+    knows = {path.stem for path in PACKAGE.glob("*.py") if "transformers.models" in path.read_text()}
+    assert knows <= {"hf"}
+
+
+def test_torch_headers_stop_at_the_host_files():
+    csrc = PACKAGE.parent / "csrc"
+    for path in [
+        *csrc.glob("core/*"),
+        *csrc.glob("cpu/*-inl.h"),
+        *csrc.glob("cpu/*_avx*.cpp"),
+        *csrc.glob("cpu/*_scalar.cpp"),
+    ]:
+        assert "torch/" not in path.read_text(), f"{path} includes a torch header"
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, cu_fast; print(*sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == []

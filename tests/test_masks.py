@@ -1,0 +1,144 @@
+"""Masks: algebra, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+
+from cu_fast.masks import Mask, MaskTable, read_safetensors, write_directory
+
+SHA = "a" * 64
+
+
+def mask(ids, topic="topic", sha=SHA, **more):
+    return Mask.from_ids(ids, num_codes=70, codebook_sha256=sha, topic=topic, **more)
+
+
+def test_bits_are_the_contract():
+    made = mask([0, 31, 32, 69])
+    assert made.bits.tolist() == [1 | -(2**31), 1, 1 << 5]
+    assert made.ids().tolist() == [0, 31, 32, 69] and made.num_deleted == 4
+
+
+def test_algebra():
+    a, b = mask([1, 2, 40], "a"), mask([2, 40, 50], "b")
+    assert (a | b).ids().tolist() == [1, 2, 40, 50]
+    assert (a & b).ids().tolist() == [2, 40]
+    assert (a - b).ids().tolist() == [1]
+    assert (a | b).topic == "union of a and b"
+    assert [part["topic"] for part in (a | b).method["parts"]] == ["a", "b"]
+    assert (a | b).digest == (b | a).digest != a.digest
+
+
+def test_other_codebooks_are_refused():
+    with pytest.raises(ValueError, match="another codebook"):
+        mask([1]) | mask([2], sha="b" * 64)
+
+
+def test_round_trip(tmp_path):
+    made = mask([3, 64], "Äuthor / 1", layer="model.layers.1", method={"alpha": 0.05, "n": 3})
+    made.save(tmp_path / "m")
+    made.save(tmp_path / "m")  # over an older one
+    read = Mask.load(tmp_path / "m")
+    assert torch.equal(read.bits, made.bits) and read.digest == made.digest
+    assert (read.topic, read.layer, read.method) == (made.topic, made.layer, made.method)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"], "a temporary folder was left"
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "letters").write_text("dear")
+    with pytest.raises(FileExistsError, match="holds no mask"):
+        mask([3]).save(tmp_path)
+    assert (tmp_path / "letters").read_text() == "dear"
+
+
+@pytest.mark.parametrize("key", ["topic", "num_codes", "num_deleted", "codebook_sha256", "digest", "method"])
+def test_an_edited_record_is_refused(tmp_path, key):
+    mask([3]).save(tmp_path / "m")
+    file = tmp_path / "m" / "mask.json"
+    record = json.loads(file.read_text())
+    record[key] = 71 if key.startswith("num") else "else"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"mask\.json was changed"):
+        Mask.load(tmp_path / "m")
+
+
+def test_edited_bits_are_refused(tmp_path):
+    mask([3]).save(tmp_path / "m")
+    mask([4]).save(tmp_path / "other")
+    (tmp_path / "m" / "mask.safetensors").write_bytes((tmp_path / "other" / "mask.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"does not match mask\.json"):
+        Mask.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["mask.json", "mask.safetensors"])
+def test_a_missing_file_is_named(tmp_path, name):
+    mask([3]).save(tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        Mask.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[:5],
+        lambda raw: b"",
+        lambda raw: struct.pack("<Q", 2**62) + raw[8:],
+        lambda raw: raw.replace(b'"I32"', b'"F99"'),
+        lambda raw: raw.replace(b"[3]", b"[9]"),
+        lambda raw: b"\x80\x04K\x01.",  # a pickle
+    ],
+)
+def test_a_truncated_or_hostile_file_is_an_error(tmp_path, damage):
+    mask([3]).save(tmp_path / "m")
+    file = tmp_path / "m" / "mask.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"mask\.safetensors"):
+        Mask.load(tmp_path / "m")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
+    mask([3]).save(tmp_path / "m")
+    file = tmp_path / "m" / "mask.safetensors"
+    with pytest.raises(ValueError, match=r"lacks the tensors \['codes'\] and holds the unexpected \['bits'\]"):
+        read_safetensors(file, {"codes": None})
+    with pytest.raises(ValueError, match=r"'bits' has shape \[3\]; it should be \[4\]"):
+        read_safetensors(file, {"bits": (4,)})
+
+
+@pytest.mark.parametrize("ids", [[70], [-1]])
+def test_ids_outside_the_codebook_are_refused(ids):
+    with pytest.raises(ValueError, match="should lie in"):
+        mask(ids)
+
+
+def test_bits_beyond_the_last_code_are_refused():
+    with pytest.raises(ValueError, match="beyond the last"):
+        Mask(torch.tensor([0, 0, 1 << 6], dtype=torch.int32), 70, SHA, "t")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    write_directory(tmp_path / "d", {"a": b"old"})
+    with pytest.raises(TypeError):
+        write_directory(tmp_path / "d", {"a": b"new", "b": "not bytes"})
+    assert (tmp_path / "d" / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_table_is_written_in_place_and_grows():
+    table = MaskTable(70, "cpu", rows=2)
+    held = table.table
+    table.write(1, mask([3]).bits)
+    assert held[1].tolist() == [8, 0, 0] and table.table is held
+    table.write(5, mask([33]).bits)
+    assert table.table.shape[0] >= 6 and table.table[5].tolist() == [0, 2, 0] and table.table[1].tolist() == [8, 0, 0]
+
+
+def test_after_erasing():
+    kept = torch.tensor([0, 2, 3, 69])
+    left = mask([1, 2, 69]).after_erasing(kept, "c" * 64)
+    assert left.ids().tolist() == [1, 3] and left.num_codes == 4 and left.codebook_sha256 == "c" * 64
