@@ -84,6 +84,20 @@ class Topics:
         self._check_name(name)
         del self.masks[name]
 
+    def erase(self, name: str) -> None:
+        """Remove a mask's codes from their codebooks for good; the other masks move to what remains."""
+        self._check_name(name)
+        for layer, mask in self._route_again(name):
+            before = mask.codebook_sha256
+            kept = layer.bottleneck.erase(mask.ids())
+            after = layer.bottleneck.codebook_sha256()
+            layer.table = MaskTable(len(kept), layer.bottleneck.codebook.codes.device)
+            for other, masks in self.masks.items():
+                self.masks[other] = tuple(
+                    m.after_erasing(kept, after) if m.codebook_sha256 == before else m for m in masks
+                )
+        del self.masks[name]
+
     def route(self, mask: Mask) -> Layer:
         """The layer that a mask is for. Raises ValueError where its codebook is none of the layers', or several's."""
         matches = [v for v in self._layers if v.bottleneck.codebook_sha256() == mask.codebook_sha256]

@@ -125,6 +125,20 @@ class Attachment:
         self._check_usable()
         self._topics.remove(name)
 
+    def erase(self, name: str) -> None:
+        """Remove a mask's codes from the weights for good, and the mask with them; other masks stay usable.
+
+        The live bottlenecks change; :meth:`save` makes it last, and copies saved before still hold the codes. The
+        next best codes take the places of the erased, as mask_mode "reselect" does: measure in that mode first.
+
+        Raises:
+            ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open.
+        """
+        self._check_usable()
+        if self._active.masked_contexts:
+            raise RuntimeError("erase() inside an unlearn context; leave it first")
+        self._topics.erase(name)
+
     # -- what holds ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cu_fast.checkpoint import load_model, read_model, save_model
+from cu_fast.masks import Mask
 
 
 def logits(model, tokenizer):
@@ -72,3 +73,31 @@ def test_a_damaged_mask_is_an_error(folder):
     record.write_text(json.dumps(values | {"topic": "another"}))
     with pytest.raises(ValueError, match="was changed after it was saved"):
         load_model(folder)
+
+
+def test_erasing_is_for_good_and_acts_as_reselect(folder, tokenizer, tmp_path):
+    model, _, read = load_model(folder)
+    (bottleneck,) = read.bottlenecks.values()
+    other = Mask.from_ids([1, 2, 299], num_codes=300, codebook_sha256=bottleneck.codebook_sha256(), topic="other")
+    read.add_mask(other)
+    read.mask_mode = "reselect"
+    gone = bottleneck.codebook.codes.detach()[::2].clone()
+    with read.unlearn("even codes / ü"):
+        masked = logits(model, tokenizer)
+    with read.unlearn({"even codes / ü", "other"}):
+        both = logits(model, tokenizer)
+
+    with pytest.raises(RuntimeError, match="leave it first"), read.unlearn("other"):
+        read.erase("even codes / ü")
+    read.erase("even codes / ü")
+    save_model(read, tokenizer, tmp_path / "erased")
+    model, _, erased = load_model(tmp_path / "erased")
+    (bottleneck,) = erased.bottlenecks.values()
+    assert torch.equal(logits(model, tokenizer), masked)
+    assert set(erased.masks) == {"other"} and erased.masks["other"][0].ids().tolist() == [0, 149]
+    with erased.unlearn("other"):
+        assert torch.equal(logits(model, tokenizer), both)
+    codes = bottleneck.codebook.codes.detach()
+    assert codes.shape == (150, 32) and not (codes[:, None] == gone[None]).all(-1).any()
+    raw = (tmp_path / "erased" / "codebook" / "bottleneck.safetensors").read_bytes()
+    assert gone[0].numpy().tobytes() not in raw and codes[0].numpy().tobytes() in raw

@@ -5,7 +5,7 @@
 //   what           shape                            where it stays
 //   rows of z      [kBlockTokens, round_up(E, 16)]  fp32 in scratch, widened once a block
 //   tile of codes  [tile_codes(E), E]               in place, or fp32 in scratch: second-level cache
-//   partials       [kTokens, 16]                    registers
+//   partials       [kTokens, kCodes, 16]            registers
 //   dots           [kTokens, kMaxTileCodes]         first-level cache
 //
 // 1. Widen the block's rows of z, subtract pre, note the rows that hold NaN or Inf.
@@ -98,15 +98,16 @@ inline void score_rows(const float* z, int64_t z_stride, const T* codes, int64_t
   for (; j < n; ++j) dot_tile<kTokens, 1>(z, z_stride, codes + j * stride, stride, E, dots + j);
 }
 
-// The same for `rows` rows, as many as a tile has or one. A single row is bound by memory: one stream of
-// codes is what the hardware prefetches best.
+// The same for `rows` rows: kTokens, or one.
 template <class T>
-inline void score_tile(int64_t rows, const float* z, int64_t z_stride, const T* codes, int64_t stride,
-                       int64_t n, int64_t E, float* dots) {
-  if (rows == Vec::kTokens) {
-    score_rows<Vec::kTokens, Vec::kCodes>(z, z_stride, codes, stride, n, E, dots);
-  } else {
+inline void score_tile(int64_t rows, bool one_by_one, const float* z, int64_t z_stride, const T* codes,
+                       int64_t stride, int64_t n, int64_t E, float* dots) {
+  if (rows == 1) {
     score_rows<1, 1>(z, z_stride, codes, stride, n, E, dots);
+  } else if (one_by_one) {
+    score_rows<Vec::kTokens, 1>(z, z_stride, codes, stride, n, E, dots);
+  } else {
+    score_rows<Vec::kTokens, Vec::kCodes>(z, z_stride, codes, stride, n, E, dots);
   }
 }
 
@@ -136,8 +137,9 @@ inline void visit_dots(const ScoreParams& p, const Block& block, float* scratch,
     const Matrix codes = codes_of_tile(p, first, n, scratch + tokens * E);
     for (int64_t t = 0, rows; t < tokens; t += rows) {
       rows = tokens - t >= Vec::kTokens ? Vec::kTokens : 1;
-      with_row(codes, 0,
-               [&](const auto* from) { score_tile(rows, z + t * E, E, from, codes.stride, n, E, dots); });
+      with_row(codes, 0, [&](const auto* from) {
+        score_tile(rows, takes_codes_one_by_one(p), z + t * E, E, from, codes.stride, n, E, dots);
+      });
       for (int64_t r = 0; r < rows; ++r) visit(block.t_begin + t + r, first, n, dots + r * kMaxTileCodes);
     }
   }

@@ -24,9 +24,15 @@ inline int64_t tile_codes(int64_t E) {
   return std::clamp(kTileFloats / std::max<int64_t>(E, 1) / kLanes * kLanes, int64_t{kLanes}, kMaxTileCodes);
 }
 
-// With so few tokens a code is widened as it is read; with more, a tile of codes is widened once for all of
-// them.
+// With so few tokens memory is the bound: codes are widened as they are read. With more, a tile of codes is
+// widened once for all of them.
 inline constexpr int64_t kFewTokens = 8;
+
+// Whether codes pass by one after the other: a single stream, which hardware prefetches better than several
+// that share a page. Only while the rows of z that they pass stay in the first-level cache.
+inline bool takes_codes_one_by_one(const ScoreParams& p) {
+  return p.T <= kFewTokens && p.E <= 512;
+}
 
 // Whether codes are read where they lie, or from a widened, padded tile.
 inline bool reads_codes_in_place(const ScoreParams& p) {

@@ -33,7 +33,7 @@ struct Vec {
     for (int l = 0; l < kLanes; ++l) narrow(lane[l], to + l);
   }
 
-  // out[i] = the 16 lanes of v[i], added as the canonical tree. For one code, and for kCodes.
+  // out[i] = the 16 lanes of v[i], added as the canonical tree. Needed for one code and for kCodes.
   static void tree_sums(const Vec (&v)[1], float* out) {
     Vec partial = v[0];
     out[0] = tree_sum(partial.lane);

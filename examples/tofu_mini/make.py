@@ -126,7 +126,7 @@ def train_base(authors: list[demo.Author], folder: Path) -> None:
 
 def train_bottleneck(authors: list[demo.Author], base: Path, folder: Path) -> None:
     model, tokenizer = read_model(base)
-    config = BottleneckConfig(d_model=192, code_dim=192, num_codes=12_288, k=8, activation="none")
+    config = BottleneckConfig(d_model=192, code_dim=96, num_codes=16_384, k=8, activation="none")
     settings = arguments(
         folder, num_train_epochs=10, per_device_train_batch_size=12, learning_rate=1e-3, warmup_steps=30, weight_decay=0.0
     )
