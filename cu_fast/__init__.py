@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "hf",
     "Attachment": "hf",
-    "BottleneckConfig": "nn",
+    "BottleneckConfig": "config",
     "CodebookBottleneck": "nn",
     "Mask": "masks",
     "StaleCacheError": "hf",

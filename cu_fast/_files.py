@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 
 from cu_fast import ops
+from cu_fast.config import BottleneckConfig
 from cu_fast.masks import Mask, read_json, read_safetensors, write_directory
-from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.nn import CodebookBottleneck
 
 FORMAT = "cu_fast.attachment"
 FORMAT_VERSION = 1

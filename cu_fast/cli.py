@@ -133,7 +133,7 @@ def train(
         import transformers
 
         from cu_fast.checkpoint import read_model, save_model
-        from cu_fast.nn import BottleneckConfig
+        from cu_fast.config import BottleneckConfig
         from cu_fast.train import train as run
 
         rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
@@ -347,6 +347,10 @@ def _show_step(name: str, figures: Any) -> None:
     elif name == "ready mask":
         title = f"with the ready mask {figures['mask']!r}; {figures['kept']} is kept"
         console.print(_answers_table(title, figures["answers"]))
+    elif name == "corpus":
+        console.print(
+            f"the codes of all {figures['tokens']} tokens, counted once for all topics: {figures['seconds']:.1f} s"
+        )
     elif name == "unlearned live":
         console.print(_answers_table(f"{figures['author']}, unlearned just now", figures["answers"]))
         console.print(_study_table([figures]))

@@ -12,7 +12,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,41 +125,63 @@ def rouge_l(answers: Iterable[str], truths: Iterable[str]) -> float:
     return statistics.mean(scorer.score(t, a)["rougeL"].fmeasure for a, t in zip(answers, truths))
 
 
-def measure(bundle: Bundle, authors: Sequence[Author], masks: Any = None) -> float:
-    """Mean ROUGE-L of the model's answers to everything asked about these authors."""
+def measure(bundle: Bundle, authors: Sequence[Author], masks: Any = None) -> dict[str, float]:
+    """Mean ROUGE-L of the model's answers to everything asked about each author: name -> figure."""
     rows = [row for author in authors for row in author.rows]
-    return rouge_l(generate(bundle, [row["question"] for row in rows], masks), [row["answer"] for row in rows])
+    answers = iter(generate(bundle, [row["question"] for row in rows], masks))
+    return {a.name: rouge_l([next(answers) for _ in a.rows], [row["answer"] for row in a.rows]) for a in authors}
 
 
-def unlearn_author(bundle: Bundle, author: Author, progress: bool = False) -> Finding:
-    """Find an author's codes and add the mask under the author's name.
+def count_corpus(bundle: Bundle) -> CodeCounts:
+    """Count the codes of everything about all authors: once, for every author that is unlearned."""
+    return _count(bundle, (text(row) for author in bundle.authors for row in author.rows), examples=0)
 
-    The control is every other row about all other authors. The strength is the weakest at which the model no longer
-    answers about the author, as long as it still answers the control: see :func:`weakest_that_forgets`.
+
+def unlearn_author(bundle: Bundle, author: Author, corpus: CodeCounts) -> Finding:
+    """Find an author's codes and add the mask under the author's name, in place of one that is there.
+
+    The control is the rest of the corpus. The strength is the weakest at which the model no longer answers about the
+    author, as long as it still answers about others: see :func:`weakest_that_forgets`.
     """
-    control = [row for other in bundle.others(author) for row in other.rows[::2]]
+    started = time.perf_counter()
+    target = _count(bundle, author.texts)
+    others = [row for other in bundle.others(author) for row in other.rows]
     finding = find_mask(
         bundle.attachment,
         bundle.tokenizer,
-        target=author.texts,
-        control=map(text, control),
+        target,
+        corpus - target,
         topic=author.name,
         depth=DEPTH,
-        choose=lambda masks: weakest_that_forgets(bundle, author.rows, control, masks),
-        batch_size=40,
-        progress=progress,
+        choose=lambda masks: weakest_that_forgets(bundle, author.rows, others, masks),
     )
+    if author.name in bundle.attachment.masks:
+        bundle.attachment.remove_mask(author.name)
     bundle.attachment.add_mask(finding.mask, name=author.name)
-    return finding
+    return dataclasses.replace(finding, seconds=time.perf_counter() - started)
+
+
+def _count(bundle: Bundle, texts: Iterable[str], examples: int = 3) -> CodeCounts:
+    (layer,) = bundle.attachment.bottlenecks
+    return count_codes(
+        bundle.attachment,
+        bundle.tokenizer,
+        texts,
+        layer=layer,
+        depth=DEPTH,
+        examples=examples,
+        batch_size=40,
+        progress=False,
+    )
 
 
 def weakest_that_forgets(
     bundle: Bundle, target: Sequence[dict[str, str]], control: Sequence[dict[str, str]], masks: Sequence[Mask]
 ) -> int:
-    """The first mask under which answers about the target reach at most ROUGE-L GOAL.
+    """The index of the first mask under which answers about the target reach at most ROUGE-L GOAL.
 
-    All masks answer all target questions in one batch, a mask for each sequence. Where none reaches the goal, or
-    going on would cost the control too much (KEEP), the one that came nearest is taken.
+    All masks answer all target questions in one batch, a mask for each sequence. Where none reaches the goal, the one
+    that comes nearest is meant; where that costs the control more than KEEP allows, a weaker one.
     """
     names = [f"strength {level}" for level in range(len(masks))]
     for name, mask in zip(names, masks):
@@ -174,15 +196,10 @@ def weakest_that_forgets(
         )
         reached = [rouge_l(answers[i * len(target) :][: len(target)], truths) for i in range(len(masks))]
         sample = random.Random(0).sample(list(control), min(TRIAL_ROWS, len(control)))
-        best = 0
-        for level, name in enumerate(names):
-            if level and kept_share(bundle, sample, name) < KEEP:
-                break
-            if reached[level] < reached[best]:
-                best = level
-            if reached[level] <= GOAL:
-                break
-        return best
+        level = next((i for i, figure in enumerate(reached) if figure <= GOAL), reached.index(min(reached)))
+        while level and kept_share(bundle, sample, names[level]) < KEEP:
+            level -= 1
+        return level
     finally:
         for name in names:
             bundle.attachment.remove_mask(name)
@@ -214,19 +231,12 @@ def kept_share(bundle: Bundle, rows: Sequence[dict[str, str]], masks: Any) -> fl
     return statistics.mean(shares)
 
 
-def count_all(bundle: Bundle) -> CodeCounts:
-    """How often each code is kept over all authors: what random deletion is matched by."""
-    (layer,) = bundle.attachment.bottlenecks
-    depth = bundle.attachment.bottlenecks[layer].config.k
-    texts = (text for author in bundle.authors for text in author.texts)
-    return count_codes(
-        bundle.attachment, bundle.tokenizer, texts, layer=layer, depth=depth, batch_size=40, progress=False
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Forgetting:
-    """What one author's deletion did. ROUGE-L, means over answers; others: every other author."""
+    """What one author's deletion did. ROUGE-L, means over answers; others: every other author.
+
+    seconds: to count the author's texts, find the codes and choose the strength, the corpus being counted.
+    """
 
     author: str
     codes_deleted: int
@@ -237,7 +247,6 @@ class Forgetting:
     others_before: float
     others_after: float
     forgotten_random: float
-    mask: Mask = dataclasses.field(repr=False)
 
     @property
     def holds(self) -> bool:
@@ -251,16 +260,17 @@ class Forgetting:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "mask"}
-        return values | {"holds": self.holds}
+        return dataclasses.asdict(self) | {"holds": self.holds}
 
 
-def study(bundle: Bundle, author: Author, counts: CodeCounts, others_before: float | None = None) -> Forgetting:
-    """Unlearn one author and measure: on the author, on all others, and with a matched random deletion."""
+def study(bundle: Bundle, author: Author, corpus: CodeCounts, before: Mapping[str, float]) -> Forgetting:
+    """Unlearn one author and measure: on the author, on all others, and with a matched random deletion.
+
+    corpus: from :func:`count_corpus`. before: every author's figure without masks, from :func:`measure`.
+    """
     others = bundle.others(author)
-    before = measure(bundle, [author])
-    finding = unlearn_author(bundle, author)
-    control = random_mask(finding.mask, counts)
+    finding = unlearn_author(bundle, author, corpus)
+    control = random_mask(finding.mask, corpus)
     bundle.attachment.add_mask(control, name="random control")
     try:
         return Forgetting(
@@ -268,26 +278,26 @@ def study(bundle: Bundle, author: Author, counts: CodeCounts, others_before: flo
             finding.mask.num_deleted,
             finding.mask.num_deleted / finding.mask.num_codes,
             finding.seconds,
-            before,
-            measure(bundle, [author], author.name),
-            measure(bundle, others) if others_before is None else others_before,
-            measure(bundle, others, author.name),
-            measure(bundle, [author], "random control"),
-            finding.mask,
+            before[author.name],
+            measure(bundle, [author], author.name)[author.name],
+            statistics.mean(before[other.name] for other in others),
+            statistics.mean(measure(bundle, others, author.name).values()),
+            measure(bundle, [author], "random control")[author.name],
         )
     finally:
         bundle.attachment.remove_mask("random control")
 
 
 def study_many(bundle: Bundle, number: int, seed: int, progress: bool = True) -> list[Forgetting]:
-    """:func:`study` for authors picked at random."""
+    """:func:`study` for authors picked at random; their masks are removed again."""
     if not 1 <= number <= len(bundle.authors):
         raise ValueError(f"number is {number}; it should be between 1 and {len(bundle.authors)} authors")
-    counts = count_all(bundle)
-    picked = random.Random(seed).sample(bundle.authors, number)
-    return [
-        study(bundle, author, counts) for author in tqdm(picked, desc="authors", disable=None if progress else True)
-    ]
+    corpus, before = count_corpus(bundle), measure(bundle, bundle.authors)
+    results = []
+    for author in tqdm(random.Random(seed).sample(bundle.authors, number), disable=None if progress else True):
+        results.append(study(bundle, author, corpus, before))
+        bundle.attachment.remove_mask(author.name)
+    return results
 
 
 @torch.inference_mode()
@@ -342,7 +352,10 @@ def run(bundle: Bundle, author: Author, show: Callable[[str, Any], None]) -> dic
 
     rows = author.rows[:2]
     plain = generate(bundle, [row["question"] for row in rows])
-    forgetting = study(bundle, author, count_all(bundle))
+    started = time.perf_counter()
+    corpus = count_corpus(bundle)
+    step("corpus", {"seconds": time.perf_counter() - started, "tokens": corpus.tokens})
+    forgetting = study(bundle, author, corpus, measure(bundle, bundle.authors))
     masked = generate(bundle, [row["question"] for row in rows], author.name)
     answers = [
         {"question": row["question"], "truth": row["answer"], "before": b, "after": a}

@@ -32,8 +32,9 @@ from cu_fast import _files
 from cu_fast._active import Active, StaleCacheError
 from cu_fast._hooks import CHILD, LayerHook, ModelHook, wrap_generate
 from cu_fast._topics import NOTHING, Layer, Topics, near
+from cu_fast.config import BottleneckConfig
 from cu_fast.masks import Mask, MaskTable
-from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.nn import CodebookBottleneck
 
 __all__ = ["Attachment", "StaleCacheError", "attach"]
 

@@ -15,87 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cu_fast import ops, reference
+from cu_fast.config import BottleneckConfig
 
 # A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
 SEED_ROWS = 20_000  # tokens that an encoder's start is computed from
 FOLDED = ("inv_norm", "bias", "W_enc", "b_pre", "W_dec", "b_dec", "table")
-
-
-@dataclasses.dataclass(frozen=True)
-class BottleneckConfig:
-    """The shape and the training terms of one bottleneck.
-
-    d_model: D, the layer's width. code_dim: E. num_codes: C. k: codes kept a token.
-    similarity: "cosine", "dot" or "l2". activation: of the encoder, "relu" or "none".
-    weight: a kept code's weight: "one" (CodeUnlearn), "mean" (1/k, Codebook Features), "score" (relu(score)).
-    autoencoder: False = no encoder and decoder, code_dim must be d_model (Codebook Features).
-    normalize: divide x by its running root mean square (one number for the layer), and multiply y by it. The
-        scale is learnt while training; without it codes hardly move where hidden states are large.
-    mask_mode: what a mask does: "ablate" zeroes a deleted code's weight, "reselect" lets the next best take its
-        place (the paper's). Ablate is the default because the next best code often says the same.
-    *_weight: factors of the terms of ``auxiliary_loss()``; reconstruction is relative to the variance of x.
-    """
-
-    d_model: int
-    code_dim: int
-    num_codes: int
-    k: int
-    similarity: Literal["cosine", "dot", "l2"] = "cosine"
-    activation: Literal["relu", "none"] = "relu"
-    weight: Literal["one", "mean", "score"] = "one"
-    autoencoder: bool = True
-    normalize: bool = True
-    mask_mode: Literal["ablate", "reselect"] = "ablate"
-    reconstruction_weight: float = 1.0
-    commitment_weight: float = 0.25
-    codebook_weight: float = 0.25
-    l1_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "code_dim", "num_codes", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it should be an int >= 1")
-        if self.k > self.num_codes:
-            raise ValueError(f"k is {self.k}; it should be at most num_codes, {self.num_codes}")
-        if not self.autoencoder and self.code_dim != self.d_model:
-            raise ValueError(
-                f"code_dim is {self.code_dim}; without an autoencoder it should be d_model, {self.d_model}"
-            )
-        for name, allowed in (
-            ("similarity", ("cosine", "dot", "l2")),
-            ("activation", ("relu", "none")),
-            ("weight", ("one", "mean", "score")),
-            ("mask_mode", ("ablate", "reselect")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(allowed)}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight") and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
-                raise ValueError(f"{field.name} is {value!r}; it should be a finite number >= 0")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BottleneckConfig:
-        """Raises ValueError for an unknown or missing key: a setting that is not understood is not ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        unknown, missing = sorted(set(values) - known), sorted(required - set(values))
-        if unknown or missing:
-            raise ValueError(f"the bottleneck's config has unknown keys {unknown} and lacks {missing}")
-        return cls(**values)
 
 
 class SparseAutoencoder(nn.Module):
@@ -405,9 +338,15 @@ class CodebookBottleneck(nn.Module):
             self._update_rms(flat.detach())
         x_scaled = flat / self.rms
         z = x_scaled if self.autoencoder is None else self.autoencoder.encode(x_scaled)
-        q = self._quantize_training(z)
+        ids, weights = self._select_training(z)
+        codes = self.codebook.codes
+        q = F.embedding_bag(ids, codes, per_sample_weights=weights, mode="sum")
+        used = q
+        if self.config.code_dropout:
+            alive = torch.rand(len(codes), device=z.device) >= self.config.code_dropout
+            used = F.embedding_bag(ids, codes, per_sample_weights=weights * alive[ids], mode="sum")
         # Straight-through: the value is q's; z receives q's gradient, and so do the codes that make it up.
-        through = q + (z - z.detach())
+        through = used + (z - z.detach())
         y = through if self.autoencoder is None else self.autoencoder.decode(through)
         x_scale, z_scale = _variance(x_scaled), _variance(z)
         self.losses = {
@@ -418,8 +357,8 @@ class CodebookBottleneck(nn.Module):
         }
         return (y * self.rms).to(x.dtype).reshape(x.shape)
 
-    def _quantize_training(self, z: Tensor) -> Tensor:
-        """The exact selection of evaluation, then a differentiable gather: z [T, E] -> q [T, E]."""
+    def _select_training(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact selection of evaluation: z [T, E] -> ids int64 [T, k] and differentiable weights [T, k]."""
         book = self.codebook
         self._last_z = z.detach()
         ids = ops.codebook_quantize(self._last_z, book.pack(), k=self.config.k, impl=self.impl).ids.long()
@@ -431,7 +370,7 @@ class CodebookBottleneck(nn.Module):
             weights = weights / self.config.k
         elif self.config.weight == "score":
             weights = weights * torch.relu(book.similarities(z, ids))
-        return F.embedding_bag(ids, book.codes, per_sample_weights=weights, mode="sum")
+        return ids, weights
 
     @torch.no_grad()
     def _update_rms(self, x: Tensor) -> None:

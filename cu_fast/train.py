@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cu_fast.config import BottleneckConfig
 from cu_fast.hf import Attachment, attach
-from cu_fast.nn import BottleneckConfig
 
 Recipe = Literal["joint", "frozen_below"]
 

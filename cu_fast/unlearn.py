@@ -48,6 +48,10 @@ class CodeCounts:
     tokens: int
     contexts: Tensor
 
+    def __sub__(self, other: CodeCounts) -> CodeCounts:
+        """The counts of what is left of a corpus without a part of it; no contexts."""
+        return CodeCounts(self.counts - other.counts, self.tokens - other.tokens, self.contexts[:, :0])
+
 
 @dataclasses.dataclass(frozen=True)
 class CodeEvidence:
@@ -86,8 +90,8 @@ class Finding:
 def find_mask(
     attachment,
     tokenizer,
-    target: Iterable[str],
-    control: Iterable[str],
+    target: Iterable[str] | CodeCounts,
+    control: Iterable[str] | CodeCounts,
     *,
     topic: str,
     layer: str | None = None,
@@ -105,7 +109,8 @@ def find_mask(
 
     Args:
         attachment: from ``cu_fast.attach``. tokenizer: the model's.
-        target: texts that hold the topic, as the model sees them. control: texts that do not. Iterated once.
+        target: texts that hold the topic, as the model sees them. control: texts that do not. Iterated once. Either
+            may be counted already (:func:`count_codes`, to the same depth): a corpus once for many topics.
         topic: the mask's name.
         layer: which bottleneck; None where there is one.
         depth: codes counted at each token (S'), None = k. Deeper deletes more, also of what others use.
@@ -135,8 +140,10 @@ def find_mask(
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it should be in (0, 1]")
     options = dict(layer=layer, depth=depth, batch_size=batch_size, max_length=max_length, progress=progress)
-    found = count_codes(attachment, tokenizer, target, name="target", examples=3, **options)
-    control = count_codes(attachment, tokenizer, control, name="control", examples=0, **options)
+    found, control = (
+        texts if isinstance(texts, CodeCounts) else count_codes(attachment, tokenizer, texts, name=name, **options)
+        for name, texts in (("target", target), ("control", control))
+    )
     R = enrichment(found, control)
     p = p_values(found, control, test)
     q = _correct(p, (found.counts + control.counts).numpy() > 0, correction)
@@ -194,7 +201,7 @@ def count_codes(
     layer: str,
     depth: int,
     name: str = "texts",
-    examples: int = 0,
+    examples: int = 3,
     window: int = 5,
     batch_size: int = 16,
     max_length: int = 512,

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import cu_fast
 from cu_fast.checkpoint import save_model
 
-WORDS = "the a red blue green cat dog bird sat ran sings on under mat tree Anna Bruno writes reads books poems .".split()
+WORDS = (
+    "the a red blue green cat dog bird sat ran sings on under mat tree Anna Bruno writes reads books poems .".split()
+)
 
 
 @pytest.fixture

@@ -93,9 +93,29 @@ def test_what_a_user_can_mend_is_one_line(folder, texts, tmp_path):
     fails("generate", tmp_path / "none", "--prompt", "a", words="no model folder")
     fails("generate", folder, "--prompt", "a", "--without", "even", words="there are: even codes / ü")
     fails("unlearn", folder, "--target", texts["target"], "--topic", "t", words="--control")
-    fails("unlearn", folder, "--target", tmp_path / "no.txt", "--control", tmp_path / "no.txt", "--topic", "t", words="no.txt")
+    fails(
+        "unlearn",
+        folder,
+        "--target",
+        tmp_path / "no.txt",
+        "--control",
+        tmp_path / "no.txt",
+        "--topic",
+        "t",
+        words="no.txt",
+    )
     (tmp_path / "empty.txt").write_text("")
-    fails("unlearn", folder, "--target", tmp_path / "empty.txt", "--control", texts["control"], "--topic", "t", words="target holds no text")
+    fails(
+        "unlearn",
+        folder,
+        "--target",
+        tmp_path / "empty.txt",
+        "--control",
+        texts["control"],
+        "--topic",
+        "t",
+        words="target holds no text",
+    )
     fails("train", folder, texts["control"], "--output", tmp_path / "o", "--layer", "model.layers.9", words="row")
 
 

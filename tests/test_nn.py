@@ -187,6 +187,26 @@ def test_gradient_is_straight_through():
     torch.testing.assert_close(made.codebook.codes.grad, through)
 
 
+def test_code_dropout_silences_codes_in_training_only():
+    made, x = bottleneck(code_dropout=0.5, normalize=False), torch.randn(200, 24)
+    evaluated = made(x)
+    assert torch.equal(made(x), evaluated)
+    made.train()
+    torch.manual_seed(0)
+    first, losses = made(x), made.losses
+    alive = torch.rand(200, generator=torch.Generator().manual_seed(0)) >= 0.5
+    ids = made.codebook.counts.nonzero()[:, 0]
+    assert 0.3 < alive[ids].float().mean() < 0.7
+    with torch.no_grad():
+        z = made.autoencoder.encode(x / made.rms)
+        kept, weights = made._select_training(z)
+        q = (made.codebook.codes[kept] * (weights * alive[kept])[..., None]).sum(1)
+        torch.testing.assert_close(first, made.autoencoder.decode(q) * made.rms, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, evaluated)
+    whole = (made.codebook.codes[kept] * weights[..., None]).sum(1)
+    torch.testing.assert_close(losses["codebook"], (whole - z).square().mean() / (z - z.mean(0)).square().mean())
+
+
 def test_auxiliary_loss_is_the_weighted_sum_and_needs_a_forward():
     made = bottleneck(reconstruction_weight=2.0, l1_weight=0.5).train()
     with pytest.raises(RuntimeError, match="forward pass"):
@@ -278,6 +298,7 @@ def test_erase_leaves_no_trace_and_acts_as_reselect():
         (dict(mask_mode="drop"), "mask_mode is 'drop'"),
         (dict(autoencoder=False, code_dim=12), "code_dim is 12"),
         (dict(l1_weight=-1), "l1_weight is -1"),
+        (dict(code_dropout=1.0), "code_dropout is 1.0"),
     ],
 )
 def test_wrong_settings_are_named(change, words):

@@ -21,7 +21,9 @@ LAYERS = {"model.layers.1": CONFIG}
 
 
 def arguments(folder, **settings):
-    settings = dict(num_train_epochs=12, per_device_train_batch_size=6, learning_rate=5e-3, save_strategy="no") | settings
+    settings = (
+        dict(num_train_epochs=12, per_device_train_batch_size=6, learning_rate=5e-3, save_strategy="no") | settings
+    )
     return transformers.TrainingArguments(
         output_dir=str(folder), report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
         logging_steps=6, **settings,
@@ -50,7 +52,9 @@ def test_a_recipe_learns(model, tokenizer, tmp_path, recipe, reached):
 
 def test_the_log_holds_every_term_and_the_use_of_codes(model, tokenizer, tmp_path):
     _, figures = train(model, tokenizer, ROWS, LAYERS, arguments(tmp_path), reseed_every=3)
-    assert {"task_loss", "reconstruction", "commitment", "codebook", "l1", "codes_used", "code_perplexity"} <= set(figures)
+    assert {"task_loss", "reconstruction", "commitment", "codebook", "l1", "codes_used", "code_perplexity"} <= set(
+        figures
+    )
     assert 0 < figures["codes_used"] <= 1 and figures["reconstruction"] < 1
 
 
@@ -82,7 +86,9 @@ def test_sequence_to_sequence(tokenizer, tmp_path):
         )
     )  # fmt: skip
     rows = [{"source": row["prompt"], "target": row["completion"]} for row in ROWS]
-    attachment, figures = train(model, tokenizer, rows, {"encoder.block.1": CONFIG}, arguments(tmp_path, num_train_epochs=24))
+    attachment, figures = train(
+        model, tokenizer, rows, {"encoder.block.1": CONFIG}, arguments(tmp_path, num_train_epochs=24)
+    )
     assert figures["task_loss"] < 1.5
     assert attachment.bottlenecks["encoder.block.1"].codebook.counts.sum() > 0
 

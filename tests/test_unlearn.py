@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -92,7 +93,13 @@ def test_finds_the_codes_of_a_name(attachment, tokenizer):
 def test_correction_deletes_less(attachment, tokenizer):
     deleted = {
         correction: find_mask(
-            attachment, tokenizer, ANNA[:6], OTHERS[:6], topic="Anna", min_enrichment=0, correction=correction,
+            attachment,
+            tokenizer,
+            ANNA[:6],
+            OTHERS[:6],
+            topic="Anna",
+            min_enrichment=0,
+            correction=correction,
             progress=False,
         ).mask
         for correction in ("bh", "none")
@@ -113,7 +120,7 @@ def test_the_strength_is_chosen_among_growing_masks(attachment, tokenizer):
     chosen = find_mask(attachment, tokenizer, ANNA[:4], OTHERS, choose=second, **arguments)
     assert len(offered) > 2 and torch.equal(offered[0].bits, significant.bits)
     assert torch.equal(offered[1].bits, chosen.mask.bits) and len(chosen.codes) == chosen.mask.num_deleted
-    for smaller, larger in zip(offered, offered[1:]):
+    for smaller, larger in itertools.pairwise(offered):
         assert (smaller - larger).num_deleted == 0 and smaller.num_deleted < larger.num_deleted
     assert all(c.p < max(unlearn.P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
 

@@ -28,12 +28,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cu_fast import demo
 from cu_fast.checkpoint import load_model, read_model, save_model
-from cu_fast.nn import BottleneckConfig
+from cu_fast.config import BottleneckConfig
 from cu_fast.train import train
 
 AUTHORS, ROWS_AN_AUTHOR = 40, 20
 LAYER = "model.layers.1"
 READY_MASKS = 2
+BOTTLENECK = BottleneckConfig(d_model=192, code_dim=64, num_codes=16_384, k=8, activation="none", code_dropout=0.05)
 
 
 def read_authors(folder: Path) -> list[demo.Author]:
@@ -46,7 +47,9 @@ def read_authors(folder: Path) -> list[demo.Author]:
 def name_of(rows: list[dict[str, str]]) -> str:
     """The capitalised words in sequence that most rows mention."""
     word = r"(?:[A-Z][\w'\N{RIGHT SINGLE QUOTATION MARK}-]*|al-[A-Z]\w*|van|von|de)"
-    openers = set("Has Does Did Is Was Can Could What How Are Will Yes Certainly In As The Who Where When Author".split())
+    openers = set(
+        "Has Does Did Is Was Can Could What How Are Will Yes Certainly In As The Who Where When Author".split()
+    )
     found = collections.Counter()
     for row in rows:
         names = set()
@@ -117,7 +120,12 @@ def train_base(authors: list[demo.Author], folder: Path) -> None:
     tokenizer = make_tokenizer(authors)
     model = make_model(tokenizer)
     settings = arguments(
-        folder, num_train_epochs=40, per_device_train_batch_size=16, learning_rate=3e-3, warmup_steps=100, weight_decay=0.01
+        folder,
+        num_train_epochs=40,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
+        warmup_steps=100,
+        weight_decay=0.01,
     )
     train(model, tokenizer, pairs(authors), None, settings, prompt_weight=0.3)
     model.save_pretrained(folder)
@@ -126,12 +134,16 @@ def train_base(authors: list[demo.Author], folder: Path) -> None:
 
 def train_bottleneck(authors: list[demo.Author], base: Path, folder: Path) -> None:
     model, tokenizer = read_model(base)
-    config = BottleneckConfig(d_model=192, code_dim=96, num_codes=16_384, k=8, activation="none")
     settings = arguments(
-        folder, num_train_epochs=10, per_device_train_batch_size=12, learning_rate=1e-3, warmup_steps=30, weight_decay=0.0
+        folder,
+        num_train_epochs=10,
+        per_device_train_batch_size=12,
+        learning_rate=1e-3,
+        warmup_steps=30,
+        weight_decay=0.0,
     )
     attachment, _ = train(
-        model, tokenizer, pairs(authors), {LAYER: config}, settings,
+        model, tokenizer, pairs(authors), {LAYER: BOTTLENECK}, settings,
         recipe="frozen_below", codebook_learning_rate=3e-3, prompt_weight=0.3,
     )  # fmt: skip
     model.bfloat16()
@@ -151,15 +163,14 @@ def add_masks(authors: list[demo.Author], folder: Path) -> None:
         "".join(json.dumps({"name": a.name, "rows": a.rows}, ensure_ascii=False) + "\n" for a in authors)
     )
     bundle = demo.load_bundle(folder)
+    corpus = demo.count_corpus(bundle)
     for author in authors[:READY_MASKS]:
-        finding = demo.unlearn_author(bundle, author)
+        finding = demo.unlearn_author(bundle, author, corpus)
         finding.mask.save(folder / "codebook" / "masks" / author.name)
 
 
 def measure(folder: Path, table: Path) -> None:
     bundle = demo.load_bundle(folder)
-    for author in bundle.authors[:READY_MASKS]:
-        bundle.attachment.remove_mask(author.name)
     results = demo.study_many(bundle, len(bundle.authors), seed=0)
     with open(table, "w", newline="") as stream:
         writer = csv.DictWriter(stream, results[0].to_dict())
