@@ -154,6 +154,8 @@ class CodebookBottleneck(nn.Module):
         self._sha256: tuple[tuple, str] | None = None
         self._last_z: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
+        # Training only: which positions of the batch are tokens, bool [...]; the rest, padding, is left out.
+        self.token_mask: Tensor | None = None
         self.register_load_state_dict_post_hook(_fold_loaded)
 
     def forward(self, x: Tensor, mask_table: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
@@ -334,6 +336,10 @@ class CodebookBottleneck(nn.Module):
 
     def _forward_training(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.config.d_model).float()
+        real = None
+        if self.token_mask is not None and self.token_mask.shape == x.shape[:-1]:
+            real = self.token_mask.flatten().nonzero()[:, 0]
+            whole, flat = flat, flat[real]
         if self.config.normalize:
             self._update_rms(flat.detach())
         x_scaled = flat / self.rms
@@ -355,7 +361,10 @@ class CodebookBottleneck(nn.Module):
             "codebook": (q - z.detach()).square().mean() / z_scale,
             "l1": self.codebook.codes.abs().mean(),
         }
-        return (y * self.rms).to(x.dtype).reshape(x.shape)
+        y = y * self.rms
+        if real is not None:
+            y = whole.index_copy(0, real, y)
+        return y.to(x.dtype).reshape(x.shape)
 
     def _select_training(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The exact selection of evaluation: z [T, E] -> ids int64 [T, k] and differentiable weights [T, k]."""

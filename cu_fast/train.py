@@ -113,6 +113,11 @@ class CodebookTrainer(Trainer):
         inputs = dict(inputs)
         weights = inputs.pop("loss_weights")
         labels = inputs["labels"] if self.model.config.is_encoder_decoder else inputs.pop("labels")
+        if self.attachment is not None:
+            for name, bottleneck in self.attachment.bottlenecks.items():
+                # The mask is an encoder's where there is one; a decoder's positions are not its.
+                of_mask = "decoder" not in name or not self.model.config.is_encoder_decoder
+                bottleneck.token_mask = inputs["attention_mask"].bool() if of_mask else None
         outputs = model(**inputs)
         loss = weighted_loss(outputs.logits, labels, weights, shift=not self.model.config.is_encoder_decoder)
         if self.attachment is not None:

@@ -207,6 +207,22 @@ def test_code_dropout_silences_codes_in_training_only():
     torch.testing.assert_close(losses["codebook"], (whole - z).square().mean() / (z - z.mean(0)).square().mean())
 
 
+def test_padding_is_left_out_of_training():
+    made = bottleneck().train()
+    x, padded = torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.bool)
+    padded[0, 3:] = False
+    real = x[padded]
+    alone = bottleneck().train()
+    want = alone(real)
+    made.token_mask = padded
+    got = made(x)
+    torch.testing.assert_close(got[padded], want)
+    assert torch.equal(got[~padded], x[~padded]) and torch.equal(made.codebook.counts, alone.codebook.counts)
+    torch.testing.assert_close(made.auxiliary_loss(), alone.auxiliary_loss())
+    made.token_mask = torch.ones(7, dtype=torch.bool)  # of something else: nothing is left out
+    assert made(x).shape == x.shape and int(made.codebook.counts.sum()) == 8 * (8 + 10)
+
+
 def test_auxiliary_loss_is_the_weighted_sum_and_needs_a_forward():
     made = bottleneck(reconstruction_weight=2.0, l1_weight=0.5).train()
     with pytest.raises(RuntimeError, match="forward pass"):

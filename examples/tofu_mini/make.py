@@ -136,11 +136,12 @@ def train_bottleneck(authors: list[demo.Author], base: Path, folder: Path) -> No
     model, tokenizer = read_model(base)
     settings = arguments(
         folder,
-        num_train_epochs=10,
+        num_train_epochs=14,
         per_device_train_batch_size=12,
         learning_rate=1e-3,
         warmup_steps=30,
         weight_decay=0.0,
+        train_sampling_strategy="group_by_length",
     )
     attachment, _ = train(
         model, tokenizer, pairs(authors), {LAYER: BOTTLENECK}, settings,
