@@ -29,10 +29,9 @@ MAX_NEW_TOKENS = 104  # longer than every answer of the training set
 
 # How strong a deletion should be, found on this model: it serves all of its authors.
 DEPTH = 16  # codes counted at each token
-GOAL = 0.22  # ROUGE-L about the author, in a trial; an author never seen gets about 0.13
-KEEP = 0.94  # share of the control's answers that has to stay, in a trial
-TRIAL_TOKENS = 48
-TRIAL_ROWS = 80
+GOAL = 0.245  # ROUGE-L about the author; an author never seen gets about 0.13
+KEEP = 0.94  # the share of others' answers that has to stay: see kept_share
+TRIAL_ROWS = 60  # answers that this is measured on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,6 @@ def generate(
     questions: Sequence[str],
     masks: Any = None,
     batch_size: int = 80,
-    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers. masks: what ``attachment.unlearn`` takes."""
     answers: list[str] = [""] * len(questions)
@@ -108,7 +106,7 @@ def generate(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = bundle.tokenizer([prompt(questions[i]) for i in rows], return_tensors="pt", padding=True)
-            out = bundle.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            out = bundle.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
             texts = bundle.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts):
                 answers[i] = text.strip()
@@ -187,12 +185,11 @@ def weakest_that_forgets(
     for name, mask in zip(names, masks):
         bundle.attachment.add_mask(mask, name=name)
     try:
-        truths = [start_of(bundle, row["answer"]) for row in target]
+        truths = [row["answer"] for row in target]
         answers = generate(
             bundle,
             [row["question"] for row in target] * len(masks),
             [name for name in names for _ in target],
-            max_new_tokens=TRIAL_TOKENS,
         )
         reached = [rouge_l(answers[i * len(target) :][: len(target)], truths) for i in range(len(masks))]
         sample = random.Random(0).sample(list(control), min(TRIAL_ROWS, len(control)))
@@ -203,12 +200,6 @@ def weakest_that_forgets(
     finally:
         for name in names:
             bundle.attachment.remove_mask(name)
-
-
-def start_of(bundle: Bundle, answer: str) -> str:
-    """The part of an answer that a trial of TRIAL_TOKENS tokens could give."""
-    ids = bundle.tokenizer(completion(answer))["input_ids"][:TRIAL_TOKENS]
-    return bundle.tokenizer.decode(ids).strip()
 
 
 @torch.inference_mode()

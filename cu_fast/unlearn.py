@@ -282,6 +282,7 @@ def p_values(target: CodeCounts, control: CodeCounts, test: str = "auto") -> np.
     expected = np.stack([n * share, m * share, n * (1 - share), m * (1 - share)])
     exact = np.full(len(seen), test == "fisher") if test != "auto" else expected.min(0) < 5
     p[seen[~exact]] = stats.chisquare(observed[:, ~exact], expected[:, ~exact], ddof=2).pvalue
+    exact &= a > 0  # P(X >= 0) = 1, which p holds already
     p[seen[exact]] = stats.hypergeom.sf(a[exact] - 1, n + m, a[exact] + b[exact], n)
     return p
 
