@@ -27,12 +27,14 @@ from setuptools.modified import newer_group
 BASELINE = [
     "csrc/ops.cpp",
     "csrc/cpu/simd.cpp",
+    "csrc/cpu/pack_scan.cpp",
     "csrc/cpu/codebook_quantize.cpp",
     "csrc/cpu/codebook_quantize_scalar.cpp",
     "csrc/cpu/sae_encode.cpp",
     "csrc/cpu/sae_encode_scalar.cpp",
     "csrc/cpu/masked_decode.cpp",
     "csrc/cpu/masked_decode_scalar.cpp",
+    "csrc/cpu/codebook_bottleneck.cpp",
 ]
 AVX2 = [
     "csrc/cpu/codebook_quantize_avx2.cpp",

@@ -5,9 +5,11 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(cu_fast, m) {
-  m.def("codebook_quantize(Tensor z, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool return_hits) -> (Tensor scores, Tensor ids, Tensor hits)");
+  m.def("codebook_quantize(Tensor z, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool return_hits, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> (Tensor scores, Tensor ids, Tensor hits)");
+  m.def("pack_scan(Tensor codes, Tensor? inv_norm) -> (Tensor scan_plane, Tensor scan_terms, Tensor scan_mean)");
   m.def("sae_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, bool relu) -> Tensor z");
-  m.def("sae_encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, int k, Tensor? mask_table, Tensor? mask_row, bool relu) -> (Tensor scores, Tensor ids)");
+  m.def("sae_encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, int k, Tensor? mask_table, Tensor? mask_row, bool relu, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> (Tensor scores, Tensor ids)");
+  m.def("codebook_bottleneck(Tensor x, Tensor? W_enc, Tensor? b_enc, Tensor? b_pre, bool relu, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool reselect, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean, Tensor table, Tensor? b_dec, bool score_weights, bool mean, Tensor(a!)? receipt) -> Tensor y");
   m.def("masked_decode(Tensor ids, Tensor? weights, Tensor table, Tensor? bias, Tensor? residual, Tensor? mask_table, Tensor? mask_row, bool mean) -> Tensor y");
   m.def("simd_level() -> str");
 }

@@ -68,6 +68,9 @@ def _register_fakes() -> None:
         mask_table: Tensor | None,
         mask_row: Tensor | None,
         return_hits: bool,
+        scan_plane: Tensor | None,
+        scan_terms: Tensor | None,
+        scan_mean: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         scores, ids = _selection(z, k)
         return scores, ids, ids.new_empty(z.shape[0] if return_hits else 0)
@@ -86,8 +89,42 @@ def _register_fakes() -> None:
         mask_table: Tensor | None,
         mask_row: Tensor | None,
         relu: bool,
+        scan_plane: Tensor | None,
+        scan_terms: Tensor | None,
+        scan_mean: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return _selection(x, k)
+
+    @torch.library.register_fake("cu_fast::codebook_bottleneck")
+    def codebook_bottleneck(
+        x: Tensor,
+        W_enc: Tensor | None,
+        b_enc: Tensor | None,
+        b_pre: Tensor | None,
+        relu: bool,
+        codes: Tensor,
+        inv_norm: Tensor | None,
+        bias: Tensor | None,
+        k: int,
+        mask_table: Tensor | None,
+        mask_row: Tensor | None,
+        reselect: bool,
+        scan_plane: Tensor | None,
+        scan_terms: Tensor | None,
+        scan_mean: Tensor | None,
+        table: Tensor,
+        b_dec: Tensor | None,
+        score_weights: bool,
+        mean: bool,
+        receipt: Tensor | None,
+    ) -> Tensor:
+        return table.new_empty((x.shape[0], table.shape[1]))
+
+    @torch.library.register_fake("cu_fast::pack_scan")
+    def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        (C, E), floats = codes.shape, {"dtype": torch.float32}
+        plane = codes.new_empty(((C + 63) // 64, (E + 3) // 4, 64, 4), dtype=torch.uint8)
+        return plane, codes.new_empty(((C + 63) // 64, 196), **floats), codes.new_empty(E, **floats)
 
     @torch.library.register_fake("cu_fast::masked_decode")
     def masked_decode(

@@ -261,6 +261,35 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="Operators, bottleneck, models: a,b; or all.")] = "codebook_quantize",
+    tokens: Annotated[str | None, typer.Option(help="T: 1,64. Each axis: default all.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="E,C,k: 512,25000,8; may be repeated.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32,bf16.")] = None,
+    mask: Annotated[str | None, typer.Option(help="none,1%,50%,rows (a different one for each token).")] = None,
+    data: Annotated[str | None, typer.Option(help="Default: gaussian. A wrong one lists them all.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Whom to measure: cu_fast,torch_fp32. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option(help="For each provider of a cell.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="At least so many.")] = 5,
+    cache: Annotated[str, typer.Option(help="warm: an untimed call before each timed one; cold: none.")] = "warm",
+    threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A CSV file that rows are added to, cell by cell.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Measure nothing; print the tables of this CSV file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure against PyTorch and other libraries, in turns, and check the answers."""
+    with errors_are_messages():
+        from cu_fast import bench as benchmark
+
+        axes = {"tokens": tokens, "dtype": dtype, "mask": mask, "data": data, "provider": provider}
+        plan = benchmark.make_plan(op, shape, **axes, seconds=seconds, rounds=rounds, cache=cache, threads=threads)
+        rows = benchmark.read_rows(show) if show else benchmark.run(plan, output, progress=not as_json)
+        text = json.dumps(rows, indent=2) if as_json else benchmark.markdown(rows) if markdown else None
+        print(text) if text is not None else console.print(*benchmark.tables(rows))
+
+
 def _model_folder(name: str) -> Path:
     from cu_fast.demo import BUNDLE
 

@@ -28,7 +28,7 @@ from cu_fast.config import BottleneckConfig
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
 SEED_ROWS = 20_000  # tokens that an encoder's start is computed from
-FOLDED = ("inv_norm", "bias", "W_enc", "b_pre", "W_dec", "b_dec", "table")
+FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
 
 
 class SparseAutoencoder(nn.Module):
@@ -183,46 +183,54 @@ class CodebookBottleneck(nn.Module):
 
     def _forward_inference(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
         self._check_folded()
+        if self.folded_table is None:
+            return self._decode_through(x, mask_table, mask_row)
+        config = self.config
+        return ops.codebook_bottleneck(
+            x.float() / self.rms if self.autoencoder is None else x,
+            self._encoder(), self._packed(), self.folded_table, self.folded_b_dec, mask_table, mask_row, k=config.k,
+            activation=config.activation, mask_mode=self.mask_mode, weight=config.weight, receipt=self.passed,
+            impl=self.impl,
+        )  # fmt: skip
+
+    def _decode_through(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
+        """The same where codes are too many to fold: they are summed, and the sum goes through W_dec."""
         masked = {"mask_table": mask_table, "mask_row": mask_row}
         reselect = mask_table is not None and self.mask_mode == "reselect"
-        selection = self._select(x, self.config.k, return_hits=reselect, **(masked if reselect else {}))
-        self.passed[0] += x.shape[0]
-        if reselect:
-            self.passed[1] += selection.hits.sum()
-        elif mask_table is not None:
-            self.passed[1] += reference.is_deleted(selection.ids, mask_table, mask_row).sum()
-
-        decode = {"reduce": "mean" if self.config.weight == "mean" else "sum", "impl": self.impl}
+        scores, ids, hits = self._select(x, self.config.k, return_hits=reselect, **(masked if reselect else {}))
         if mask_table is not None and not reselect:
-            decode |= masked
-        weights = self._weights(selection)
-        if self.folded_table is not None:
-            return ops.masked_decode(selection.ids, weights, self.folded_table, self.folded_b_dec, **decode)
-        q = ops.masked_decode(selection.ids, weights, self.codebook.codes.detach(), **decode)
+            hits = reference.is_deleted(ids, mask_table, mask_row)
+        self.passed[0] += x.shape[0]
+        if mask_table is not None:
+            self.passed[1] += hits.sum()
+        # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
+        weights = torch.relu(scores) if self.config.weight == "score" else torch.where(ids < 0, scores, 1.0)
+        reduce = "mean" if self.config.weight == "mean" else "sum"
+        q = ops.masked_decode(
+            ids, weights, self.codebook.codes.detach(), reduce=reduce, impl=self.impl, **({} if reselect else masked)
+        )
         return ops.sae_encode(q, self.folded_W_dec, self.folded_b_dec, activation="none", impl=self.impl)
 
-    def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
+    def _encoder(self) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.autoencoder is None:
+            return None
+        return self.folded_W_enc, self.autoencoder.b_enc.detach(), self.folded_b_pre
+
+    def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
+        encoder = self._encoder()
+        if encoder is None:
             z = x.float() / self.rms
         else:
-            z = ops.sae_encode(
-                x,
-                self.folded_W_enc,
-                self.autoencoder.b_enc.detach(),
-                self.folded_b_pre,
-                activation=self.config.activation,
-                impl=self.impl,
-            )
-        packed = ops.PackedCodes(
-            self.codebook.codes.detach(), self.config.similarity, self.folded_inv_norm, self.folded_bias
-        )
-        return ops.codebook_quantize(z, packed, k=k, impl=self.impl, **options)
+            z = ops.sae_encode(x, *encoder, activation=self.config.activation, impl=self.impl)
+        return ops.codebook_quantize(z, self._packed(), k=k, impl=self.impl, **options)
 
-    def _weights(self, selection: ops.Selection) -> Tensor:
-        if self.config.weight == "score":
-            return torch.relu(selection.scores)
-        # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
-        return torch.where(selection.ids < 0, selection.scores, 1.0)
+    def _packed(self) -> ops.PackedCodes:
+        scan = None
+        if self.folded_scan_plane is not None:
+            scan = ops.ScanPlane(self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean)
+        return ops.PackedCodes(
+            self.codebook.codes.detach(), self.config.similarity, self.folded_inv_norm, self.folded_bias, scan
+        )
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int | None = None) -> ops.Selection:
@@ -231,9 +239,15 @@ class CodebookBottleneck(nn.Module):
         return self._select(x.detach().reshape(-1, self.config.d_model), k or self.config.k)
 
     def receipt(self) -> dict[str, Any]:
-        """What ran since ``reset_receipt()``: impl, tokens that passed, kept codes that masks took away (hits)."""
+        """What ran since ``reset_receipt()``.
+
+        impl; scan ("int8" or "fp32", what the codes are read as); tokens that passed; hits, the kept codes that masks
+        took away.
+        """
         tokens, hits = self.passed.tolist()
-        return {"impl": ops.resolve(self.impl, self.codebook.codes.device), "tokens": tokens, "hits": hits}
+        impl = ops.resolve(self.impl, self.codebook.codes.device)
+        scan = "int8" if impl == "cpu" and self.folded_scan_plane is not None else "fp32"
+        return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     def reset_receipt(self) -> None:
         self.passed.zero_()
@@ -250,6 +264,7 @@ class CodebookBottleneck(nn.Module):
         codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
         packed = self.codebook.pack()
         self.folded_inv_norm, self.folded_bias = packed.inv_norm, packed.bias
+        self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean = packed.scan or (None, None, None)
         if sae is None:
             self.folded_table = codes.float() * rms
         else:
@@ -266,7 +281,9 @@ class CodebookBottleneck(nn.Module):
         self._folded_version = self._version()
 
     def _version(self) -> tuple:
-        return tuple(map(_tensor_version, (*self.parameters(), self.rms)))
+        sae = self.autoencoder  # by name: self.parameters() walks all modules, in every call
+        weights = () if sae is None else (sae.W_enc, sae.b_enc, sae.b_pre, sae.W_dec, sae.b_dec)
+        return tuple(map(_tensor_version, (self.codebook.codes, self.rms, *weights)))
 
     def _check_folded(self) -> None:
         if torch.compiler.is_compiling():

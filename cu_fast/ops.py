@@ -30,20 +30,40 @@ from cu_fast import _native, reference
 logger = logging.getLogger("cu_fast")
 
 Similarity = Literal["cosine", "dot", "l2"]
+Scan = Literal["auto", "int8", "fp32"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
+SCAN_CODES = 512
+SCAN_WIDTHS = (32, 32768)
+
+
+class ScanPlane(NamedTuple):
+    """Codes in int8 for the certified scan of the CPU kernels, with what bounds its error (``csrc/core/scan.h``).
+
+    plane uint8 [ceil(C/64), ceil(E/4), 64, 4]; terms fp32 [ceil(C/64), 196]; mean fp32 [E], 0: not centred.
+    About C * E bytes: a quarter of fp32 codes.
+    """
+
+    plane: Tensor
+    terms: Tensor
+    mean: Tensor
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
 
 
 class PackedCodes(NamedTuple):
     """A codebook with what is computed once for it. Made by :func:`pack_codes`; shares memory with its input.
 
-    codes [C, E]; inv_norm fp32 [C] (cosine) or None; bias fp32 [C] or None (for l2: -0.5 ||c||^2).
+    codes [C, E]; inv_norm fp32 [C] (cosine) or None; bias fp32 [C] or None (for l2: -0.5 ||c||^2); scan: the int8
+    plane, or None where every code is scored as it is. Results are the same with and without it.
     """
 
     codes: Tensor
     similarity: str
     inv_norm: Tensor | None
     bias: Tensor | None
+    scan: ScanPlane | None = None
 
 
 class Selection(NamedTuple):
@@ -58,14 +78,18 @@ class Selection(NamedTuple):
     hits: Tensor | None
 
 
-def pack_codes(codes: Tensor, similarity: Similarity = "cosine", bias: Tensor | None = None) -> PackedCodes:
-    """Do a codebook's work once: inverse norms (cosine) or -0.5 ||c||^2 (l2).
+def pack_codes(
+    codes: Tensor, similarity: Similarity = "cosine", bias: Tensor | None = None, scan: Scan = "auto"
+) -> PackedCodes:
+    """Do a codebook's work once: inverse norms (cosine) or -0.5 ||c||^2 (l2), and the int8 plane of the scan.
 
     Args:
         codes: [C, E], fp32, bf16 or fp16. Kept, not copied, when contiguous: pack again after changing it.
         similarity: "cosine" scores z.c / ||c|| (||z|| does not change the order, so it is left out);
             "dot" z.c; "l2" z.c - 0.5 ||c||^2, which orders like -||z - c||.
         bias: [C], added to each score, or None. Not with "l2", whose norm term takes its place.
+        scan: "int8" adds the plane that the CPU kernels scan instead of the codes, several times faster and just
+            as exact; "fp32" leaves it out; "auto" decides by :func:`choose_scan`.
 
     Returns:
         PackedCodes.
@@ -90,7 +114,27 @@ def pack_codes(codes: Tensor, similarity: Similarity = "cosine", bias: Tensor | 
         bias = -0.5 * reference.canonical_dot(codes, codes)
     elif bias is not None:
         bias = bias.float().contiguous()
-    return PackedCodes(codes, similarity, inv_norm, bias)
+    return PackedCodes(codes, similarity, inv_norm, bias, _pack_scan(codes, inv_norm, scan))
+
+
+def choose_scan(C: int, E: int) -> str:
+    """What scan="auto" means for [C, E] codes: "int8" or "fp32".
+
+    The bound on an int8 score grows with sqrt(E) against the scores' spread, so that for very wide codes most
+    would be scored twice; and narrow ones have no products to save.
+    """
+    return "int8" if C >= SCAN_CODES and SCAN_WIDTHS[0] <= E <= SCAN_WIDTHS[1] else "fp32"
+
+
+def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane | None:
+    if scan not in ("auto", "int8", "fp32"):
+        raise ValueError(f"scan is {scan!r}; it should be 'auto', 'int8' or 'fp32'")
+    usable = codes.device.type == "cpu" and _native.available()
+    if scan == "int8" and not usable:
+        raise RuntimeError(f"scan='int8' needs the native library and CPU tensors: {_native.failure() or codes.device}")
+    if scan == "fp32" or not usable or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
+        return None
+    return ScanPlane(*torch.ops.cu_fast.pack_scan(codes, inv_norm))
 
 
 def codebook_quantize(
@@ -126,8 +170,8 @@ def codebook_quantize(
     _check_device("packed.codes", packed.codes, "z", z)
     _check_mask(mask_table, mask_row, z.shape[0], C, z.device)
     _refuse_grad("codebook_quantize", z=z, codes=packed.codes)
-    op = _choose("codebook_quantize", impl, z.device)
-    scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits)
+    op, scan = _choose_scanning("codebook_quantize", impl, z.device, packed.scan)
+    scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits, *scan)
     return Selection(scores, ids, hits if return_hits else None)
 
 
@@ -141,6 +185,7 @@ def sae_encode(
     k: int | None = None,
     mask_table: Tensor | None = None,
     mask_row: Tensor | None = None,
+    scan: ScanPlane | None = None,
     impl: str = "auto",
 ) -> Tensor | Selection:
     """A sparse autoencoder's encoder: dense, or with ``k`` the TopK-SAE's fused selection (arXiv 2406.04093).
@@ -153,6 +198,7 @@ def sae_encode(
         activation: "relu" or "none".
         k: None for dense z; else the latents kept a token, 1 <= k <= E.
         mask_table, mask_row: only with k; see the module's docstring.
+        scan: only with k: ``pack_codes(W_enc, "dot").scan``, or None. The results do not depend on it.
         impl: "auto", "reference" or "cpu".
 
     Returns:
@@ -177,11 +223,13 @@ def sae_encode(
     if k is None:
         if mask_table is not None or mask_row is not None:
             raise ValueError("mask_table and mask_row need k: a dense encode selects nothing to mask")
+        if scan is not None:
+            raise ValueError("scan needs k: a dense encode selects nothing")
         return _choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
     _check_k(k, E)
     _check_mask(mask_table, mask_row, x.shape[0], E, x.device)
-    op = _choose("sae_encode_topk", impl, x.device)
-    return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu), None)
+    op, plane = _choose_scanning("sae_encode_topk", impl, x.device, scan)
+    return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu, *plane), None)
 
 
 def masked_decode(
@@ -238,6 +286,81 @@ def masked_decode(
     return op(ids.int(), weights, table, bias, residual, mask_table, mask_row, reduce == "mean")
 
 
+def codebook_bottleneck(
+    x: Tensor,
+    encoder: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    packed: PackedCodes,
+    table: Tensor,
+    b_dec: Tensor | None = None,
+    mask_table: Tensor | None = None,
+    mask_row: Tensor | None = None,
+    *,
+    k: int,
+    activation: Literal["relu", "none"] = "relu",
+    mask_mode: Literal["ablate", "reselect"] = "ablate",
+    weight: Literal["one", "mean", "score"] = "one",
+    receipt: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The three operators in one call: sae_encode, codebook_quantize, masked_decode. For latency at small T.
+
+    Args:
+        x: [T, D].
+        encoder: (W_enc [E, D], b_enc [E] or None, b_pre [D] or None), or None: x is z, and D is E.
+        packed: from :func:`pack_codes`.
+        table: [C, D], what a code adds to y: its decoded row.
+        b_dec: [D] or None.
+        mask_table, mask_row: see the module's docstring. With mask_mode "reselect" a deleted code is not selected;
+            with "ablate" it is, and adds nothing.
+        k: codes kept a token.
+        weight: of a selected code: 1, 1 / k ("mean"), or relu(score).
+        receipt: int64 [2], added to in place: T, and the codes that the mask took from these tokens; or None.
+        impl: "auto", "reference" or "cpu".
+
+    Returns:
+        y [T, D] in table's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad, or the implementation asked for is not available.
+    """
+    C, E = packed.codes.shape
+    W_enc, b_enc, b_pre = encoder or (None, None, None)
+    if W_enc is None:
+        _check_matrix("x", x, width=E, of="packed.codes")
+    else:
+        _check_matrix("W_enc", W_enc)
+        _check_matrix("x", x, width=W_enc.shape[1], of="W_enc")
+        if W_enc.shape[0] != E:
+            raise ValueError(f"W_enc has shape {_shape(W_enc)}; it should have {E} rows, the width of packed.codes")
+        _check_device("W_enc", W_enc, "x", x)
+        _check_vector("b_enc", b_enc, E, "E", x.device)
+        _check_vector("b_pre", b_pre, W_enc.shape[1], "D", x.device)
+    _check_matrix("table", table)
+    if table.shape[0] != C:
+        raise ValueError(f"table has shape {_shape(table)}; it should have {C} rows, one a code")
+    _check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
+    _check_device("packed.codes", packed.codes, "x", x)
+    _check_device("table", table, "x", x)
+    _check_k(k, C)
+    _check_mask(mask_table, mask_row, x.shape[0], C, x.device)
+    for name, value, choices in (
+        ("activation", activation, ("relu", "none")),
+        ("mask_mode", mask_mode, ("ablate", "reselect")),
+        ("weight", weight, ("one", "mean", "score")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, choices))}")
+    if receipt is not None and (receipt.dtype != torch.int64 or tuple(receipt.shape) != (2,)):
+        raise ValueError(f"receipt is {receipt.dtype} {_shape(receipt)}; it should be int64 [2]")
+    _refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
+    op, scan = _choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
+    return op(
+        x, W_enc, b_enc, b_pre, activation == "relu", packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row,
+        mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,
+    )  # fmt: skip
+
+
 def available_impls() -> dict[str, str | None]:
     """Every implementation and why it cannot run here, None where it can."""
     return {"reference": None, "cpu": None if _native.available() else _native.failure()}
@@ -283,6 +406,14 @@ def _choose(op: str, impl: str, device: torch.device):
     if resolve(impl, device) == "cpu":
         return getattr(torch.ops.cu_fast, op)
     return getattr(reference, op)
+
+
+def _choose_scanning(op: str, impl: str, device: torch.device, scan: ScanPlane | None):
+    """The operator, and the plane as its last arguments; the reference takes none."""
+    chosen = _choose(op, impl, device)
+    if chosen is getattr(reference, op):
+        return chosen, ()
+    return chosen, scan or (None, None, None)
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -164,6 +164,44 @@ def sae_encode_topk(
     return torch.relu(scores) if relu else scores, ids
 
 
+def codebook_bottleneck(
+    x: Tensor,
+    W_enc: Tensor | None,
+    b_enc: Tensor | None,
+    b_pre: Tensor | None,
+    relu: bool,
+    codes: Tensor,
+    inv_norm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    reselect: bool,
+    table: Tensor,
+    b_dec: Tensor | None,
+    score_weights: bool,
+    mean: bool,
+    receipt: Tensor | None,
+) -> Tensor:
+    """The three operators one after the other: x [T, D] -> y [T, D] in table's dtype.
+
+    W_enc None: x is z. reselect: the mask excludes, otherwise it zeroes. score_weights: a code's weight is
+    relu(score), otherwise 1. receipt int64 [2] is added to: tokens, and codes that the mask took.
+    """
+    none = (None, None)
+    excluded, zeroed = ((mask_table, mask_row), none) if reselect else (none, (mask_table, mask_row))
+    z = x if W_enc is None else sae_encode(x, W_enc, b_enc, b_pre, relu)
+    scores, ids, hits = codebook_quantize(z, codes, inv_norm, bias, k, *excluded, return_hits=True)
+    if not reselect and mask_table is not None:
+        hits = is_deleted(ids, mask_table, mask_row).sum(1, dtype=torch.int32)
+    # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
+    weights = torch.relu(scores) if score_weights else torch.where(ids < 0, scores, 1.0)
+    if receipt is not None:
+        receipt[0] += x.shape[0]
+        receipt[1] += hits.sum()
+    return masked_decode(ids, weights, table, b_dec, None, *zeroed, mean)
+
+
 def masked_decode(
     ids: Tensor,
     weights: Tensor | None,

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("gaussian", "tied", "equal", "clustered", "huge", "denormal", "faulty", "zeros")
+KINDS = (
+    "gaussian", "tied", "equal", "clustered", "huge", "denormal", "faulty", "zeros",
+    "outliers", "clusters20", "mean", "mixed",
+)  # fmt: skip
 
 
 def matrix(rows: int, width: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -31,7 +34,27 @@ def matrix(rows: int, width: int, kind: str, dtype: torch.dtype, seed: int) -> T
         x[holes > 1 - 0.1 / width] = torch.inf
     elif kind == "zeros":
         x = torch.where(x > 0, 0.0, -0.0)
+    elif kind == "outliers":
+        columns = torch.randperm(width, generator=g)[: max(1, min(4, width // 8))]
+        x[:, columns] *= 10 ** (1.5 + 1.5 * torch.rand(len(columns), generator=g))
+    elif kind == "clusters20":
+        centres = torch.randn(20, width, generator=g)
+        x = centres[torch.randint(0, 20, (rows,), generator=g)] + 1e-4 * x
+    elif kind == "mean":
+        x = x + 4 * torch.randn(1, width, generator=g)
+    elif kind == "mixed":
+        x = mixed(x, dtype, g)
     return x.to(dtype)
+
+
+def mixed(x: Tensor, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    """Normal rows beside rows 1e30 times larger and smaller, zero, near the type's limits, or with NaN or Inf."""
+    half = dtype == torch.float16
+    what = torch.randint(0, 12, (x.shape[0],), generator=g)
+    for number, factor in enumerate((1e3, 1e-3, 1.5e4, 1e-7, 0) if half else (1e30, 1e-30, 1e38, 1e-42, 0)):
+        x[what == number] *= factor
+    x[what == 5, :1], x[what == 6, -1:] = torch.nan, torch.inf
+    return x
 
 
 def strided(x: Tensor, how: str) -> Tensor:

@@ -28,7 +28,24 @@ MAY_IMPORT = {
     "train": {"config", "hf"},
     "verify": {"checkpoint", "hf", "masks", "ops"},
     "demo": {"checkpoint", "hf", "masks", "unlearn"},
-    "cli": {"_native", "checkpoint", "config", "demo", "ops", "train", "unlearn", "verify"},
+    "_bench_data": {"config", "masks", "nn"},
+    "_bench_truth": {"_bench_data", "ops"},
+    "_bench_machine": {"_bench_data", "_native"},
+    "_providers": {"_bench_data", "_bench_truth", "ops"},
+    "_bench_rivals": {"_bench_data", "_bench_truth", "_providers"},
+    "_bench_models": {"_bench_data", "_providers", "config", "hf"},
+    "_bench_plan": {"_bench_data", "_bench_models", "_bench_rivals", "_providers"},
+    "_bench_report": set(),
+    "bench": {
+        "_bench_data",
+        "_bench_machine",
+        "_bench_models",
+        "_bench_plan",
+        "_bench_report",
+        "_bench_truth",
+        "_providers",
+    },
+    "cli": {"_native", "bench", "checkpoint", "config", "demo", "ops", "train", "unlearn", "verify"},
 }
 
 

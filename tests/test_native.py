@@ -107,7 +107,7 @@ class TestOperators:
         codes = memory.as_strided((300, 16), (2**23, 1))
         codes.copy_(torch.randn(300, 16))
         z, k = torch.randn(T, 16), 300
-        got = OPS.codebook_quantize(z, codes, None, None, k, None, None, False)
+        got = OPS.codebook_quantize(z, codes, None, None, k, None, None, False, *NO_SCAN)
         want = reference.codebook_quantize(z, codes.contiguous(), None, None, k, None, None, False)
         assert all(map(torch.equal, got, want))
         y = OPS.masked_decode(got[1], got[0], codes, None, None, None, None, False)
@@ -117,7 +117,7 @@ class TestOperators:
     def test_expanded_rows(self):
         given = arguments(6, 32, 40, 5)
         z, codes = given["codebook_quantize"][0][:1].expand(6, -1), given["codebook_quantize"][1][:1].expand(40, -1)
-        got = OPS.codebook_quantize(z, codes, None, None, 5, None, None, False)
+        got = OPS.codebook_quantize(z, codes, None, None, 5, None, None, False, *NO_SCAN)
         want = reference.codebook_quantize(z, codes, None, None, 5, None, None, False)
         assert all(map(torch.equal, got, want))
         assert got[1][0].tolist() == [0, 1, 2, 3, 4]
@@ -225,7 +225,7 @@ class TestSameBits:
 z, codes = torch.randn(70, 64) * 1e-41, torch.randn(5000, 64)
 ids, weights = torch.randint(0, 5000, (70, 4)).int(), torch.randn(70, 4) * 1e-41
 def results():
-    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False)
+    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False, None, None, None)
     dense = torch.ops.cu_fast.sae_encode(z, codes, None, None, True)
     y = torch.ops.cu_fast.masked_decode(ids, weights, codes, None, None, None, None, False)
     return [t.view(torch.int32) for t in (scores, chosen, dense, y)]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from cu_fast import ops
 
 
-def arguments_of(T, D, E, kind, x_dtype, w_dtype, layout, biases, seed):
+def arguments_of(T, D, E, kind, x_dtype, w_dtype, layout, biases, seed, w_kind="gaussian"):
     x = hurtful.strided(hurtful.matrix(T, D, kind, x_dtype, seed), layout)
-    W_enc = hurtful.strided(hurtful.matrix(E, D, "gaussian", w_dtype, seed + 1), layout)
+    W_enc = hurtful.strided(hurtful.matrix(E, D, w_kind, w_dtype, seed + 1), layout)
     b_enc = hurtful.matrix(1, E, "gaussian", w_dtype, seed + 2)[0] if biases & 1 else None
     b_pre = hurtful.matrix(1, D, "gaussian", x_dtype, seed + 3)[0] if biases & 2 else None
     return x, W_enc, b_enc, b_pre
@@ -35,15 +35,25 @@ def test_dense_cpu_equals_reference(activation, **shape):
     assert hurtful.equal(ops.sae_encode(*arguments, activation=activation, impl="cpu"), want)
 
 
-@settings(max_examples=80, deadline=None)
-@given(k=st.integers(1, 90), share=hurtful.shares, **shapes)
-def test_topk_cpu_equals_reference(activation, k, share, **shape):
+@settings(max_examples=150, deadline=None)
+@given(
+    k=st.integers(1, 90) | st.integers(1, 9), share=hurtful.shares, scan=st.sampled_from(["int8", "fp32"]),
+    **shapes | dict(
+        T=st.integers(0, 30) | st.sampled_from([65, 130, 257]), E=st.integers(1, 90) | st.integers(90, 700),
+        w_kind=hurtful.kinds,
+    ),
+)  # fmt: skip
+def test_topk_cpu_equals_reference(activation, k, share, scan, **shape):
+    if shape["T"] > 64:  # more than a block of the exact kernel: kept small, as the reference is slow
+        shape |= dict(D=min(shape["D"], 20), E=min(shape["E"], 300))
     arguments = arguments_of(**shape)
     T, E = shape["T"], shape["E"]
     table, row = (None, None) if share is None else hurtful.masks(T, E, share, shape["seed"])
     options = dict(k=min(k, E), mask_table=table, mask_row=row, activation=activation)
     want = ops.sae_encode(*arguments, **options, impl="reference")
-    got = ops.sae_encode(*arguments, **options, impl="cpu")
+    plane = ops.pack_codes(arguments[1], "dot", scan=scan).scan
+    assert (plane is not None) == (scan == "int8")
+    got = ops.sae_encode(*arguments, **options, scan=plane, impl="cpu")
     assert torch.equal(got.ids, want.ids) and hurtful.equal(got.scores, want.scores)
     assert got.hits is None
 

@@ -11,6 +11,12 @@ inline bool is_deleted(const uint32_t* bits, int64_t code) {
   return bits != nullptr && (bits[code / 32] >> (code % 32) & 1) != 0;
 }
 
+// The bits of codes [64 g, 64 g + 64) of C.
+inline uint64_t deleted_of_group(const uint32_t* bits, int64_t g, int64_t C) {
+  const uint64_t high = 64 * g + 32 < C ? bits[2 * g + 1] : 0;
+  return high << 32 | bits[2 * g];
+}
+
 struct Mask {
   const uint32_t* table;  // [U, W]; null: no mask
   int64_t words;          // W = ceil(C / 32)

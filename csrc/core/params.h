@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/mask.h"
+#include "core/scan.h"
 
 namespace cu_fast {
 
@@ -44,6 +45,8 @@ struct SelectParams {
   ScoreParams score;
   const float* inv_norm;  // [C], multiplies the dot product; null: nothing does
   const float* bias;      // [C], added after that; null: nothing is
+  ScanPlane scan;         // of codes and inv_norm; plane null: every code is scored canonically
+  float largest_bias;     // of the bias's magnitudes; 0 without one
   Mask mask;              // [T] rows, C bits: deleted codes cannot be selected
   int64_t k;
   // Heaps of keys (core/order.h), filled by the scan, read by select_finish. A part keeps `capacity` codes,

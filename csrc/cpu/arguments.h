@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "check.h"
@@ -64,6 +65,37 @@ class MaskArguments {
  private:
   int64_t words_;
   OptionalTensor table_, row_;
+};
+
+// A scan plane, as pack_scan made it.
+class ScanArguments {
+ public:
+  ScanArguments(const OptionalTensor& plane, const OptionalTensor& terms, const OptionalTensor& mean, int64_t C,
+                int64_t E) {
+    check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
+          "scan_plane, scan_terms and scan_mean must be given together");
+    if (!plane) return;
+    check_shape("scan_plane", *plane, "[ceil(C / 64), ceil(E / 4), 64, 4]",
+                {scan_groups(C), scan_width(E) / 4, kScanGroup, 4});
+    check_dtype("scan_plane", *plane, ScalarType::Byte);
+    check_shape("scan_terms", *terms, "[ceil(C / 64), 196]", {scan_groups(C), kTermsOfGroup});
+    check_dtype("scan_terms", *terms, ScalarType::Float);
+    check_shape("scan_mean", *mean, "[E]", {E});
+    check_dtype("scan_mean", *mean, ScalarType::Float);
+    plane_ = torch::stable::contiguous(*plane);
+    terms_ = torch::stable::contiguous(*terms);
+    mean_ = torch::stable::contiguous(*mean);
+  }
+
+  ScanPlane plane() const {
+    if (!plane_) return {};
+    const float* const mean = data_of(mean_);
+    const bool centred = std::any_of(mean, mean + mean_->numel(), [](float x) { return x != 0; });
+    return {static_cast<const uint8_t*>(plane_->const_data_ptr()), data_of(terms_), centred ? mean : nullptr};
+  }
+
+ private:
+  OptionalTensor plane_, terms_, mean_;
 };
 
 // Uninitialised memory from the framework's allocator (64-byte aligned).

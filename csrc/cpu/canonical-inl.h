@@ -87,6 +87,23 @@ template <int kTokens, int kCodes, class T>
   for (int t = 0; t < kTokens; ++t) Vec::tree_sums(partial[t], dots + t * kMaxTileCodes);
 }
 
+// Four rows of z, each against a code of its own.
+template <class T>
+[[gnu::noinline]] void dot_pairs(const float* const (&z)[4], const T* const (&code)[4], int64_t E, float* dots) {
+  Vec partial[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) partial[i] = Vec::broadcast(0);
+  for (int64_t e = 0; e < E; e += kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) partial[i] = partial[i] + Vec::load(z[i] + e) * Vec::load(code[i] + e);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec one[1] = {partial[i]};
+    Vec::tree_sums(one, dots + i);
+  }
+}
+
 // dots[t, j] for the first kTokens rows and n codes, kCodes at a time, then one by one.
 template <int kTokens, int kCodes, class T>
 inline void score_rows(const float* z, int64_t z_stride, const T* codes, int64_t stride, int64_t n, int64_t E,

@@ -2,12 +2,15 @@
 // The scan itself: codebook_quantize-inl.h.
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "core/order.h"
 #include "cpu/grid.h"
 #include "cpu/kernels.h"
+#include "cpu/operators.h"
 #include "cpu/parallel.h"
+#include "cpu/scan.h"
 #include "cpu/select.h"
 #include "cpu/simd.h"
 
@@ -32,6 +35,16 @@ int32_t count_hits(const uint64_t* kept, const uint64_t* deleted, int64_t k) {
     }
   }
   return hits;
+}
+
+// Of a bias; NaN counts as infinite, null as 0.
+float largest_magnitude(const float* x, int64_t n) {
+  float largest = 0;
+  for (int64_t i = 0; x != nullptr && i < n; ++i) {
+    const float magnitude = std::abs(x[i]);
+    if (!(magnitude <= largest)) largest = magnitude == magnitude ? magnitude : std::numeric_limits<float>::infinity();
+  }
+  return largest;
 }
 
 // Merges the parts' heaps of one token and writes its results.
@@ -60,11 +73,16 @@ void select_finish(const SelectParams& p, int64_t token) {
   p.hits[token] = deleted == nullptr ? 0 : count_hits(kept, deleted, p.k);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& z_in, const Tensor& codes_in,
                                                      const OptionalTensor& inv_norm,
                                                      const OptionalTensor& bias, int64_t k,
                                                      const OptionalTensor& mask_table,
-                                                     const OptionalTensor& mask_row, bool return_hits) {
+                                                     const OptionalTensor& mask_row, bool return_hits,
+                                                     const OptionalTensor& scan_plane,
+                                                     const OptionalTensor& scan_terms,
+                                                     const OptionalTensor& scan_mean) {
   check_shape("z", z_in, "[T, E]", {-1, -1});
   check_float("z", z_in);
   check_shape("codes", codes_in, "[C, E]", {-1, z_in.size(1)});
@@ -75,15 +93,14 @@ std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& z_in, const T
   const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
 
   const ScoreParams score{matrix_of(z), matrix_of(codes), nullptr, T, C, E};
-  SelectResult result =
-      select(score, data_of(norms), data_of(biases), k, mask_table, mask_row, return_hits, /*relu=*/false);
+  const ScanArguments scan(scan_plane, scan_terms, scan_mean, C, E);
+  SelectResult result = select(score, data_of(norms), data_of(biases), scan.plane(), k, mask_table, mask_row,
+                               return_hits, /*relu=*/false);
   return {result.scores, result.ids, result.hits};
 }
 
-}  // namespace
-
-SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias, int64_t k,
-                    const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
+SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias,
+                    const ScanPlane& scan_plane, int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
                     bool relu) {
   const int64_t T = score.T, C = score.C;
   check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
@@ -92,21 +109,22 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
 
   SelectResult result{new_tensor({T, k}, ScalarType::Float), new_tensor({T, k}, ScalarType::Int),
                       new_tensor({return_hits ? T : 0}, ScalarType::Int)};
-  const auto scan = CU_FAST_DISPATCH(select_scan);
+  const auto exact = CU_FAST_DISPATCH(select_exact), scan = CU_FAST_DISPATCH(select_scan);
   if (T == 0) return result;
 
-  const Grid grid = plan_grid(T, C, score.E, torch::stable::get_num_threads());
+  const float largest_bias = largest_magnitude(bias, C);
+  const bool scans = takes_scan(scan_plane, largest_bias, k, C);
+  const Grid grid = plan_grid(T, C, score.E, torch::stable::get_num_threads(), scans ? kScanTokens : kBlockTokens);
   const int64_t capacity = std::min(k, grid.part_codes);
   const bool rides_along = return_hits && mask_table.has_value();
   const int64_t places = grid.parts * capacity;
   Tensor kept = new_tensor({T, places}, ScalarType::Long);
   Tensor deleted = new_tensor({rides_along ? T : 0, places}, ScalarType::Long);
-  const int64_t floats = round_up(scratch_floats(score), kLanes);
-  Tensor scratch = new_tensor({grid.workers, floats}, ScalarType::Float);
-
   const SelectParams p{score,
                        inv_norm,
                        bias,
+                       scan_plane,
+                       largest_bias,
                        mask.mask(),
                        k,
                        grid.parts,
@@ -117,9 +135,12 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
                        result.scores.mutable_data_ptr<float>(),
                        result.ids.mutable_data_ptr<int32_t>(),
                        return_hits ? result.hits.mutable_data_ptr<int32_t>() : nullptr};
+  const int64_t floats =
+      round_up(scratch_floats(score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
+  Tensor scratch = new_tensor({grid.workers, floats}, ScalarType::Float);
   float* const scratch_data = scratch.mutable_data_ptr<float>();
   parallel(grid.workers, grid.size(), [&](int64_t worker, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scan(p, grid.block(i), scratch_data + worker * floats);
+    for (int64_t i = begin; i < end; ++i) (scans ? scan : exact)(p, grid.block(i), scratch_data + worker * floats);
   });
   parallel(std::min(grid.workers, T), T, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) select_finish(p, token);

@@ -4,6 +4,7 @@
 CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
 namespace cu_fast::avx2 {
 #include "cpu/canonical-inl.h"
+#include "cpu/scan-inl.h"
 #include "cpu/codebook_quantize-inl.h"
 }  // namespace cu_fast::avx2
 CU_FAST_TARGET_END

@@ -3,5 +3,6 @@
 
 namespace cu_fast::scalar {
 #include "cpu/canonical-inl.h"
+#include "cpu/scan-inl.h"
 #include "cpu/codebook_quantize-inl.h"
 }  // namespace cu_fast::scalar

@@ -8,11 +8,14 @@
 
 #include "core/canonical.h"
 #include "core/params.h"
+#include "core/scan.h"
 
 namespace cu_fast {
 
 // Tokens of a block: each tile of codes that is read into the cache serves as many rows.
 inline constexpr int64_t kBlockTokens = 64;
+// Fewer than this, and threads share the codes rather than the tokens.
+inline constexpr int64_t kFairTokens = 16;
 // Codes of a tile, at most: the scores of a few rows against a tile stay in the first-level cache.
 inline constexpr int64_t kMaxTileCodes = 256;
 // Floats of a tile of codes: 256 KiB, a quarter or more of a second-level cache.
@@ -60,19 +63,21 @@ struct Grid {
   }
 };
 
-// Splits the tokens when there are many. Splits the codes too when the blocks of tokens would leave threads
-// idle.
-inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads) {
+// Splits the tokens when each thread gets enough of them to make reading all codes worth it. Splits the codes too
+// when the blocks of tokens would leave threads idle.
+inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads,
+                      int64_t most_tokens = kBlockTokens) {
   const int64_t work_of_token = C * std::max<int64_t>(E, 1);
-  int64_t blocks = (T + kBlockTokens - 1) / kBlockTokens;
-  const int64_t block_tokens = round_up((T + blocks - 1) / blocks, 8);  // whole groups of rows
+  const int64_t share = std::clamp((T + threads - 1) / threads, kFairTokens, most_tokens);
+  int64_t blocks = (T + share - 1) / share;
+  const int64_t block_tokens = round_up((T + blocks - 1) / blocks, 4);  // whole groups of rows
   blocks = (T + block_tokens - 1) / block_tokens;
 
   const int64_t most_parts =
       std::max<int64_t>(1, std::min(block_tokens * work_of_token / kMinWork, C / kMaxTileCodes));
   int64_t parts = 1;
   while (parts < most_parts && blocks * parts % threads != 0 && blocks * parts < 4 * threads) ++parts;
-  const int64_t part_codes = round_up((C + parts - 1) / parts, kLanes);
+  const int64_t part_codes = round_up((C + parts - 1) / parts, kScanGroup);
   parts = (C + part_codes - 1) / part_codes;
 
   const int64_t workers = std::min({threads, blocks * parts, 1 + T * work_of_token / kMinWork});

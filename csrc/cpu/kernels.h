@@ -1,5 +1,5 @@
 // Every kernel that exists once an instruction set. Scratch is 64-byte aligned, of the size that
-// scratch_floats() in cpu/grid.h says.
+// scratch_floats() in cpu/grid.h (and ScanScratch in cpu/scan.h) says.
 
 #pragma once
 
@@ -20,6 +20,8 @@ namespace cu_fast {
 
 CU_FAST_FOR_EACH_LEVEL(
     // Fills the heaps p.kept and p.deleted of a block's tokens and part.
+    void select_exact(const SelectParams& p, const Block& block, float* scratch);
+    // The same by the certified scan; both scratches, one behind the other.
     void select_scan(const SelectParams& p, const Block& block, float* scratch);
     // Writes p.out for a block's tokens and codes.
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);

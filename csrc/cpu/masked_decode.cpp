@@ -5,13 +5,13 @@
 #include "cpu/arguments.h"
 #include "cpu/grid.h"
 #include "cpu/kernels.h"
+#include "cpu/operators.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace cu_fast {
-namespace {
 
 Tensor masked_decode(const Tensor& ids_in, const OptionalTensor& weights_in, const Tensor& table_in,
                      const OptionalTensor& bias_in, const OptionalTensor& residual_in,
@@ -58,7 +58,6 @@ Tensor masked_decode(const Tensor& ids_in, const OptionalTensor& weights_in, con
   return y;
 }
 
-}  // namespace
 }  // namespace cu_fast
 
 STABLE_TORCH_LIBRARY_IMPL(cu_fast, CPU, m) {

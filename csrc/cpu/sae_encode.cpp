@@ -5,6 +5,7 @@
 
 #include "cpu/grid.h"
 #include "cpu/kernels.h"
+#include "cpu/operators.h"
 #include "cpu/parallel.h"
 #include "cpu/select.h"
 #include "cpu/simd.h"
@@ -35,6 +36,8 @@ Operands operands(const Tensor& x_in, const Tensor& W_enc_in, const OptionalTens
   return {x, W_enc, b_enc, b_pre, {matrix_of(x), matrix_of(W_enc), data_of(b_pre), T, E, D}};
 }
 
+}  // namespace
+
 Tensor sae_encode(const Tensor& x, const Tensor& W_enc, const OptionalTensor& b_enc,
                   const OptionalTensor& b_pre, bool relu) {
   const Operands in = operands(x, W_enc, b_enc, b_pre);
@@ -53,13 +56,17 @@ Tensor sae_encode(const Tensor& x, const Tensor& W_enc, const OptionalTensor& b_
   return z;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> sae_encode_topk(const Tensor& x, const Tensor& W_enc, const OptionalTensor& b_enc,
                                            const OptionalTensor& b_pre, int64_t k,
                                            const OptionalTensor& mask_table, const OptionalTensor& mask_row,
-                                           bool relu) {
+                                           bool relu, const OptionalTensor& scan_plane,
+                                           const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
   const Operands in = operands(x, W_enc, b_enc, b_pre);
-  SelectResult result = select(in.score, /*inv_norm=*/nullptr, data_of(in.b_enc), k, mask_table, mask_row,
-                               /*return_hits=*/false, relu);
+  const ScanArguments scan(scan_plane, scan_terms, scan_mean, in.score.C, in.score.E);
+  SelectResult result = select(in.score, /*inv_norm=*/nullptr, data_of(in.b_enc), scan.plane(), k, mask_table,
+                               mask_row, /*return_hits=*/false, relu);
   return {result.scores, result.ids};
 }
 

@@ -27,7 +27,7 @@ bool is_supported(SimdLevel level) {
     case SimdLevel::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             is_supported(SimdLevel::avx2);
+             __builtin_cpu_supports("avx512vnni") && is_supported(SimdLevel::avx2);
   }
   return false;
 #else

@@ -19,7 +19,7 @@
 
 // Keep in step with is_supported() in simd.cpp.
 #define CU_FAST_AVX2 "avx2,f16c"
-#define CU_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
+#define CU_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 namespace cu_fast {
 

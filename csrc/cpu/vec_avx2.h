@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "core/canonical.h"
@@ -23,6 +24,10 @@ struct Vec {
   static Vec load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
   static Vec load(const Bf16* from) { return {widened(from), widened(from + 8)}; }
   static Vec load(const Half* from) { return {_mm256_cvtph_ps(bits(from)), _mm256_cvtph_ps(bits(from + 8))}; }
+  static Vec load(const int32_t* from) {
+    const auto* in = reinterpret_cast<const __m256i*>(from);
+    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(in)), _mm256_cvtepi32_ps(_mm256_loadu_si256(in + 1))};
+  }
 
   void store(float* to) const {
     _mm256_storeu_ps(to, low);
@@ -52,6 +57,34 @@ struct Vec {
     return low | high << 8;
   }
 
+  static uint32_t not_below(Vec a, Vec b) {
+    const uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NLT_UQ));
+    const uint32_t high = _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NLT_UQ));
+    return low | high << 8;
+  }
+
+  void store_lanes(uint32_t lanes, float* to) const {
+    float all[kLanes];
+    store(all);
+    for (; lanes != 0; lanes &= lanes - 1) *to++ = all[std::countr_zero(lanes)];
+  }
+
+  Vec magnitude() const {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, low), _mm256_andnot_ps(sign, high)};
+  }
+  Vec nearest() const {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(low, kMode), _mm256_round_ps(high, kMode)};
+  }
+  static Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  void store_bytes(int8_t* to) const {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // the pack went by halves of a register
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(_mm256_castsi256_si128(ordered),
+                                                                    _mm256_extracti128_si256(ordered, 1)));
+  }
+
   Vec relu() const {  // maxps gives its second operand where one is NaN
     return {_mm256_max_ps(_mm256_setzero_ps(), low), _mm256_max_ps(_mm256_setzero_ps(), high)};
   }
@@ -75,6 +108,52 @@ inline Vec operator*(Vec a, Vec b) {
 inline Vec operator/(Vec a, Vec b) {
   return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
 }
+
+inline void store_ids(uint32_t lanes, int32_t first, int32_t* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = first + std::countr_zero(lanes);
+}
+
+inline void keep_ids(uint32_t lanes, const int32_t* from, int32_t* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = from[std::countr_zero(lanes)];
+}
+
+struct Bytes {
+  __m256i low, high;
+
+  static Bytes load(const uint8_t* from) {
+    const auto* in = reinterpret_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(in), _mm256_loadu_si256(in + 1)};
+  }
+  static Bytes repeat(const int8_t* from) {
+    int32_t four;
+    __builtin_memcpy(&four, from, 4);
+    const __m256i v = _mm256_set1_epi32(four);
+    return {v, v};
+  }
+};
+
+struct Ints {
+  static constexpr int kTokens = 2, kGroups = 2;  // 8 sums of 16 registers
+  // maddubs saturates at 2^15: 2 * 255 * 64 stays below.
+  static constexpr int kRange = 64;
+
+  __m256i low, high;
+
+  static Ints broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  void store(int32_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), high);
+  }
+  void add_products(Bytes codes, Bytes row) {
+    low = _mm256_add_epi32(low, products(codes.low, row.low));
+    high = _mm256_add_epi32(high, products(codes.high, row.high));
+  }
+
+ private:
+  static __m256i products(__m256i codes, __m256i row) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, row), _mm256_set1_epi16(1));
+  }
+};
 
 }  // namespace cu_fast::avx2
 CU_FAST_TARGET_END

@@ -25,6 +25,7 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits(from)), 16))};
   }
   static Vec load(const Half* from) { return {_mm512_cvtph_ps(bits(from))}; }
+  static Vec load(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
 
   void store(float* to) const { _mm512_storeu_ps(to, v); }
   void store(Bf16* to) const {
@@ -56,6 +57,19 @@ struct Vec {
 
   static uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 
+  static uint32_t not_below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
+
+  void store_lanes(uint32_t lanes, float* to) const {  // compressed in a register: to memory it is far slower
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), v));
+  }
+
+  Vec magnitude() const { return {_mm512_abs_ps(v)}; }
+  Vec nearest() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  static Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  void store_bytes(int8_t* to) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
   Vec relu() const {  // maxps gives its second operand where one is NaN
     return {_mm512_max_ps(_mm512_setzero_ps(), v)};
   }
@@ -81,6 +95,38 @@ inline Vec operator*(Vec a, Vec b) {
 inline Vec operator/(Vec a, Vec b) {
   return {_mm512_div_ps(a.v, b.v)};
 }
+
+inline void store_ids(uint32_t lanes, int32_t first, int32_t* to) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first), count);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), ids));
+}
+
+inline void keep_ids(uint32_t lanes, const int32_t* from, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from)));
+}
+
+struct Bytes {
+  __m512i v;
+
+  static Bytes load(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
+  static Bytes repeat(const int8_t* from) {
+    int32_t four;
+    __builtin_memcpy(&four, from, 4);
+    return {_mm512_set1_epi32(four)};
+  }
+};
+
+struct Ints {
+  static constexpr int kTokens = 6, kGroups = 4;  // 24 sums, 4 codes and a row: 29 of 32 registers
+  static constexpr int kRange = 127;
+
+  __m512i v;
+
+  static Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  void store(int32_t* to) const { _mm512_storeu_si512(to, v); }
+  void add_products(Bytes codes, Bytes row) { v = _mm512_dpbusd_epi32(v, codes.v, row.v); }
+};
 
 }  // namespace cu_fast::avx512
 CU_FAST_TARGET_END

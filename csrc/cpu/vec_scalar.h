@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "core/canonical.h"
@@ -28,6 +30,12 @@ struct Vec {
     return r;
   }
 
+  static Vec load(const int32_t* from) {
+    Vec r;
+    for (int l = 0; l < kLanes; ++l) r.lane[l] = static_cast<float>(from[l]);
+    return r;
+  }
+
   template <class T>
   void store(T* to) const {
     for (int l = 0; l < kLanes; ++l) narrow(lane[l], to + l);
@@ -44,6 +52,41 @@ struct Vec {
     uint32_t bits = 0;
     for (int l = 0; l < kLanes; ++l) bits |= uint32_t{a.lane[l] >= b.lane[l]} << l;
     return bits;
+  }
+
+  // Bit l: lane l of a is not below lane l of b; NaN never is.
+  static uint32_t not_below(Vec a, Vec b) {
+    uint32_t bits = 0;
+    for (int l = 0; l < kLanes; ++l) bits |= uint32_t{!(a.lane[l] < b.lane[l])} << l;
+    return bits;
+  }
+
+  // The lanes whose bits are set, one behind the other. May write 16 floats.
+  void store_lanes(uint32_t lanes, float* to) const {
+    for (; lanes != 0; lanes &= lanes - 1) *to++ = lane[std::countr_zero(lanes)];
+  }
+
+  Vec magnitude() const {
+    Vec r;
+    for (int l = 0; l < kLanes; ++l) r.lane[l] = std::fabs(lane[l]);
+    return r;
+  }
+
+  // The nearest integer, ties to even; for lanes that fit an int32.
+  Vec nearest() const {
+    Vec r;
+    for (int l = 0; l < kLanes; ++l) r.lane[l] = std::nearbyint(lane[l]);
+    return r;
+  }
+
+  static Vec larger(Vec a, Vec b) {
+    for (int l = 0; l < kLanes; ++l) a.lane[l] = a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l];
+    return a;
+  }
+
+  // Lanes that are integers of at most 127 either way.
+  void store_bytes(int8_t* to) const {
+    for (int l = 0; l < kLanes; ++l) to[l] = static_cast<int8_t>(lane[l]);
   }
 
   // Lanes below zero become zero; NaN stays NaN.
@@ -68,6 +111,53 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) {
     for (int l = 0; l < kLanes; ++l) a.lane[l] /= b.lane[l];
     return a;
+  }
+};
+
+// first + l for each lane l whose bit is set, one behind the other. May write 16 of them.
+inline void store_ids(uint32_t lanes, int32_t first, int32_t* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = first + std::countr_zero(lanes);
+}
+
+// The same of ids in memory; `to` may lie before `from` in the same array.
+inline void keep_ids(uint32_t lanes, const int32_t* from, int32_t* to) {
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = from[std::countr_zero(lanes)];
+}
+
+// 64 bytes: four of each of 16 codes, or the same four of a row of z.
+struct Bytes {
+  int16_t byte[4 * kLanes];
+
+  static Bytes load(const uint8_t* from) {
+    Bytes r;
+    for (int i = 0; i < 4 * kLanes; ++i) r.byte[i] = from[i];
+    return r;
+  }
+  static Bytes repeat(const int8_t* from) {
+    Bytes r;
+    for (int i = 0; i < 4 * kLanes; ++i) r.byte[i] = from[i % 4];
+    return r;
+  }
+};
+
+// 16 sums of byte products.
+struct Ints {
+  // Rows of z and groups of 16 codes whose sums stay in registers together.
+  static constexpr int kTokens = 1, kGroups = 1;
+  static constexpr int kRange = 127;  // of a row's bytes
+
+  uint32_t lane[kLanes];  // unsigned, so that it wraps
+
+  static Ints broadcast(int32_t x) {
+    Ints r;
+    for (uint32_t& lane : r.lane) lane = x;
+    return r;
+  }
+  void store(int32_t* to) const {
+    for (int l = 0; l < kLanes; ++l) to[l] = static_cast<int32_t>(lane[l]);
+  }
+  void add_products(Bytes codes, Bytes row) {
+    for (int i = 0; i < 4 * kLanes; ++i) lane[i / 4] += int32_t{codes.byte[i]} * row.byte[i];
   }
 };
 

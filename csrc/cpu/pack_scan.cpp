@@ -1,0 +1,177 @@
+// Makes the scan plane of a codebook (core/scan.h). Once for a codebook, so it is plain C++.
+//
+// 1. The mean of the codes, in double; kept only if it takes away a tenth of their squared norm.
+// 2. Each code minus the mean, its largest entry to 127, rounded to nearest; norms in double, rounded up.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "core/scan.h"
+#include "core/widen.h"
+#include "cpu/arguments.h"
+#include "cpu/grid.h"
+#include "cpu/parallel.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace cu_fast {
+namespace {
+
+template <class T>
+void widen_code(const void* data, int64_t E, float* to) {
+  for (int64_t e = 0; e < E; ++e) to[e] = widen(static_cast<const T*>(data)[e]);
+}
+
+void widen_code(const Matrix& codes, int64_t j, int64_t E, float* to) {
+  const void* row = codes.from_row(j).data;
+  switch (codes.dtype) {
+    case Dtype::f32:
+      return widen_code<float>(row, E, to);
+    case Dtype::bf16:
+      return widen_code<Bf16>(row, E, to);
+    case Dtype::f16:
+      return widen_code<Half>(row, E, to);
+  }
+}
+
+double squared_norm(const float* x, int64_t E) {
+  double lanes[8] = {};
+  for (int64_t e = 0; e < E; ++e) lanes[e % 8] += double{x[e]} * x[e];
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// The next float above, with room for the rounding of the doubles that led to it.
+float rounded_up(double x) {
+  return std::nextafter(static_cast<float>(x * (1 + 1e-9)), std::numeric_limits<float>::infinity());
+}
+
+// Whether a code's norm, as it is and times inv_norm, lies where its error has a bound. NaN and Inf do not.
+bool is_certified(double norm, double inv_norm) {
+  if (!(norm <= kLargest) || !std::isfinite(inv_norm)) return false;
+  const auto in_range = [](double x) { return x == 0 || (x >= kSmallest && x <= kLargest); };
+  return in_range(norm) && in_range(norm * std::abs(inv_norm));
+}
+
+struct Packing {
+  Matrix codes;           // [C, E]
+  const float* inv_norm;  // [C] or null
+  int64_t C, E;
+  uint8_t* plane;
+  float* terms;
+  float* mean;  // [E]
+
+  double inv_norm_of(int64_t j) const { return inv_norm == nullptr ? 1.0 : inv_norm[j]; }
+
+  // Adds the certified codes of [begin, end) to sum [E]; the sum of their squared norms, and how many.
+  std::pair<double, int64_t> add_codes(int64_t begin, int64_t end, float* code, double* sum) const {
+    double squares = 0;
+    int64_t n = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      widen_code(codes, j, E, code);
+      const double square = squared_norm(code, E);
+      if (!is_certified(std::sqrt(square), inv_norm_of(j))) continue;
+      for (int64_t e = 0; e < E; ++e) sum[e] += code[e];
+      squares += square;
+      ++n;
+    }
+    return {squares, n};
+  }
+
+  // Bytes and terms of one group. `code` is scratch, [E]; `mean_norm` is 0 if there is no mean.
+  void pack_group(int64_t g, double mean_norm, float* code) const {
+    const int64_t steps = scan_width(E) / 4;
+    uint8_t* const bytes = plane + g * steps * 4 * kScanGroup;
+    float* const term = terms + g * kTermsOfGroup;
+    float* const largest = term + 3 * kScanGroup;
+    std::fill_n(bytes, steps * 4 * kScanGroup, uint8_t{kOffset});
+    std::fill_n(term, kTermsOfGroup, 0.0f);
+
+    for (int64_t i = 0; i < kScanGroup && g * kScanGroup + i < C; ++i) {
+      const int64_t j = g * kScanGroup + i;
+      const double inv = std::abs(inv_norm_of(j));
+      widen_code(codes, j, E, code);
+      const double norm = std::sqrt(squared_norm(code, E));
+      if (!is_certified(norm, inv) || !(mean_norm * inv <= kLargest)) {
+        term[kResidual * kScanGroup + i] = largest[kResidual] = std::numeric_limits<float>::infinity();
+        continue;
+      }
+      const auto d = [&](int64_t e) { return mean_norm == 0 ? double{code[e]} : double{code[e]} - mean[e]; };
+      double most = 0;
+      for (int64_t e = 0; e < E; ++e) most = std::max(most, std::abs(d(e)));
+      const double step = most / 127;
+      double residual = 0, size = 0;
+      for (int64_t e = 0; e < E && most > 0; ++e) {
+        const double q = std::nearbyint(d(e) / step), miss = d(e) - step * q;
+        bytes[(e / 4 * kScanGroup + i) * 4 + e % 4] = static_cast<uint8_t>(static_cast<int>(q) + kOffset);
+        residual += miss * miss;
+        size += q * q;
+      }
+      size = std::sqrt(size) * step;
+      // A score of inv_norm < 0 turns the order round: the scale takes its sign, the bounds do not.
+      const float values[] = {
+          static_cast<float>(inv_norm_of(j) * step), rounded_up(std::sqrt(residual) * inv), rounded_up(size * inv),
+          rounded_up((norm + mean_norm + 2 * size) * inv)};
+      for (int t : {kScale, kResidual, kSize}) term[t * kScanGroup + i] = values[t];
+      for (int t : {kScale, kResidual, kSize, kMagnitude}) largest[t] = std::max(largest[t], std::abs(values[t]));
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& codes_in, const OptionalTensor& inv_norm_in) {
+  check_shape("codes", codes_in, "[C, E]", {-1, -1});
+  check_float("codes", codes_in);
+  const int64_t C = codes_in.size(0), E = codes_in.size(1);
+  check(E <= kMaxScanWidth, "codes are ", E, " wide; an int8 scan needs at most ", kMaxScanWidth);
+  const OptionalTensor inv_norm = as_fp32("inv_norm", inv_norm_in, "[C]", {C});
+  const Tensor codes = with_contiguous_rows(codes_in);
+  const int64_t G = scan_groups(C);
+  Tensor plane = new_tensor({G, scan_width(E) / 4, kScanGroup, 4}, ScalarType::Byte);
+  Tensor terms = new_tensor({G, kTermsOfGroup}, ScalarType::Float);
+  std::vector<float> mean(E, 0.0f);
+  const Packing p{matrix_of(codes), data_of(inv_norm), C, E, static_cast<uint8_t*>(plane.mutable_data_ptr()),
+                  terms.mutable_data_ptr<float>(), mean.data()};
+
+  // Sums of a fixed number of codes, added in order, so that the plane does not depend on the threads.
+  constexpr int64_t kChunk = 4096;
+  const int64_t chunks = (C + kChunk - 1) / kChunk;
+  const int64_t workers = std::clamp<int64_t>(C * E / kMinWork, 1, torch::stable::get_num_threads());
+  std::vector<double> sums(chunks * E, 0.0), squares(chunks);
+  std::vector<int64_t> counts(chunks);
+  parallel(std::min(workers, chunks), chunks, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> code(E);
+    for (int64_t i = begin; i < end; ++i) {
+      std::tie(squares[i], counts[i]) =
+          p.add_codes(i * kChunk, std::min(C, (i + 1) * kChunk), code.data(), sums.data() + i * E);
+    }
+  });
+  double square = 0, count = 0, mean_square = 0;
+  for (int64_t i = 0; i < chunks; ++i) square += squares[i], count += counts[i];
+  for (int64_t e = 0; e < E && count > 0; ++e) {
+    double sum = 0;
+    for (int64_t i = 0; i < chunks; ++i) sum += sums[i * E + e];
+    mean[e] = static_cast<float>(sum / count);
+    mean_square += double{mean[e]} * mean[e];
+  }
+  const bool centred = mean_square * count > 0.1 * square;
+  const double mean_norm = centred ? std::sqrt(mean_square) : 0.0;
+  parallel(std::min(workers, G), G, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> code(E);
+    for (int64_t g = begin; g < end; ++g) p.pack_group(g, mean_norm, code.data());
+  });
+  Tensor scan_mean = new_tensor({E}, ScalarType::Float);
+  std::transform(mean.begin(), mean.end(), scan_mean.mutable_data_ptr<float>(),
+                 [&](float x) { return centred ? x : 0.0f; });
+  return {plane, terms, scan_mean};
+}
+
+}  // namespace
+}  // namespace cu_fast
+
+STABLE_TORCH_LIBRARY_IMPL(cu_fast, CPU, m) {
+  m.impl("pack_scan", TORCH_BOX(&cu_fast::pack_scan));
+}

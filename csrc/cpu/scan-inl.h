@@ -1,0 +1,233 @@
+// The certified scan: integer products of a block's tokens with the plane, and what they prove.
+//
+//   approx - error <= score <= approx + error                     core/scan.h says what these are
+//
+//   what            shape                              where it stays
+//   rows of z       [kBlockTokens, round_up(E, 16)]    fp32 in scratch, for the canonical scores
+//   bytes of z      [kBlockTokens, round_up(E, 16)]    second-level cache; kTokens of them first-level
+//   group of codes  [scan_width(E), 64] bytes          streamed; read by all tokens of the block
+//   sums            [kTokens, kGroups, 16]             registers
+//
+// 1. quantize_row   A row of z becomes bytes. The few entries far above the others, which would make the unit
+//                   coarse for all, get high bytes in a sparse plane. A row too large, too small or zero is not
+//                   certified and goes to the exact scan.
+// 2. scan_group     64 codes against all rows of the block.
+// 3. Row::pass      Of 64 sums, those whose upper bound reaches tau enter the row's candidates, unless deleted.
+// 4. Row::tighten   tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
+//                   canonical score. When even that leaves the buffer half full, all of it is scored: it is a
+//                   cache, and nothing is dropped.
+// 5. Row::finish    Scores what is left, likeliest first.
+//
+// Included inside the namespace and the target region of one instruction set, after canonical-inl.h.
+
+namespace {
+
+// One row of z in the scan, and its candidates.
+struct Row {
+  int64_t token;
+  float* z;             // [round_up(E, 16)]
+  int8_t* bytes;        // [round_up(E, 16)]
+  ScanOutlier* outliers;
+  int64_t outlier_count;
+  int32_t start, outlier_start;  // minus kOffset times the sum of the bytes: undoes the offset of the codes
+  float unit, mean_dot;
+  float norm_in, miss, half_l1_out, slop;  // what the terms of a code are multiplied by, and what is added
+
+  float tau;   // no better than the k-th best score
+  float best;  // the k-th largest lower bound
+  float *upper, *lower;  // lower is kNone for a deleted code: it says nothing of tau
+  // Where deleted codes ride along: the lower bounds with theirs, and what is no better than the k-th best
+  // score among all codes. A deleted code that does not reach it would not have been selected either.
+  float* lower_all;  // null: they do not
+  float tau_all;
+  int32_t* id;
+  int64_t n, trigger;  // candidates, in the order of their ids, and how many call for a tighter tau
+  int64_t visited;
+};
+
+// The largest |z| that the bytes reach: the largest of all, or half, a quarter, ... of it while few lie above.
+float clip_of(const float* z, int64_t E, float largest) {
+  float clip = largest;
+  for (int halvings = 0; halvings < kMaxHalvings; ++halvings) {
+    const Vec half = Vec::broadcast(clip / 2);
+    int64_t above = 0;
+    for (int64_t e = 0; e < E; e += kLanes) {
+      above += kLanes - std::popcount(Vec::at_least(half, Vec::load(z + e).magnitude()));
+    }
+    if (above > max_outliers(E)) break;
+    clip /= 2;
+  }
+  return clip;
+}
+
+// Splits what does not fit a byte among 16 entries, given as integers: low bytes stay, high ones go to the list.
+void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float* l1_out) {
+  constexpr int kBase = 2 * Ints::kRange;
+  for (int l = 0; l < kLanes; ++l) {
+    if (std::fabs(lanes[l]) <= Ints::kRange) continue;
+    const float high = std::nearbyint(lanes[l] / kBase);
+    lanes[l] -= kBase * high;
+    *l1_out += std::fabs(z[l]);
+    const int32_t step = static_cast<int32_t>((first + l) / 4);
+    if (row.outlier_count == 0 || row.outliers[row.outlier_count - 1].step != step) {
+      row.outliers[row.outlier_count++] = {step, {}};
+    }
+    row.outliers[row.outlier_count - 1].bytes[l % 4] = static_cast<int8_t>(high);
+    row.outlier_start -= kOffset * static_cast<int32_t>(high);
+  }
+}
+
+// Fills everything of a row but its candidates; false if it cannot be certified.
+bool quantize_row(const SelectParams& p, Row& row) {
+  const int64_t E = round_up(p.score.E, kLanes);
+  Vec most = Vec::broadcast(0), squares = Vec::broadcast(0);
+  for (int64_t e = 0; e < E; e += kLanes) {
+    const Vec z = Vec::load(row.z + e);
+    most = Vec::larger(most, z.magnitude());
+    squares = squares + z * z;
+  }
+  float lanes[kLanes];
+  most.store(lanes);
+  const float largest = *std::max_element(lanes, lanes + kLanes);
+  if (!(largest >= kSmallest && largest <= kLargest)) return false;
+
+  const float clip = clip_of(row.z, E, largest);
+  const Vec per_unit = Vec::broadcast(Ints::kRange / clip);
+  row.unit = clip / Ints::kRange;
+  row.outlier_count = row.start = row.outlier_start = 0;
+  const Vec unit = Vec::broadcast(row.unit), range = Vec::broadcast(Ints::kRange);
+  Vec misses = Vec::broadcast(0), squares_in = Vec::broadcast(0);
+  float l1_out = 0;
+  for (int64_t e = 0; e < E; e += kLanes) {
+    const Vec z = Vec::load(row.z + e);
+    Vec whole = (z * per_unit).nearest();
+    const Vec miss = z - unit * whole;
+    misses = misses + miss * miss;
+    Vec in = z;
+    const uint32_t fit = Vec::at_least(range, whole.magnitude());
+    if (fit != (1u << kLanes) - 1) {
+      for (int l = 0; l < kLanes; ++l) lanes[l] = fit >> l & 1 ? row.z[e + l] : 0.0f;
+      in = Vec::load(lanes);
+      whole.store(lanes);
+      split_outliers(row, e, row.z + e, lanes, &l1_out);
+      whole = Vec::load(lanes);
+    }
+    squares_in = squares_in + in * in;
+    whole.store_bytes(row.bytes + e);
+  }
+  int32_t sum = 0;
+  for (int64_t e = 0; e < E; ++e) sum += row.bytes[e];
+  row.start = -kOffset * sum;
+
+  // Every sum of squares is off by at most one rounding for each addend of a lane.
+  const float grow = 1.0f + 0x1p-23f * static_cast<float>(E / kLanes + 16);
+  float sums[3];
+  const Vec partials[] = {squares, misses, squares_in};
+  for (int i = 0; i < 3; ++i) {
+    const Vec one[1] = {partials[i]};
+    Vec::tree_sums(one, &sums[i]);
+  }
+  const float norm = std::sqrt(sums[0]) * grow;
+  const float rounding = 0x1p-22f * norm;  // of unit * whole, and of the difference above
+  row.miss = std::sqrt(sums[1]) * grow + rounding;
+  row.norm_in = std::max(std::sqrt(sums[2]) * grow, 0x1p-60f);  // not zero: infinity times it is infinity
+  row.half_l1_out = 0.5f * l1_out * grow;
+  row.slop = norm * scan_epsilon(p.score.E);
+  row.mean_dot = 0;
+  if (p.scan.mean != nullptr) {
+    Vec partial[1] = {Vec::broadcast(0)};
+    for (int64_t e = 0; e < p.score.E; e += kLanes) {
+      partial[0] = partial[0] + Vec::load(row.z + e) * load_first(p.scan.mean + e, p.score.E - e);
+    }
+    Vec::tree_sums(partial, &row.mean_dot);
+  }
+  return true;
+}
+
+// The hot loop: kTokens rows against 64 codes, Ints::kGroups * 16 of them at a time.
+template <int kTokens>
+[[gnu::noinline]] void byte_dots(const Row* rows, const uint8_t* codes, int64_t steps, int32_t* sums) {
+  constexpr int kGroups = Ints::kGroups, kStride = 4 * kScanGroup;
+  const int8_t* bytes[kTokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) bytes[t] = rows[t].bytes;
+  for (int first = 0; first < kScanGroup; first += kGroups * kLanes, codes += 4 * kGroups * kLanes) {
+    Ints sum[kTokens][kGroups];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) sum[t][g] = Ints::broadcast(rows[t].start);
+    }
+    for (int64_t i = 0; i < steps; ++i) {
+      Bytes code[kGroups];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) code[g] = Bytes::load(codes + i * kStride + g * 4 * kLanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const Bytes row = Bytes::repeat(bytes[t] + i * 4);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) sum[t][g].add_products(code[g], row);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) sum[t][g].store(sums + t * kScanGroup + first + g * kLanes);
+    }
+  }
+}
+
+// The same for the sparse plane of one row.
+[[gnu::noinline]] void outlier_dots(const Row& row, const uint8_t* codes, int32_t* sums) {
+  constexpr int kGroups = Ints::kGroups;
+  for (int first = 0; first < kScanGroup; first += kGroups * kLanes, codes += 4 * kGroups * kLanes) {
+    Ints sum[kGroups];
+    for (int g = 0; g < kGroups; ++g) sum[g] = Ints::broadcast(row.outlier_start);
+    for (int64_t i = 0; i < row.outlier_count; ++i) {
+      const uint8_t* const code = codes + row.outliers[i].step * int64_t{4 * kScanGroup};
+      const Bytes high = Bytes::repeat(row.outliers[i].bytes);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) sum[g].add_products(Bytes::load(code + g * 4 * kLanes), high);
+    }
+    for (int g = 0; g < kGroups; ++g) sum[g].store(sums + first + g * kLanes);
+  }
+}
+
+// Scores the first few of n rows against a group: sums [rows, 64]. Returns how many.
+inline int64_t scan_rows(const Row* rows, int64_t n, const uint8_t* codes, int64_t steps, int32_t* sums) {
+  const auto run = [&]<int kTokens>() {
+    byte_dots<kTokens>(rows, codes, steps, sums);
+    return kTokens;
+  };
+  if constexpr (Ints::kTokens > 4) {
+    if (n >= Ints::kTokens && n != 8) return run.template operator()<Ints::kTokens>();  // 8 is 4 + 4
+    if (n >= 4) return run.template operator()<4>();
+  }
+  if (n >= 2 && Ints::kTokens > 1) return run.template operator()<2>();
+  return run.template operator()<1>();
+}
+
+// How many of n bounds reach x.
+int64_t count_at_least(const float* bounds, int64_t n, float x) {
+  const Vec limit = Vec::broadcast(x);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    uint32_t reach = Vec::at_least(Vec::load(bounds + i), limit);
+    if (n - i < kLanes) reach &= (1u << (n - i)) - 1;
+    count += std::popcount(reach);
+  }
+  return count;
+}
+
+float largest_of(const float* bounds, int64_t n) {
+  Vec most = Vec::broadcast(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) most = Vec::larger(Vec::load(bounds + i), most);  // NaN: the second
+  float lanes[kLanes];
+  most.store(lanes);
+  float largest = *std::max_element(lanes, lanes + kLanes);
+  for (; i < n; ++i) largest = bounds[i] > largest ? bounds[i] : largest;
+  return largest;
+}
+
+}  // namespace

@@ -1,0 +1,68 @@
+// Sizes of the certified scan, and the scratch of one worker. The scan itself: scan-inl.h.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/params.h"
+#include "core/scan.h"
+#include "cpu/grid.h"
+
+namespace cu_fast {
+
+// The high bytes of four neighbours in a row of z, at bytes 4 step to 4 step + 3.
+struct ScanOutlier {
+  int32_t step;
+  int8_t bytes[4];
+};
+
+// Entries of a row that may lie above its clip: a few per cent more work, for a unit of half the size or less.
+inline int64_t max_outliers(int64_t E) {
+  return std::max<int64_t>(4, E / 64);
+}
+// With the clip at largest / 2^7, high bytes stay within 64.
+inline constexpr int kMaxHalvings = 7;
+
+// More than this, and the buffers outgrow the cache that they are to stay in: the exact scan has no buffers.
+inline constexpr int64_t kMaxScanK = 1024;
+
+// Candidates that a row's buffer holds; a group may add all its codes at once.
+inline int64_t candidate_capacity(int64_t k) {
+  return round_up(std::max<int64_t>(4096, 4 * k), kScanGroup) + kScanGroup;
+}
+
+// Tokens of a block: they share each reading of the plane, and of the codes that are scored.
+inline constexpr int64_t kScanTokens = 256;
+
+// What one worker needs for a block, by array. The first `rows` of everything are in use.
+struct ScanScratch {
+  int64_t rows, width, outliers, capacity;
+  bool rides_along;
+
+  explicit ScanScratch(const SelectParams& p)
+      : rows(std::min(p.score.T, kScanTokens)),
+        width(round_up(p.score.E, kLanes)),
+        outliers(max_outliers(p.score.E)),
+        capacity(candidate_capacity(p.k)),
+        rides_along(p.deleted != nullptr) {}
+
+  // Floats for z, 4 codes widened, bytes of z, outliers, bounds and ids.
+  int64_t z() const { return 0; }
+  int64_t codes() const { return z() + rows * width; }
+  int64_t bytes() const { return codes() + 4 * width; }
+  int64_t outlier() const { return bytes() + rows * width / 4; }
+  int64_t upper() const { return outlier() + rows * outliers * 2; }
+  int64_t lower() const { return upper() + rows * capacity; }
+  int64_t lower_all() const { return lower() + rows * capacity; }
+  int64_t id() const { return lower_all() + (rides_along ? rows * capacity : 0); }
+  int64_t floats() const { return id() + rows * capacity; }
+};
+
+// Whether to scan: there is a plane, the bias leaves bounds finite, and k is small enough, among enough codes, to be
+// worth the buffers.
+inline bool takes_scan(const ScanPlane& scan, float largest_bias, int64_t k, int64_t C) {
+  return scan.plane != nullptr && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
+}
+
+}  // namespace cu_fast
