@@ -35,16 +35,20 @@ BASELINE = [
     "csrc/cpu/masked_decode.cpp",
     "csrc/cpu/masked_decode_scalar.cpp",
     "csrc/cpu/codebook_bottleneck.cpp",
+    "csrc/cpu/peak.cpp",
+    "csrc/cpu/peak_scalar.cpp",
 ]
 AVX2 = [
     "csrc/cpu/codebook_quantize_avx2.cpp",
     "csrc/cpu/sae_encode_avx2.cpp",
     "csrc/cpu/masked_decode_avx2.cpp",
+    "csrc/cpu/peak_avx2.cpp",
 ]
 AVX512 = [
     "csrc/cpu/codebook_quantize_avx512.cpp",
     "csrc/cpu/sae_encode_avx512.cpp",
     "csrc/cpu/masked_decode_avx512.cpp",
+    "csrc/cpu/peak_avx512.cpp",
 ]
 
 FLAGS = [

@@ -43,9 +43,9 @@ def facts() -> dict[str, Any]:
 
 def ceilings() -> dict[str, float | str]:
     """Peaks in 10^9 operations (2 a multiply-add) or bytes a second, "" where they cannot be measured."""
-    if not hasattr(torch.ops.cu_fast, "ceiling"):
+    if not _native.available():
         return dict.fromkeys(CEILINGS, "")
-    rates = (_peak("int8"), _peak("fp32"), _rate("read", MEMORY_READ), _rate("read", L3_READ))
+    rates = (_peak("int8"), _peak("fp32"), _read(MEMORY_READ), _read(L3_READ))
     return {name: float(f"{rate:.4g}") for name, rate in zip(CEILINGS, rates)}
 
 
@@ -53,17 +53,21 @@ def _peak(kind: str) -> float:
     size = 10_000
     while True:
         start = time.perf_counter()
-        torch.ops.cu_fast.ceiling(kind, size)
+        torch.ops.cu_fast.peak(kind, size)
         if time.perf_counter() - start >= SHORTEST:
-            return _rate(kind, size)
+            return _rate(torch.ops.cu_fast.peak, kind, size)
         size *= 2
 
 
-def _rate(kind: str, size: int) -> float:
+def _read(size: int) -> float:
+    return _rate(torch.ops.cu_fast.peak_read, torch.ones(size // 4, dtype=torch.int32))
+
+
+def _rate(work, *args) -> float:
     best = 0.0
     for _ in range(REPEATS):
         start = time.perf_counter()
-        done = torch.ops.cu_fast.ceiling(kind, size)
+        done = work(*args)
         best = max(best, done / (time.perf_counter() - start))
     return best / 1e9
 

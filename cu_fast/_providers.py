@@ -9,7 +9,6 @@ avoided, in-place masking, cosine as a product with codes that were normalised b
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,6 @@ from cu_fast import ops
 from cu_fast._bench_data import Inputs
 from cu_fast._bench_truth import Answer, share_identical
 
-SCANS = "scan" in inspect.signature(ops.pack_codes).parameters
 REFERENCE_LIMIT = 5e8  # multiply-adds; more takes the reference seconds
 ALL = slice(None)
 IDENTICAL_ROWS = 4  # rows that are compared with the reference, bit for bit
@@ -88,8 +86,6 @@ def _ours(impl: str, scan: str) -> Builder:
 
 def _pack(codes: Tensor, similarity: str, scan: str, bias: Tensor | None = None) -> tuple[ops.PackedCodes, str]:
     """Packed codes, and what to say of their scan."""
-    if not SCANS:
-        return ops.pack_codes(codes, similarity, bias), ""
     packed = ops.pack_codes(codes, similarity, bias, scan=scan)
     return packed, "scan fp32" if packed.scan is None else "scan int8"
 
@@ -106,11 +102,10 @@ def _quantize(inputs: Inputs, impl: str, scan: str) -> Job:
 def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Job:
     packed, note = _pack(inputs.codes, "dot", scan, inputs.bias)
     W_enc, b_enc, b_pre, k = inputs.codes, inputs.bias, inputs.b_pre, inputs.cell.k
-    plane = {"scan": packed.scan} if SCANS else {}
 
     def run(impl: str = impl, some: slice = ALL) -> ops.Selection:
-        options = _masks(inputs, some) | (plane if impl == "cpu" else {})
-        return ops.sae_encode(inputs.x[some], W_enc, b_enc, b_pre, k=k, impl=impl, **options)
+        options = _masks(inputs, some)
+        return ops.sae_encode(inputs.x[some], W_enc, b_enc, b_pre, k=k, scan=packed.scan, impl=impl, **options)
 
     return _job(run, lambda selection: Answer(selection.ids), note)
 

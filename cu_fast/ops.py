@@ -351,8 +351,8 @@ def codebook_bottleneck(
     ):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, choices))}")
-    if receipt is not None and (receipt.dtype != torch.int64 or tuple(receipt.shape) != (2,)):
-        raise ValueError(f"receipt is {receipt.dtype} {_shape(receipt)}; it should be int64 [2]")
+    if receipt is not None and (receipt.dtype != torch.int64 or _shape(receipt) != [2] or receipt.stride(0) != 1):
+        raise ValueError(f"receipt is {receipt.dtype} {_shape(receipt)}; it should be int64 [2], contiguous")
     _refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
     op, scan = _choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
     return op(

@@ -23,10 +23,14 @@ from cu_fast import _native, reference
 native = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
 x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
 LEVELS = ("scalar", "avx2", "avx512")
+OPERATORS = (
+    "codebook_quantize", "sae_encode", "sae_encode_topk", "masked_decode", "codebook_bottleneck", "pack_scan",
+)  # fmt: skip
 OPS = torch.ops.cu_fast
+NO_SCAN = (None, None, None)
 
 
-def arguments(T, E, C, k, *, kind="gaussian", dtype=torch.float32, layout="plain", mask=True, seed=0):
+def arguments(T, E, C, k, *, kind="gaussian", dtype=torch.float32, layout="plain", mask=True, scan=True, seed=0):
     """The arguments of each operator, by its name: one set of sizes, every optional argument given or none."""
     z = hurtful.strided(hurtful.matrix(T, E, kind, dtype, seed), layout)
     codes = hurtful.strided(hurtful.matrix(C, E, kind, dtype, seed + 1), layout)
@@ -36,12 +40,21 @@ def arguments(T, E, C, k, *, kind="gaussian", dtype=torch.float32, layout="plain
     scores, ids, _ = reference.codebook_quantize(z, codes, None, None, k, None, None, False)
     if not mask:
         bias = pre = None
+    inv_norm = reference.inverse_norm(codes)
+    scaled, plain = (OPS.pack_scan(codes, inv_norm), OPS.pack_scan(codes, None)) if scan else (NO_SCAN, NO_SCAN)
+    encoder = (hurtful.matrix(E, E, "gaussian", dtype, seed + 5), pre, pre) if mask else (None, None, None)
+    receipt = torch.zeros(2, dtype=torch.int64) if mask else None
     return {
-        "codebook_quantize": (z, codes, reference.inverse_norm(codes), bias, k, table, row, mask),
+        "codebook_quantize": (z, codes, inv_norm, bias, k, table, row, mask, *scaled),
         "sae_encode": (z, codes, bias, pre, mask),
-        "sae_encode_topk": (z, codes, bias, pre, k, table, row, mask),
+        "sae_encode_topk": (z, codes, bias, pre, k, table, row, mask, *plain),
         "masked_decode": (ids, scores if mask else None, codes, pre, z if mask else None, table, row, mask),
-    }
+        "codebook_bottleneck": (
+            z, *encoder, mask, codes, inv_norm, bias, k, table, row, scan, *scaled,
+            codes, pre, mask, not mask, receipt,
+        ),
+        "pack_scan": (codes, inv_norm if mask else None),
+    }  # fmt: skip
 
 
 def tensors(result):
@@ -50,12 +63,17 @@ def tensors(result):
 
 def digest() -> str:
     """A hash of what the operators return for a small battery of inputs. NaN is NaN, whatever its payload."""
-    shapes = [(1, 512, 2000, 8), (3, 33, 77, 77), (70, 64, 300, 5), (9, 5, 1, 1), (130, 48, 1100, 20), (8, 7, 40, 3)]
-    kinds = itertools.cycle(hurtful.KINDS)
-    layouts = itertools.cycle(["plain", "rows", "columns"])
+    shapes = [
+        (1, 512, 2000, 8), (3, 33, 77, 77), (70, 64, 300, 5), (9, 5, 1, 1), (130, 48, 1100, 20), (8, 7, 40, 3),
+        (270, 70, 513, 9),
+    ]  # fmt: skip
+    # As many kinds as cases of a shape, one more: every kind meets every other choice.
+    kinds = itertools.cycle([*hurtful.KINDS, "gaussian"])
+    layouts = itertools.cycle(["plain", "rows", "columns", "transposed", "plain"])
     hasher = hashlib.sha256()
-    for seed, (shape, dtype, mask) in enumerate(itertools.product(shapes, hurtful.DTYPES, (False, True))):
-        given = arguments(*shape, kind=next(kinds), dtype=dtype, layout=next(layouts), mask=mask, seed=seed)
+    cases = itertools.product(shapes, hurtful.DTYPES, (False, True), (False, True))
+    for seed, (shape, dtype, mask, scan) in enumerate(cases):
+        given = arguments(*shape, kind=next(kinds), dtype=dtype, layout=next(layouts), mask=mask, scan=scan, seed=seed)
         for op, args in given.items():
             for tensor in tensors(getattr(OPS, op)(*args)):
                 hasher.update(torch.where(tensor.isnan(), torch.nan, tensor.float()).numpy().tobytes())
@@ -88,12 +106,16 @@ def functions() -> list[tuple[str, str]]:
 
 @native
 class TestOperators:
-    @pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode", "sae_encode_topk", "masked_decode"])
+    @pytest.mark.parametrize("op", OPERATORS)
     @pytest.mark.parametrize("mask", [False, True])
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
     def test_opcheck(self, op, mask, dtype):
         args = arguments(5, 20, 50, 4, dtype=dtype, mask=mask, layout="rows")[op]
         torch.library.opcheck(getattr(OPS, op).default, args)
+
+    @pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode_topk", "codebook_bottleneck"])
+    def test_opcheck_without_a_plane(self, op):
+        torch.library.opcheck(getattr(OPS, op).default, arguments(5, 20, 50, 4, scan=False)[op])
 
     @pytest.mark.parametrize("mask", [False, True])
     def test_opcheck_without_tokens(self, mask):
@@ -133,7 +155,8 @@ class TestChecks:
 
     def quantize(self, **changes):
         args = dict(z=self.z, codes=self.codes, inv_norm=None, bias=None, k=2, mask_table=None, mask_row=None)
-        OPS.codebook_quantize(**{**args, **changes}, return_hits=False)
+        none = dict(scan_plane=None, scan_terms=None, scan_mean=None)
+        OPS.codebook_quantize(**{**args, **none, **changes}, return_hits=False)
 
     def decode(self, **changes):
         args = dict(ids=self.ids, weights=None, table=self.codes, bias=None, residual=None)
@@ -188,7 +211,7 @@ class TestChecks:
         with pytest.raises(RuntimeError, match=r"W_enc must have shape \[E, D\] = \[any, 4\], got Float \[40, 5\]"):
             OPS.sae_encode(self.z, torch.zeros(40, 5), None, None, True)
         with pytest.raises(RuntimeError, match=r"b_pre must have shape \[D\] = \[4\], got Float \[3\]"):
-            OPS.sae_encode_topk(self.z, self.codes, None, torch.zeros(3), 2, None, None, True)
+            OPS.sae_encode_topk(self.z, self.codes, None, torch.zeros(3), 2, None, None, True, *NO_SCAN)
         with pytest.raises(RuntimeError, match=r"b_enc must have shape \[E\] = \[40\], got Float \[4\]"):
             OPS.sae_encode(self.z, self.codes, torch.zeros(4), None, True)
 
@@ -223,19 +246,24 @@ class TestSameBits:
         # Every product and sum is a denormal number. Compared as bits: flushed, they would equal zero.
         done = run("""
 z, codes = torch.randn(70, 64) * 1e-41, torch.randn(5000, 64)
+rows, mixed = torch.randn(9, 64), torch.randn(5000, 64)
+mixed[:2500, :], rows[:, 1:] = torch.tensor([1e-11] + [1e-41] * 63), 1e-4
 ids, weights = torch.randint(0, 5000, (70, 4)).int(), torch.randn(70, 4) * 1e-41
 def results():
-    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False, None, None, None)
+    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False, *3 * [None])
+    # Large enough to be scanned, with codes whose last entries are denormal, and products that are.
+    plane = torch.ops.cu_fast.pack_scan(mixed, None)
+    scanned = torch.ops.cu_fast.codebook_quantize(rows, mixed, None, None, 9, None, None, False, *plane)[:2]
     dense = torch.ops.cu_fast.sae_encode(z, codes, None, None, True)
     y = torch.ops.cu_fast.masked_decode(ids, weights, codes, None, None, None, None, False)
-    return [t.view(torch.int32) for t in (scores, chosen, dense, y)]
+    return [t.view(torch.int32) for t in (scores, chosen, dense, y, *scanned, *plane[1:])]
 want = results()
-assert all(t.count_nonzero() > t.numel() // 3 for t in want)
+assert all(t.count_nonzero() > t.numel() // 3 for t in want[:4])
 tiny = torch.tensor(1e-40)
 assert torch.set_flush_denormal(True) and (tiny * 1).view(torch.int32) == 0
 got = results()
 assert (tiny * 1).view(torch.int32) == 0, "the mode was not restored"
-assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * 4
+assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * len(want)
 """)
         assert done.returncode == 0, done.stderr
 
@@ -299,6 +327,9 @@ class TestLoading:
         assert "was not built" in reason and error == reason and score == "4.0"
 
 
+HOT = r"avx\w+::(\(anonymous namespace\)::)?(dot_tile<|dot_pairs<|byte_dots<|outlier_dots\()"
+
+
 @native
 @x86
 class TestBuild:
@@ -328,7 +359,9 @@ class TestBuild:
                     assert "%ymm" not in body, name
 
     def test_hot_loops_do_not_spill(self, functions):
-        hot = [(name, body) for name, body in functions if re.search(r"avx\w+::dot_tile<", name)]
+        hot = [(name, body) for name, body in functions if re.search(HOT, name)]
+        found = {re.search(HOT, name).group() for name, _ in hot}
+        assert len(found) == 2 * 4, found
         assert len({name.split("(")[0] for name, _ in hot}) >= 12
         for name, body in hot:
-            assert not re.search(r"v?mov[au]p[sd]\s.*\(%r[bs]p", body), name
+            assert not re.search(r"v?mov([au]p[sd]|dq[au]\d*)\s.*\(%r[bs]p", body), name

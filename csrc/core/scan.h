@@ -3,7 +3,8 @@
 //   codes_j = mean + d_j           d_j ~ step_j q_j,   q_j in [-127, 127]
 //   z       ~ unit (p + base h)    p, h in [-range, range]; h only where z has outliers
 //
-//   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, an exact integer
+//   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, an exact
+//   integer
 //
 //   |approx - score| <= norm_in residual_j + miss size_j + l1_out scale_j / 2 + norm epsilon magnitude_g
 //                       + rounding of the bias
@@ -14,8 +15,8 @@
 //   magnitude_g the group's largest (||codes_j|| + ||mean|| + 2 size_j) |inv_norm_j|: what roundings are
 //               relative to
 //   norm_in, l1_out   ||z|| over the dimensions without outliers, and sum |z| over those with:
-//               |<z, d - step q>| is at most Cauchy-Schwarz on the former, and half a step for each unit of the
-//               latter, since q is rounded to nearest
+//               |<z, d - step q>| is at most Cauchy-Schwarz on the former, and half a step for each unit of
+//               the latter, since q is rounded to nearest
 //   miss        ||z - unit (p + base h)||
 //
 // A code whose error has no finite bound has residual = infinity: it is always a candidate.
@@ -65,8 +66,8 @@ struct ScanPlane {
 };
 
 // Relative to norm * magnitude: rounding of a canonical dot product (one product, E / 16 + 4 sums), of
-// <z, mean>, which is one too, and of the few operations of either epilogue; underflow is smaller still in the
-// ranges below. 1 % covers the products of such errors.
+// <z, mean>, which is one too, and of the few operations of either epilogue; underflow is smaller still in
+// the ranges below. 1 % covers the products of such errors.
 inline float scan_epsilon(int64_t E) {
   return 1.01f * 0x1p-24f * static_cast<float>(E / kLanes + 40);
 }

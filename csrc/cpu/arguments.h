@@ -70,8 +70,8 @@ class MaskArguments {
 // A scan plane, as pack_scan made it.
 class ScanArguments {
  public:
-  ScanArguments(const OptionalTensor& plane, const OptionalTensor& terms, const OptionalTensor& mean, int64_t C,
-                int64_t E) {
+  ScanArguments(const OptionalTensor& plane, const OptionalTensor& terms, const OptionalTensor& mean,
+                int64_t C, int64_t E) {
     check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
           "scan_plane, scan_terms and scan_mean must be given together");
     if (!plane) return;

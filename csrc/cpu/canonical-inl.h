@@ -89,7 +89,8 @@ template <int kTokens, int kCodes, class T>
 
 // Four rows of z, each against a code of its own.
 template <class T>
-[[gnu::noinline]] void dot_pairs(const float* const (&z)[4], const T* const (&code)[4], int64_t E, float* dots) {
+[[gnu::noinline]] void dot_pairs(const float* const (&z)[4], const T* const (&code)[4], int64_t E,
+                                 float* dots) {
   Vec partial[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) partial[i] = Vec::broadcast(0);

@@ -42,7 +42,8 @@ float largest_magnitude(const float* x, int64_t n) {
   float largest = 0;
   for (int64_t i = 0; x != nullptr && i < n; ++i) {
     const float magnitude = std::abs(x[i]);
-    if (!(magnitude <= largest)) largest = magnitude == magnitude ? magnitude : std::numeric_limits<float>::infinity();
+    if (!(magnitude <= largest))
+      largest = magnitude == magnitude ? magnitude : std::numeric_limits<float>::infinity();
   }
   return largest;
 }
@@ -75,14 +76,10 @@ void select_finish(const SelectParams& p, int64_t token) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& z_in, const Tensor& codes_in,
-                                                     const OptionalTensor& inv_norm,
-                                                     const OptionalTensor& bias, int64_t k,
-                                                     const OptionalTensor& mask_table,
-                                                     const OptionalTensor& mask_row, bool return_hits,
-                                                     const OptionalTensor& scan_plane,
-                                                     const OptionalTensor& scan_terms,
-                                                     const OptionalTensor& scan_mean) {
+std::tuple<Tensor, Tensor, Tensor> codebook_quantize(
+    const Tensor& z_in, const Tensor& codes_in, const OptionalTensor& inv_norm, const OptionalTensor& bias,
+    int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
+    const OptionalTensor& scan_plane, const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
   check_shape("z", z_in, "[T, E]", {-1, -1});
   check_float("z", z_in);
   check_shape("codes", codes_in, "[C, E]", {-1, z_in.size(1)});
@@ -100,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& z_in, const T
 }
 
 SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias,
-                    const ScanPlane& scan_plane, int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
-                    bool relu) {
+                    const ScanPlane& scan_plane, int64_t k, const OptionalTensor& mask_table,
+                    const OptionalTensor& mask_row, bool return_hits, bool relu) {
   const int64_t T = score.T, C = score.C;
   check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
   check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
@@ -114,7 +111,8 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
 
   const float largest_bias = largest_magnitude(bias, C);
   const bool scans = takes_scan(scan_plane, largest_bias, k, C);
-  const Grid grid = plan_grid(T, C, score.E, torch::stable::get_num_threads(), scans ? kScanTokens : kBlockTokens);
+  const Grid grid =
+      plan_grid(T, C, score.E, torch::stable::get_num_threads(), scans ? kScanTokens : kBlockTokens);
   const int64_t capacity = std::min(k, grid.part_codes);
   const bool rides_along = return_hits && mask_table.has_value();
   const int64_t places = grid.parts * capacity;
@@ -135,12 +133,12 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
                        result.scores.mutable_data_ptr<float>(),
                        result.ids.mutable_data_ptr<int32_t>(),
                        return_hits ? result.hits.mutable_data_ptr<int32_t>() : nullptr};
-  const int64_t floats =
-      round_up(scratch_floats(score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
+  const int64_t floats = round_up(scratch_floats(score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
   Tensor scratch = new_tensor({grid.workers, floats}, ScalarType::Float);
   float* const scratch_data = scratch.mutable_data_ptr<float>();
   parallel(grid.workers, grid.size(), [&](int64_t worker, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) (scans ? scan : exact)(p, grid.block(i), scratch_data + worker * floats);
+    for (int64_t i = begin; i < end; ++i)
+      (scans ? scan : exact)(p, grid.block(i), scratch_data + worker * floats);
   });
   parallel(std::min(grid.workers, T), T, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) select_finish(p, token);

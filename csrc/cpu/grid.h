@@ -63,10 +63,9 @@ struct Grid {
   }
 };
 
-// Splits the tokens when each thread gets enough of them to make reading all codes worth it. Splits the codes too
-// when the blocks of tokens would leave threads idle.
-inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads,
-                      int64_t most_tokens = kBlockTokens) {
+// Splits the tokens when each thread gets enough of them to make reading all codes worth it. Splits the codes
+// too when the blocks of tokens would leave threads idle.
+inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads, int64_t most_tokens = kBlockTokens) {
   const int64_t work_of_token = C * std::max<int64_t>(E, 1);
   const int64_t share = std::clamp((T + threads - 1) / threads, kFairTokens, most_tokens);
   int64_t blocks = (T + share - 1) / share;

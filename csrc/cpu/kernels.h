@@ -26,6 +26,9 @@ CU_FAST_FOR_EACH_LEVEL(
     // Writes p.out for a block's tokens and codes.
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
     // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
-    void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);)
+    void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);
+    // Operations or bytes done (peak-inl.h).
+    int64_t peak_int8(int64_t iterations, int32_t* out); int64_t peak_fp32(int64_t iterations, int32_t* out);
+    int64_t peak_read(const int32_t* from, int64_t count, int32_t* out);)
 
 }  // namespace cu_fast

@@ -29,22 +29,30 @@ int64_t list_slots(const DecodeParams& p, int64_t token, DecodeSlot* slots) {
   return n;
 }
 
+constexpr int64_t kAhead = 4;  // rows
+
 // y[token, d .. d + 16 kRun), or with kRun 1 what of it lies before D.
 template <int kRun, class T>
 inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* slots, int64_t n, int64_t d) {
   const int64_t left = kRun > 1 ? kRun * kLanes : p.D - d;  // only a single vector may be cut short
   Vec sum[kRun];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < kRun; ++v) sum[v] = Vec::broadcast(0);
   for (int64_t i = 0; i < n; ++i) {
     const T* const row = static_cast<const T*>(p.table.data) + slots[i].id * p.table.stride + d;
     const Vec weight = Vec::broadcast(slots[i].weight);
-#pragma GCC unroll 8
+    if (i + kAhead < n) {  // rows lie anywhere: the next ones are asked for now
+      const auto* next = static_cast<const T*>(p.table.data) + slots[i + kAhead].id * p.table.stride + d;
+      for (size_t at = 0; at < kRun * kLanes * sizeof(T); at += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next) + at);
+      }
+    }
+#pragma GCC unroll 16
     for (int v = 0; v < kRun; ++v) {
       sum[v] = sum[v] + weight * load_first(row + v * kLanes, left - v * kLanes);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < kRun; ++v) {
     const int64_t at = d + v * kLanes;
     Vec y = sum[v];
@@ -59,7 +67,7 @@ inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* s
 
 template <class T>
 void decode_tokens(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* slots) {
-  constexpr int kRun = 4;
+  constexpr int kRun = 8;
   for (int64_t token = t_begin; token < t_end; ++token) {
     const int64_t n = list_slots(p, token, slots);
     if (n < 0) {

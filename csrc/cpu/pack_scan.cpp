@@ -113,11 +113,12 @@ struct Packing {
       }
       size = std::sqrt(size) * step;
       // A score of inv_norm < 0 turns the order round: the scale takes its sign, the bounds do not.
-      const float values[] = {
-          static_cast<float>(inv_norm_of(j) * step), rounded_up(std::sqrt(residual) * inv), rounded_up(size * inv),
-          rounded_up((norm + mean_norm + 2 * size) * inv)};
+      const float values[] = {static_cast<float>(inv_norm_of(j) * step),
+                              rounded_up(std::sqrt(residual) * inv), rounded_up(size * inv),
+                              rounded_up((norm + mean_norm + 2 * size) * inv)};
       for (int t : {kScale, kResidual, kSize}) term[t * kScanGroup + i] = values[t];
-      for (int t : {kScale, kResidual, kSize, kMagnitude}) largest[t] = std::max(largest[t], std::abs(values[t]));
+      for (int t : {kScale, kResidual, kSize, kMagnitude})
+        largest[t] = std::max(largest[t], std::abs(values[t]));
     }
   }
 };
@@ -133,8 +134,13 @@ std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& codes_in, const Optio
   Tensor plane = new_tensor({G, scan_width(E) / 4, kScanGroup, 4}, ScalarType::Byte);
   Tensor terms = new_tensor({G, kTermsOfGroup}, ScalarType::Float);
   std::vector<float> mean(E, 0.0f);
-  const Packing p{matrix_of(codes), data_of(inv_norm), C, E, static_cast<uint8_t*>(plane.mutable_data_ptr()),
-                  terms.mutable_data_ptr<float>(), mean.data()};
+  const Packing p{matrix_of(codes),
+                  data_of(inv_norm),
+                  C,
+                  E,
+                  static_cast<uint8_t*>(plane.mutable_data_ptr()),
+                  terms.mutable_data_ptr<float>(),
+                  mean.data()};
 
   // Sums of a fixed number of codes, added in order, so that the plane does not depend on the threads.
   constexpr int64_t kChunk = 4096;

@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor> sae_encode_topk(const Tensor& x, const Tensor& W_enc,
                                            const OptionalTensor& b_pre, int64_t k,
                                            const OptionalTensor& mask_table, const OptionalTensor& mask_row,
                                            bool relu, const OptionalTensor& scan_plane,
-                                           const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
+                                           const OptionalTensor& scan_terms,
+                                           const OptionalTensor& scan_mean) {
   const Operands in = operands(x, W_enc, b_enc, b_pre);
   const ScanArguments scan(scan_plane, scan_terms, scan_mean, in.score.C, in.score.E);
   SelectResult result = select(in.score, /*inv_norm=*/nullptr, data_of(in.b_enc), scan.plane(), k, mask_table,

@@ -9,14 +9,16 @@
 //   sums            [kTokens, kGroups, 16]             registers
 //
 // 1. quantize_row   A row of z becomes bytes. The few entries far above the others, which would make the unit
-//                   coarse for all, get high bytes in a sparse plane. A row too large, too small or zero is not
-//                   certified and goes to the exact scan.
+//                   coarse for all, get high bytes in a sparse plane. A row too large, too small or zero is
+//                   not certified and goes to the exact scan.
 // 2. scan_group     64 codes against all rows of the block.
-// 3. Row::pass      Of 64 sums, those whose upper bound reaches tau enter the row's candidates, unless deleted.
-// 4. Row::tighten   tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
+// 3. pass           Of 64 sums, those whose upper bound reaches tau enter the row's candidates, unless
+// deleted.
+// 4. tighten        tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
 //                   canonical score. When even that leaves the buffer half full, all of it is scored: it is a
 //                   cache, and nothing is dropped.
-// 5. Row::finish    Scores what is left, likeliest first.
+// 5. finish         Scores what is left, likeliest first. Rows that had to score much on the way (all codes
+//                   equal, a few tight clusters) have given up, and go to the exact scan.
 //
 // Included inside the namespace and the target region of one instruction set, after canonical-inl.h.
 
@@ -25,16 +27,16 @@ namespace {
 // One row of z in the scan, and its candidates.
 struct Row {
   int64_t token;
-  float* z;             // [round_up(E, 16)]
-  int8_t* bytes;        // [round_up(E, 16)]
+  float* z;       // [round_up(E, 16)]
+  int8_t* bytes;  // [round_up(E, 16)]
   ScanOutlier* outliers;
   int64_t outlier_count;
   int32_t start, outlier_start;  // minus kOffset times the sum of the bytes: undoes the offset of the codes
   float unit, mean_dot;
   float norm_in, miss, half_l1_out, slop;  // what the terms of a code are multiplied by, and what is added
 
-  float tau;   // no better than the k-th best score
-  float best;  // the k-th largest lower bound
+  float tau;             // no better than the k-th best score
+  float best;            // the k-th largest lower bound
   float *upper, *lower;  // lower is kNone for a deleted code: it says nothing of tau
   // Where deleted codes ride along: the lower bounds with theirs, and what is no better than the k-th best
   // score among all codes. A deleted code that does not reach it would not have been selected either.
@@ -42,10 +44,13 @@ struct Row {
   float tau_all;
   int32_t* id;
   int64_t n, trigger;  // candidates, in the order of their ids, and how many call for a tighter tau
-  int64_t visited;
+  int64_t scored;      // candidates that were scored before the end, for want of room
+  bool gives_up;       // so many that the exact scan is the faster way
+  int64_t visited;     // candidates behind the cursor of finish()
 };
 
-// The largest |z| that the bytes reach: the largest of all, or half, a quarter, ... of it while few lie above.
+// The largest |z| that the bytes reach: the largest of all, or half, a quarter, ... of it while few lie
+// above.
 float clip_of(const float* z, int64_t E, float largest) {
   float clip = largest;
   for (int halvings = 0; halvings < kMaxHalvings; ++halvings) {
@@ -60,7 +65,8 @@ float clip_of(const float* z, int64_t E, float largest) {
   return clip;
 }
 
-// Splits what does not fit a byte among 16 entries, given as integers: low bytes stay, high ones go to the list.
+// Splits what does not fit a byte among 16 entries, given as integers: low bytes stay, high ones go to the
+// list.
 void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float* l1_out) {
   constexpr int kBase = 2 * Ints::kRange;
   for (int l = 0; l < kLanes; ++l) {

@@ -17,7 +17,8 @@ struct ScanOutlier {
   int8_t bytes[4];
 };
 
-// Entries of a row that may lie above its clip: a few per cent more work, for a unit of half the size or less.
+// Entries of a row that may lie above its clip: a few per cent more work, for a unit of half the size or
+// less.
 inline int64_t max_outliers(int64_t E) {
   return std::max<int64_t>(4, E / 64);
 }
@@ -59,8 +60,8 @@ struct ScanScratch {
   int64_t floats() const { return id() + rows * capacity; }
 };
 
-// Whether to scan: there is a plane, the bias leaves bounds finite, and k is small enough, among enough codes, to be
-// worth the buffers.
+// Whether to scan: there is a plane, the bias leaves bounds finite, and k is small enough, among enough
+// codes, to be worth the buffers.
 inline bool takes_scan(const ScanPlane& scan, float largest_bias, int64_t k, int64_t C) {
   return scan.plane != nullptr && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
 }

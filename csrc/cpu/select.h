@@ -15,7 +15,7 @@ struct SelectResult {
 // Everything is checked but k and the mask. `score` gives the operands, inv_norm and bias ([C], or null) the
 // epilogue, `scan` the plane of both, or nothing.
 SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias, const ScanPlane& scan,
-                    int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
-                    bool relu);
+                    int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row,
+                    bool return_hits, bool relu);
 
 }  // namespace cu_fast

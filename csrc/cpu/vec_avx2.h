@@ -34,9 +34,9 @@ struct Vec {
     _mm256_storeu_ps(to + 8, high);
   }
   void store(Bf16* to) const {
-    alignas(32) float lanes[kLanes];
-    store(lanes);
-    for (int l = 0; l < kLanes; ++l) narrow(lanes[l], to + l);
+    const __m256i halves = _mm256_packus_epi32(narrowed(low), narrowed(high));
+    // The pack went by halves of a register.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0xd8));
   }
   void store(Half* to) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
@@ -81,8 +81,8 @@ struct Vec {
   void store_bytes(int8_t* to) const {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // the pack went by halves of a register
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(_mm256_castsi256_si128(ordered),
-                                                                    _mm256_extracti128_si256(ordered, 1)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
   }
 
   Vec relu() const {  // maxps gives its second operand where one is NaN
@@ -91,6 +91,13 @@ struct Vec {
 
  private:
   static __m128i bits(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+  static __m256i narrowed(__m256 v) {  // narrow() of core/widen.h, in 32 bits
+    const __m256i all = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(all, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(all, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  }
   static __m256 widened(const Bf16* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits(from)), 16));
   }

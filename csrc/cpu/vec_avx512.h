@@ -28,10 +28,13 @@ struct Vec {
   static Vec load(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
 
   void store(float* to) const { _mm512_storeu_ps(to, v); }
-  void store(Bf16* to) const {
-    alignas(64) float lanes[kLanes];
-    store(lanes);
-    for (int l = 0; l < kLanes; ++l) narrow(lanes[l], to + l);
+  void store(Bf16* to) const {  // narrow() of core/widen.h
+    const __m512i all = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(all, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(all, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
   }
   void store(Half* to) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -103,7 +106,8 @@ inline void store_ids(uint32_t lanes, int32_t first, int32_t* to) {
 }
 
 inline void keep_ids(uint32_t lanes, const int32_t* from, int32_t* to) {
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from)));
+  _mm512_storeu_si512(to,
+                      _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_loadu_si512(from)));
 }
 
 struct Bytes {

@@ -1,0 +1,8 @@
+#include "cpu/baseline.h"
+#include "cpu/vec_scalar.h"
+
+namespace cu_fast::scalar {
+#include "cpu/canonical-inl.h"
+#include "cpu/scan-inl.h"
+#include "cpu/peak-inl.h"
+}  // namespace cu_fast::scalar
