@@ -23,7 +23,7 @@ class Plan:
 
     shapes: (E, C, k). data: kinds of ``_bench_data.DATA``, None = gaussian; for "models" gpt2 and t5. seconds: for
     each provider of a cell. rounds: at least so many, however long they take; a provider one call of which takes
-    longer than ``seconds`` is called once. cache: "warm", an untimed call comes right before each timed one, or
+    longer than ``seconds`` is called once. cache: "warm", 3 ms of untimed calls come right before each timed one, or
     "cold", none does, so that the caches hold what the other providers left. memory: bytes that may be used, None =
     what is free.
     """

@@ -272,7 +272,7 @@ def bench(
     provider: Annotated[str | None, typer.Option(help="Whom to measure: cu_fast,torch_fp32. Default: all.")] = None,
     seconds: Annotated[float, typer.Option(help="For each provider of a cell.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="At least so many.")] = 5,
-    cache: Annotated[str, typer.Option(help="warm: an untimed call before each timed one; cold: none.")] = "warm",
+    cache: Annotated[str, typer.Option(help="warm: untimed calls before each timed one; cold: none.")] = "warm",
     threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
     output: Annotated[Path | None, typer.Option(help="A CSV file that rows are added to, cell by cell.")] = None,
     show: Annotated[Path | None, typer.Option(help="Measure nothing; print the tables of this CSV file.")] = None,
