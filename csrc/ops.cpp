@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(cu_fast, m) {
   m.def("sae_encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, int k, Tensor? mask_table, Tensor? mask_row, bool relu, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> (Tensor scores, Tensor ids)");
   m.def("codebook_bottleneck(Tensor x, Tensor? W_enc, Tensor? b_enc, Tensor? b_pre, bool relu, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool reselect, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean, Tensor table, Tensor? b_dec, bool score_weights, bool mean, Tensor(a!)? receipt) -> Tensor y");
   m.def("masked_decode(Tensor ids, Tensor? weights, Tensor table, Tensor? bias, Tensor? residual, Tensor? mask_table, Tensor? mask_row, bool mean) -> Tensor y");
+  m.def("selection_plan(int T, int C, int E, int k, int threads, bool scan) -> str");
   m.def("simd_level() -> str");
   m.def("peak(str kind, int iterations) -> int");
   m.def("peak_read(Tensor buffer) -> int");

@@ -126,6 +126,18 @@ def choose_scan(C: int, E: int) -> str:
     return "int8" if C >= SCAN_CODES and SCAN_WIDTHS[0] <= E <= SCAN_WIDTHS[1] else "fp32"
 
 
+def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
+    """How the CPU kernel would select for T tokens with the threads that torch has now: scan, blocks and threads.
+
+    A text for people; results never depend on it. Raises RuntimeError without the native library.
+    """
+    if not _native.available():
+        raise RuntimeError(_native.failure())
+    C, E = packed.codes.shape
+    scan = packed.scan is not None
+    return torch.ops.cu_fast.selection_plan(T, C, E, k, torch.get_num_threads(), scan)
+
+
 def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane | None:
     if scan not in ("auto", "int8", "fp32"):
         raise ValueError(f"scan is {scan!r}; it should be 'auto', 'int8' or 'fp32'")

@@ -687,3 +687,24 @@ class TestCalling:
             assert made.receipt()["scan"] == want
             made.impl = "reference"
             assert made.receipt()["scan"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("T", "k", "threads", "scan", "plan"),
+    [
+        (1, 8, 1, True, "int8 scan: 1 x 4 tokens, 1 x 25024 codes, 1 threads"),
+        (1, 8, 2, True, "int8 scan: 1 x 4 tokens, 2 x 12544 codes, 2 threads"),
+        (512, 8, 2, True, "int8 scan: 2 x 256 tokens, 1 x 25024 codes, 2 threads"),
+        (512, 8, 2, False, "every code scored: 8 x 64 tokens, 1 x 25024 codes, 2 threads"),
+        (64, 1025, 2, True, "every code scored: 2 x 32 tokens, 1 x 25024 codes, 2 threads"),
+    ],
+)
+def test_the_plan_can_be_printed(T, k, threads, scan, plan):
+    """Few tokens share the codes among threads, many share the tokens."""
+    assert torch.ops.cu_fast.selection_plan(T, 25_000, 512, k, threads, scan) == plan
+
+
+def test_the_plan_of_packed_codes():
+    packed = ops.pack_codes(torch.ones(600, 64))
+    assert ops.selection_plan(5, packed, 4).startswith("int8 scan: 1 x 8 tokens")
+    assert ops.selection_plan(5, packed._replace(scan=None), 4).startswith("every code scored")

@@ -34,11 +34,16 @@ struct ScoreParams {
   int64_t T, C, E;
 };
 
-// Tokens [t_begin, t_end) against codes [c_begin, c_end): what one thread works on at a time.
+// Tokens [t_begin, t_end), or those that a list has at these places, against codes [c_begin, c_end): what one
+// thread works on at a time.
 struct Block {
   int64_t t_begin, t_end;
   int64_t c_begin, c_end;
-  int64_t part;  // which part of the codes
+  int64_t part;                   // which part of the codes
+  const int64_t* list = nullptr;  // null: the tokens themselves
+
+  int64_t tokens() const { return t_end - t_begin; }
+  int64_t token(int64_t i) const { return list == nullptr ? t_begin + i : list[t_begin + i]; }
 };
 
 struct SelectParams {

@@ -142,10 +142,10 @@ inline Matrix codes_of_tile(const ScoreParams& p, int64_t first, int64_t n, floa
 template <class Start, class Visit>
 inline void visit_dots(const ScoreParams& p, const Block& block, float* scratch, Start start, Visit visit) {
   static_assert(kMaxTileCodes % kLanes == 0, "a row of dots is read in whole vectors");
-  const int64_t E = round_up(p.E, kLanes), tokens = block.t_end - block.t_begin;
+  const int64_t E = round_up(p.E, kLanes), tokens = block.tokens();
   float* const z = scratch;
   for (int64_t t = 0; t < tokens; ++t) {
-    start(block.t_begin + t, widen_row(p.z, block.t_begin + t, p.pre, p.E, z + t * E));
+    start(block.token(t), widen_row(p.z, block.token(t), p.pre, p.E, z + t * E));
   }
 
   alignas(64) float dots[Vec::kTokens * kMaxTileCodes];
@@ -158,7 +158,7 @@ inline void visit_dots(const ScoreParams& p, const Block& block, float* scratch,
       with_row(codes, 0, [&](const auto* from) {
         score_tile(rows, takes_codes_one_by_one(p), z + t * E, E, from, codes.stride, n, E, dots);
       });
-      for (int64_t r = 0; r < rows; ++r) visit(block.t_begin + t + r, first, n, dots + r * kMaxTileCodes);
+      for (int64_t r = 0; r < rows; ++r) visit(block.token(t + r), first, n, dots + r * kMaxTileCodes);
     }
   }
 }

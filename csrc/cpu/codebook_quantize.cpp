@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <sstream>
+#include <string>
 #include <tuple>
 
 #include "core/order.h"
@@ -110,9 +112,8 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
   if (T == 0) return result;
 
   const float largest_bias = largest_magnitude(bias, C);
-  const bool scans = takes_scan(scan_plane, largest_bias, k, C);
-  const Grid grid =
-      plan_grid(T, C, score.E, torch::stable::get_num_threads(), scans ? kScanTokens : kBlockTokens);
+  const auto [scans, grid] = plan_selection(T, C, score.E, k, torch::stable::get_num_threads(),
+                                            scan_plane.plane != nullptr, largest_bias);
   const int64_t capacity = std::min(k, grid.part_codes);
   const bool rides_along = return_hits && mask_table.has_value();
   const int64_t places = grid.parts * capacity;
@@ -146,7 +147,23 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
   return result;
 }
 
+namespace {
+
+std::string selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool scan) {
+  const auto [scans, grid] = plan_selection(T, C, E, k, threads, scan, /*largest_bias=*/0);
+  std::ostringstream text;
+  text << (scans ? "int8 scan" : "every code scored") << ": " << grid.token_blocks << " x "
+       << grid.block_tokens << " tokens, " << grid.parts << " x " << grid.part_codes << " codes, "
+       << grid.workers << " threads";
+  return text.str();
+}
+
+}  // namespace
 }  // namespace cu_fast
+
+STABLE_TORCH_LIBRARY_IMPL(cu_fast, CompositeExplicitAutograd, m) {
+  m.impl("selection_plan", TORCH_BOX(&cu_fast::selection_plan));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cu_fast, CPU, m) {
   m.impl("codebook_quantize", TORCH_BOX(&cu_fast::codebook_quantize));

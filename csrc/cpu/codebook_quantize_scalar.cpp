@@ -3,6 +3,7 @@
 
 namespace cu_fast::scalar {
 #include "cpu/canonical-inl.h"
-#include "cpu/scan-inl.h"
 #include "cpu/codebook_quantize-inl.h"
+#include "cpu/scan-inl.h"
+#include "cpu/codebook_quantize_scan-inl.h"
 }  // namespace cu_fast::scalar

@@ -1,26 +1,21 @@
-// The certified scan: integer products of a block's tokens with the plane, and what they prove.
+// The arithmetic of the certified scan: rows of z as bytes, and their integer products with the plane.
 //
-//   approx - error <= score <= approx + error                     core/scan.h says what these are
+//   z_t ~ unit (p + base h)        sums[t][j] = <p, q_j>, and <h, q_j> for a row with outliers core/scan.h
 //
-//   what            shape                              where it stays
-//   rows of z       [kBlockTokens, round_up(E, 16)]    fp32 in scratch, for the canonical scores
-//   bytes of z      [kBlockTokens, round_up(E, 16)]    second-level cache; kTokens of them first-level
-//   group of codes  [scan_width(E), 64] bytes          streamed; read by all tokens of the block
-//   sums            [kTokens, kGroups, 16]             registers
+//   what            shape                             where it stays
+//   rows of z       [kScanTokens, round_up(E, 16)]    fp32 in scratch, for the canonical scores
+//   bytes of z      [kScanTokens, round_up(E, 16)]    second-level cache; kTokens of them first-level
+//   group of codes  [scan_width(E), 64] bytes         streamed; read by all tokens of the block
+//   partial sums    [kTokens, kGroups, 16]            registers
 //
-// 1. quantize_row   A row of z becomes bytes. The few entries far above the others, which would make the unit
-//                   coarse for all, get high bytes in a sparse plane. A row too large, too small or zero is
-//                   not certified and goes to the exact scan.
-// 2. scan_group     64 codes against all rows of the block.
-// 3. pass           Of 64 sums, those whose upper bound reaches tau enter the row's candidates, unless
-// deleted.
-// 4. tighten        tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
-//                   canonical score. When even that leaves the buffer half full, all of it is scored: it is a
-//                   cache, and nothing is dropped.
-// 5. finish         Scores what is left, likeliest first. Rows that had to score much on the way (all codes
-//                   equal, a few tight clusters) have given up, and go to the exact scan.
+// 1. quantize_row  A row becomes bytes, and its share of the error's bound is computed, rounded up. The few
+//                  entries far above the others, which would make the unit coarse for all, get high bytes
+//                  too.
+// 2. scan_rows     A few rows against a group of 64 codes: byte_dots, the hot loop.
+// 3. outlier_dots  The high bytes of one row against the group: a few steps only.
 //
-// Included inside the namespace and the target region of one instruction set, after canonical-inl.h.
+// Included inside the namespace and the target region of one instruction set, which supplies Vec, Ints and
+// Bytes, after canonical-inl.h.
 
 namespace {
 

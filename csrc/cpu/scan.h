@@ -60,10 +60,18 @@ struct ScanScratch {
   int64_t floats() const { return id() + rows * capacity; }
 };
 
-// Whether to scan: there is a plane, the bias leaves bounds finite, and k is small enough, among enough
-// codes, to be worth the buffers.
-inline bool takes_scan(const ScanPlane& scan, float largest_bias, int64_t k, int64_t C) {
-  return scan.plane != nullptr && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
+// How a selection runs. Pure: a function of its arguments, and no result depends on it.
+struct SelectPlan {
+  bool scans;  // by the plane; or every code is scored
+  Grid grid;
+};
+
+// It scans where there is a plane, the bias leaves bounds finite, and k is small enough, among enough codes,
+// to be worth the buffers.
+inline SelectPlan plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
+                                 float largest_bias) {
+  const bool scans = has_plane && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
+  return {scans, plan_grid(T, C, E, threads, scans ? kScanTokens : kBlockTokens)};
 }
 
 }  // namespace cu_fast

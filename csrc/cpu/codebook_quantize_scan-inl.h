@@ -1,0 +1,339 @@
+// The k best codes of each token by the certified scan: int8 products propose, canonical scores decide.
+//
+//   score <= approx + error, score >= approx - error              core/scan.h says what these are
+//
+// 1. start       Rows of z become bytes (scan-inl.h). A row that cannot be certified goes to the exact scan.
+// 2. read_codes  Each group of 64 codes against all rows. Of a row's 64 sums, those whose upper bound reaches
+//                tau become candidates, unless deleted.
+// 3. tighten     tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
+// canonical
+//                score. What still does not fit is scored: the buffer is a cache, and nothing is dropped. A
+//                row that scores much that way (all codes equal, a few tight clusters) goes to the exact
+//                scan.
+// 4. finish      Scores what is left, likeliest first, then runs the exact scan for the rows that need it.
+//
+// Included inside the namespace and the target region of one instruction set, after codebook_quantize-inl.h.
+
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();  // a bound that tells nothing
+
+// Covers the roundings of the bound itself.
+// Floats of the codes that all rows score before any goes on: what stays in a second-level cache.
+constexpr int64_t kSpanFloats = 256 * 1024;
+
+constexpr float kWiden = 1.0f + 0x1p-18f;
+
+// A row that has scored this share of the codes before the end gives up: the exact scan, which scores four
+// rows against four codes at a time, takes about 4 times as long as the scan, and scoring all codes one by
+// one 14.
+constexpr int64_t kGiveUp = 16;
+
+// The certified scan of one block.
+class Scan {
+ public:
+  Scan(const SelectParams& params, const Block& block, float* scratch)
+      : p(params),
+        block_(block),
+        scratch_(scratch),
+        sizes_(params),
+        bias_rounding_(0x1p-20f * params.largest_bias) {}
+
+  // Makes rows of the tokens that can be certified; selects for the others at once.
+  void start() {
+    for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
+      Row& row = rows_[n_];
+      row.token = token;
+      row.z = scratch_ + sizes_.z() + n_ * sizes_.width;
+      row.bytes = reinterpret_cast<int8_t*>(scratch_ + sizes_.bytes()) + n_ * sizes_.width;
+      row.outliers = reinterpret_cast<ScanOutlier*>(scratch_ + sizes_.outlier()) + n_ * sizes_.outliers;
+      row.upper = scratch_ + sizes_.upper() + n_ * sizes_.capacity;
+      row.lower = scratch_ + sizes_.lower() + n_ * sizes_.capacity;
+      row.id = reinterpret_cast<int32_t*>(scratch_ + sizes_.id()) + n_ * sizes_.capacity;
+      row.lower_all = sizes_.rides_along ? scratch_ + sizes_.lower_all() + n_ * sizes_.capacity : nullptr;
+      row.n = row.scored = 0;
+      row.gives_up = false;
+      row.trigger = 4 * kScanGroup;
+      row.tau = row.tau_all = kNone;
+      const bool finite = widen_row(p.score.z, token, p.score.pre, p.score.E, row.z);
+      start_heaps(candidates_of(p, block_, token), !finite);
+      if (!finite) continue;
+      if (quantize_row(p, row)) {
+        ++n_;
+      } else {
+        exact_[exact_n_++] = token;
+      }
+    }
+  }
+
+  // Reads the plane once for all rows.
+  void read_codes() {
+    const int64_t steps = scan_width(p.score.E) / 4;
+    alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
+    for (int64_t g = block_.c_begin / kScanGroup; g * kScanGroup < block_.c_end; ++g) {
+      const uint8_t* const codes = p.scan.group(g, p.score.E);
+      for (int64_t t = 0, taken; t < n_; t += taken) {
+        taken = scan_rows(rows_ + t, n_ - t, codes, steps, sums);
+        for (int64_t r = 0; r < taken; ++r) {
+          Row& row = rows_[t + r];
+          if (row.gives_up) continue;
+          const bool sparse = row.outlier_count > 0;
+          if (sparse) outlier_dots(row, codes, high);
+          pass(row, g, sums + r * kScanGroup, sparse ? high : nullptr);
+          if (row.n >= row.trigger) tighten(row);
+        }
+      }
+    }
+  }
+
+  // Scores what is left, first the likeliest. All rows go through the codes together, so that a code is read
+  // from memory once for all of them.
+  void finish() {
+    for (Row* row = rows_; row < rows_ + n_; ++row) {
+      find_best(*row);
+      drop_hopeless(*row);
+    }
+    visit_candidates([](Row& row, int64_t i) {
+      if (row.lower[i] < row.best) return false;
+      row.upper[i] = kNone;  // seen
+      return true;
+    });
+    visit_candidates([](Row& row, int64_t i) { return !(row.upper[i] < row.tau); });
+    for (int64_t first = 0; first < exact_n_; first += kBlockTokens) {
+      const int64_t last = std::min(exact_n_, first + kBlockTokens);
+      const Block block{first, last, block_.c_begin, block_.c_end, block_.part, exact_};
+      select_exact(p, block, scratch_ + sizes_.floats());
+    }
+  }
+
+ private:
+  // Scores the candidates for which choose(row, i) is true, in the order of the codes.
+  template <class Choose>
+  void visit_candidates(Choose choose) {
+    for (Row* row = rows_; row < rows_ + n_; ++row) row->visited = 0;
+    const int64_t span = std::max<int64_t>(kScanGroup, kSpanFloats / p.score.E);
+    for (int64_t end = block_.c_begin + span; end < block_.c_end + span; end += span) {
+      for (Row* row = rows_; row < rows_ + n_; ++row) {
+        int64_t i = row->visited;
+        for (; i < row->n && row->id[i] < end; ++i) {
+          if (choose(*row, i)) add(*row, row->id[i]);
+        }
+        row->visited = i;
+      }
+    }
+    flush();
+  }
+
+  // Takes a code to be scored; four at a time hide the latency of the additions.
+  void add(Row& row, int32_t id) {
+    batch_row_[batch_] = &row;
+    batch_id_[batch_] = id;
+    if (++batch_ == 4) flush();
+  }
+
+  // Offers the canonical scores of the codes taken, and raises tau.
+  void flush() {
+    const int64_t n = std::exchange(batch_, 0), E = round_up(p.score.E, kLanes);
+    if (n == 0) return;
+    const float* z[4];
+    for (int64_t i = n; i < 4; ++i) batch_row_[i] = batch_row_[0], batch_id_[i] = batch_id_[0];
+    for (int i = 0; i < 4; ++i) z[i] = batch_row_[i]->z;
+    float dots[4];
+    if (p.score.E % kLanes == 0) {
+      with_row(p.score.codes, 0, [&](const auto* codes) {
+        const int64_t stride = p.score.codes.stride;
+        dot_pairs(z,
+                  {codes + batch_id_[0] * stride, codes + batch_id_[1] * stride,
+                   codes + batch_id_[2] * stride, codes + batch_id_[3] * stride},
+                  E, dots);
+      });
+    } else {
+      float* const widened = scratch_ + sizes_.codes();
+      for (int i = 0; i < 4; ++i) widen_row(p.score.codes, batch_id_[i], nullptr, p.score.E, widened + i * E);
+      dot_pairs(z, {widened, widened + E, widened + 2 * E, widened + 3 * E}, E, dots);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t id = batch_id_[i];
+      float score = dots[i];
+      if (p.inv_norm != nullptr) score = score * p.inv_norm[id];
+      if (p.bias != nullptr) score = score + p.bias[id];
+      score = score + 0.0f;  // -0.0 becomes +0.0
+      Candidates candidates = candidates_of(p, block_, batch_row_[i]->token);
+      if (score >= candidates.kept.threshold()) candidates.offer(score, id);
+      batch_row_[i]->tau = std::max(batch_row_[i]->tau, candidates.kept.threshold());
+    }
+  }
+
+  // Makes room among a row's candidates.
+  void tighten(Row& row) {
+    const int64_t room = sizes_.capacity - kScanGroup;
+    find_best(row);
+    drop_hopeless(row);
+    if (row.n > std::clamp<int64_t>(p.score.E, 512, room / 2)) score_those(row, row.best);
+    if (row.n > room * 3 / 4) score_those(row, kNone);
+    if (row.scored * kGiveUp > block_.c_end - block_.c_begin) {
+      row.gives_up = true;
+      row.n = 0;
+      exact_[exact_n_++] = row.token;
+    }
+    row.trigger = std::min(room, 2 * row.n + 2 * kScanGroup);
+  }
+
+  // The k-th largest lower bound, which tau need not be below; the same of all codes, where deleted ones ride
+  // along.
+  void find_best(Row& row) const {
+    row.best = kth_lower(row.lower, row.n, row.tau);
+    row.tau = std::max(row.tau, row.best);
+    if (row.lower_all != nullptr) {
+      row.tau_all = std::max({row.tau, row.tau_all, kth_lower(row.lower_all, row.n, row.tau_all)});
+    }
+  }
+
+  // Drops the candidates that cannot be selected any more.
+  static void drop_hopeless(Row& row) {
+    const Vec tau = Vec::broadcast(row.tau), tau_all = Vec::broadcast(row.tau_all),
+              none = Vec::broadcast(kNone);
+    int64_t n = 0;
+    for (int64_t i = 0; i < row.n; i += kLanes) {
+      const Vec upper = Vec::load(row.upper + i), lower = Vec::load(row.lower + i);
+      uint32_t lanes = Vec::not_below(upper, tau);
+      if (row.n - i < kLanes) lanes &= (1u << (row.n - i)) - 1;
+      if (row.lower_all != nullptr) {
+        const Vec lower_all = Vec::load(row.lower_all + i);
+        lanes &= ~Vec::at_least(none, lower) | Vec::not_below(upper, tau_all);
+        lower_all.store_lanes(lanes, row.lower_all + n);
+      }
+      upper.store_lanes(lanes, row.upper + n);
+      lower.store_lanes(lanes, row.lower + n);
+      keep_ids(lanes, row.id + i, row.id + n);
+      n += std::popcount(lanes);
+    }
+    row.n = n;
+  }
+
+  // Scores and drops the candidates whose lower bound reaches `best`.
+  void score_those(Row& row, float best) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < row.n; ++i) {
+      if (row.lower[i] < best) {
+        row.upper[n] = row.upper[i], row.lower[n] = row.lower[i], row.id[n] = row.id[i];
+        if (row.lower_all != nullptr) row.lower_all[n] = row.lower_all[i];
+        ++n;
+      } else if (!(row.upper[i] < row.tau)) {
+        add(row, row.id[i]);
+        ++row.scored;
+      }
+    }
+    row.n = n;
+    flush();
+    drop_hopeless(row);
+  }
+
+  // What at least k of n bounds reach, near the largest such; kNone if `low` is no worse.
+  float kth_lower(const float* bounds, int64_t n, float low) const {
+    if (low == kNone) {
+      low = std::numeric_limits<float>::max();
+      for (int64_t i = 0; i < n; ++i) {
+        if (bounds[i] > kNone) low = std::min(low, bounds[i]);
+      }
+    }
+    if (count_at_least(bounds, n, low) < p.k) return kNone;
+    float high = largest_of(bounds, n);
+    for (int step = 0; step < 10; ++step) {
+      const float middle = low + (high - low) * 0.5f;
+      const int64_t reach = count_at_least(bounds, n, middle);
+      (reach >= p.k ? low : high) = middle;
+      if (reach == p.k) break;
+    }
+    return low;
+  }
+
+  // Takes those of a group's codes as candidates whose upper bound reaches tau. `high` is null without
+  // outliers.
+  void pass(Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
+    const float *scale = p.scan.terms_of(g, kScale), *residual = p.scan.terms_of(g, kResidual),
+                *size = p.scan.terms_of(g, kSize);
+    const float rounding = row.slop * p.scan.largest(g, kMagnitude) + bias_rounding_;
+    const float most = row.norm_in * p.scan.largest(g, kResidual) + row.miss * p.scan.largest(g, kSize) +
+                       row.half_l1_out * p.scan.largest(g, kScale) + rounding;
+    const Vec limit = Vec::broadcast(row.tau - kWiden * most), unit = Vec::broadcast(row.unit);
+    const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
+
+    alignas(64) float approx[kScanGroup];
+    uint64_t reach = 0;
+    if (high == nullptr && p.scan.mean == nullptr && p.bias == nullptr) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kScanGroup; j += kLanes) {
+        const Vec score = Vec::load(sums + j) * Vec::load(scale + j) * unit;
+        score.store(approx + j);
+        reach |= uint64_t{Vec::not_below(score, limit)} << j;
+      }
+    } else {
+      const Vec base = Vec::broadcast(2 * Ints::kRange), mean_dot = Vec::broadcast(row.mean_dot);
+      for (int j = 0; j < n; j += kLanes) {
+        Vec sum = Vec::load(sums + j);
+        if (high != nullptr) sum = sum + base * Vec::load(high + j);
+        Vec score = sum * Vec::load(scale + j) * unit;
+        if (p.scan.mean != nullptr) {
+          score = score +
+                  (p.inv_norm == nullptr ? mean_dot : mean_dot * load_first(p.inv_norm + first + j, n - j));
+        }
+        if (p.bias != nullptr) score = score + load_first(p.bias + first + j, n - j);
+        score.store(approx + j);
+        reach |= uint64_t{Vec::not_below(score, limit)} << j;
+      }
+    }
+    if (reach == 0) return;
+
+    if (n < kScanGroup) reach &= (uint64_t{1} << n) - 1;
+    const uint32_t* const mask = p.mask.bits(row.token);
+    const uint64_t gone = mask == nullptr ? 0 : deleted_of_group(mask, g, p.score.C);
+    if (p.deleted == nullptr) reach &= ~gone;
+    const Vec tau = Vec::broadcast(row.tau), widen = Vec::broadcast(kWiden),
+              rounding_of = Vec::broadcast(rounding);
+    const Vec norm_in = Vec::broadcast(row.norm_in), miss = Vec::broadcast(row.miss),
+              half_l1_out = Vec::broadcast(row.half_l1_out);
+    for (int j = 0; j < kScanGroup; j += kLanes) {
+      uint32_t lanes = reach >> j & 0xffff;
+      if (lanes == 0) continue;
+      const Vec error = (norm_in * Vec::load(residual + j) + miss * Vec::load(size + j) +
+                         half_l1_out * Vec::load(scale + j).magnitude() + rounding_of) *
+                        widen;
+      const Vec score = Vec::load(approx + j), upper = score + error;
+      const Vec lower = score - error;
+      lanes &= Vec::not_below(upper, tau);
+      const uint32_t deleted = lanes & static_cast<uint32_t>(gone >> j);  // only where they ride along
+      if (deleted != 0) lanes &= ~deleted | Vec::not_below(upper, Vec::broadcast(row.tau_all));
+      upper.store_lanes(lanes, row.upper + row.n);
+      lower.store_lanes(lanes, row.lower + row.n);
+      store_ids(lanes, static_cast<int32_t>(first + j), row.id + row.n);
+      if (row.lower_all != nullptr) lower.store_lanes(lanes, row.lower_all + row.n);
+      for (uint32_t drop = lanes & deleted; drop != 0; drop &= drop - 1) {
+        row.lower[row.n + std::popcount(lanes & ((drop & -drop) - 1))] = kNone;
+      }
+      row.n += std::popcount(lanes);
+    }
+  }
+
+  const SelectParams& p;
+  const Block block_;
+  float* const scratch_;
+  const ScanScratch sizes_;
+  const float bias_rounding_;
+  Row rows_[kScanTokens];
+  int64_t n_ = 0;
+  int64_t exact_[kScanTokens];  // tokens that every code is scored for
+  int64_t exact_n_ = 0;
+  Row* batch_row_[4];
+  int32_t batch_id_[4];
+  int64_t batch_ = 0;
+};
+
+}  // namespace
+
+void select_scan(const SelectParams& p, const Block& block, float* scratch) {
+  Scan scan(p, block, scratch);
+  scan.start();
+  scan.read_codes();
+  scan.finish();
+}
