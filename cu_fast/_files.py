@@ -12,7 +12,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from cu_fast import ops
+from cu_fast._checks import FLOATS
 from cu_fast.config import BottleneckConfig
 from cu_fast.masks import Mask, read_json, read_safetensors, write_directory
 from cu_fast.nn import CodebookBottleneck
@@ -95,7 +95,7 @@ def read_bottlenecks(path: Path, record: Record) -> dict[str, CodebookBottleneck
     file = path / "bottleneck.safetensors"
     tensors = read_safetensors(file, {key: tuple(value.shape) for key, value in state.items()})
     for key, value in tensors.items():
-        allowed = ops.FLOATS if state[key].is_floating_point() else (state[key].dtype,)
+        allowed = FLOATS if state[key].is_floating_point() else (state[key].dtype,)
         if value.dtype not in allowed:
             raise ValueError(f"{file}: tensor {key!r} is {value.dtype}; it should be one of {allowed}")
     for name, bottleneck in bottlenecks.items():

@@ -26,13 +26,22 @@ import torch
 from torch import Tensor
 
 from cu_fast import _native, reference
+from cu_fast._checks import (
+    INTS,
+    check_device,
+    check_k,
+    check_mask,
+    check_matrix,
+    check_values,
+    check_vector,
+    refuse_grad,
+    shape,
+)
 
 logger = logging.getLogger("cu_fast")
 
 Similarity = Literal["cosine", "dot", "l2"]
 Scan = Literal["auto", "int8", "fp32"]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTS = (torch.int32, torch.int64)
 SCAN_CODES = 512
 SCAN_WIDTHS = (32, 32768)
 
@@ -97,15 +106,15 @@ def pack_codes(
     Raises:
         ValueError, TypeError: an argument with a wrong shape, dtype or value, named in the message.
     """
-    _check_matrix("codes", codes)
+    check_matrix("codes", codes)
     if similarity not in ("cosine", "dot", "l2"):
         raise ValueError(f"similarity is {similarity!r}; it should be 'cosine', 'dot' or 'l2'")
     if codes.shape[0] == 0 or codes.shape[1] == 0:
-        raise ValueError(f"codes has shape {_shape(codes)}; it should hold at least one code of width >= 1")
+        raise ValueError(f"codes has shape {shape(codes)}; it should hold at least one code of width >= 1")
     if codes.shape[0] > 2**31 - 1:
         raise ValueError(f"codes has {codes.shape[0]} rows; ids are int32, so at most 2^31 - 1 are possible")
-    _check_vector("bias", bias, codes.shape[0], "C", codes.device)
-    _refuse_grad("pack_codes", codes=codes, bias=bias)
+    check_vector("bias", bias, codes.shape[0], "C", codes.device)
+    refuse_grad("pack_codes", codes=codes, bias=bias)
     if similarity == "l2" and bias is not None:
         raise ValueError("bias is given with similarity 'l2', whose own term takes its place; pass bias=None")
     codes = codes.contiguous()
@@ -177,11 +186,11 @@ def codebook_quantize(
         RuntimeError: z or the codes require grad, or the implementation asked for is not available.
     """
     C, E = packed.codes.shape
-    _check_matrix("z", z, width=E, of="packed.codes")
-    _check_k(k, C)
-    _check_device("packed.codes", packed.codes, "z", z)
-    _check_mask(mask_table, mask_row, z.shape[0], C, z.device)
-    _refuse_grad("codebook_quantize", z=z, codes=packed.codes)
+    check_matrix("z", z, width=E, of="packed.codes")
+    check_k(k, C)
+    check_device("packed.codes", packed.codes, "z", z)
+    check_mask(mask_table, mask_row, z.shape[0], C, z.device)
+    refuse_grad("codebook_quantize", z=z, codes=packed.codes)
     op, scan = _choose_scanning("codebook_quantize", impl, z.device, packed.scan)
     scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits, *scan)
     return Selection(scores, ids, hits if return_hits else None)
@@ -222,15 +231,15 @@ def sae_encode(
         ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
         RuntimeError: an input requires grad, or the implementation asked for is not available.
     """
-    _check_matrix("W_enc", W_enc)
+    check_matrix("W_enc", W_enc)
     E, D = W_enc.shape
-    _check_matrix("x", x, width=D, of="W_enc")
-    _check_device("W_enc", W_enc, "x", x)
-    _check_vector("b_enc", b_enc, E, "W_enc's rows", x.device)
-    _check_vector("b_pre", b_pre, D, "D", x.device)
+    check_matrix("x", x, width=D, of="W_enc")
+    check_device("W_enc", W_enc, "x", x)
+    check_vector("b_enc", b_enc, E, "W_enc's rows", x.device)
+    check_vector("b_pre", b_pre, D, "D", x.device)
     if activation not in ("relu", "none"):
         raise ValueError(f"activation is {activation!r}; it should be 'relu' or 'none'")
-    _refuse_grad("sae_encode", x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
+    refuse_grad("sae_encode", x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
     relu = activation == "relu"
     if k is None:
         if mask_table is not None or mask_row is not None:
@@ -238,8 +247,8 @@ def sae_encode(
         if scan is not None:
             raise ValueError("scan needs k: a dense encode selects nothing")
         return _choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
-    _check_k(k, E)
-    _check_mask(mask_table, mask_row, x.shape[0], E, x.device)
+    check_k(k, E)
+    check_mask(mask_table, mask_row, x.shape[0], E, x.device)
     op, plane = _choose_scanning("sae_encode_topk", impl, x.device, scan)
     return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu, *plane), None)
 
@@ -276,25 +285,25 @@ def masked_decode(
         ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
         RuntimeError: an input requires grad, or the implementation asked for is not available.
     """
-    _check_matrix("table", table)
+    check_matrix("table", table)
     C, D = table.shape
     if ids.dtype not in INTS or ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids is {ids.dtype} {_shape(ids)}; it should be int32 or int64 [T, k] with k >= 1")
+        raise ValueError(f"ids is {ids.dtype} {shape(ids)}; it should be int32 or int64 [T, k] with k >= 1")
     T = ids.shape[0]
-    _check_device("ids", ids, "table", table)
-    for name, tensor, shape in (("weights", weights, tuple(ids.shape)), ("residual", residual, (T, D))):
+    check_device("ids", ids, "table", table)
+    for name, tensor, wanted in (("weights", weights, tuple(ids.shape)), ("residual", residual, (T, D))):
         if tensor is not None:
-            _check_matrix(name, tensor)
-            _check_device(name, tensor, "table", table)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {_shape(tensor)}; it should be {list(shape)}")
-    _check_vector("bias", bias, D, "D", table.device)
-    _check_mask(mask_table, mask_row, T, C, table.device)
+            check_matrix(name, tensor)
+            check_device(name, tensor, "table", table)
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name} has shape {shape(tensor)}; it should be {list(wanted)}")
+    check_vector("bias", bias, D, "D", table.device)
+    check_mask(mask_table, mask_row, T, C, table.device)
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; it should be 'sum' or 'mean'")
-    _refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
+    refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
     op = _choose("masked_decode", impl, table.device)
-    _check_values("ids", ids, C)
+    check_values("ids", ids, C)
     return op(ids.int(), weights, table, bias, residual, mask_table, mask_row, reduce == "mean")
 
 
@@ -339,23 +348,23 @@ def codebook_bottleneck(
     C, E = packed.codes.shape
     W_enc, b_enc, b_pre = encoder or (None, None, None)
     if W_enc is None:
-        _check_matrix("x", x, width=E, of="packed.codes")
+        check_matrix("x", x, width=E, of="packed.codes")
     else:
-        _check_matrix("W_enc", W_enc)
-        _check_matrix("x", x, width=W_enc.shape[1], of="W_enc")
+        check_matrix("W_enc", W_enc)
+        check_matrix("x", x, width=W_enc.shape[1], of="W_enc")
         if W_enc.shape[0] != E:
-            raise ValueError(f"W_enc has shape {_shape(W_enc)}; it should have {E} rows, the width of packed.codes")
-        _check_device("W_enc", W_enc, "x", x)
-        _check_vector("b_enc", b_enc, E, "E", x.device)
-        _check_vector("b_pre", b_pre, W_enc.shape[1], "D", x.device)
-    _check_matrix("table", table)
+            raise ValueError(f"W_enc has shape {shape(W_enc)}; it should have {E} rows, the width of packed.codes")
+        check_device("W_enc", W_enc, "x", x)
+        check_vector("b_enc", b_enc, E, "E", x.device)
+        check_vector("b_pre", b_pre, W_enc.shape[1], "D", x.device)
+    check_matrix("table", table)
     if table.shape[0] != C:
-        raise ValueError(f"table has shape {_shape(table)}; it should have {C} rows, one a code")
-    _check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
-    _check_device("packed.codes", packed.codes, "x", x)
-    _check_device("table", table, "x", x)
-    _check_k(k, C)
-    _check_mask(mask_table, mask_row, x.shape[0], C, x.device)
+        raise ValueError(f"table has shape {shape(table)}; it should have {C} rows, one a code")
+    check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
+    check_device("packed.codes", packed.codes, "x", x)
+    check_device("table", table, "x", x)
+    check_k(k, C)
+    check_mask(mask_table, mask_row, x.shape[0], C, x.device)
     for name, value, choices in (
         ("activation", activation, ("relu", "none")),
         ("mask_mode", mask_mode, ("ablate", "reselect")),
@@ -363,9 +372,9 @@ def codebook_bottleneck(
     ):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, choices))}")
-    if receipt is not None and (receipt.dtype != torch.int64 or _shape(receipt) != [2] or receipt.stride(0) != 1):
-        raise ValueError(f"receipt is {receipt.dtype} {_shape(receipt)}; it should be int64 [2], contiguous")
-    _refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
+    if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
+        raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
+    refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
     op, scan = _choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
     return op(
         x, W_enc, b_enc, b_pre, activation == "relu", packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row,
@@ -426,83 +435,3 @@ def _choose_scanning(op: str, impl: str, device: torch.device, scan: ScanPlane |
     if chosen is getattr(reference, op):
         return chosen, ()
     return chosen, scan or (None, None, None)
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _check_matrix(name: str, tensor: Tensor, width: int | None = None, of: str = "") -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {_shape(tensor)}; it should have two dimensions (flatten it first)")
-    if width is not None and tensor.shape[1] != width:
-        raise ValueError(f"{name} has shape {_shape(tensor)}; its last dimension should be {width}, as {of} has")
-
-
-def _check_vector(name: str, tensor: Tensor | None, size: int, letter: str, device: torch.device) -> None:
-    if tensor is None:
-        return
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
-    if tuple(tensor.shape) != (size,):
-        raise ValueError(f"{name} has shape {_shape(tensor)}; it should be [{size}] ({letter})")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
-
-
-def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move one of them")
-
-
-def _check_k(k: int, C: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k is {k!r}; it should be an int")
-    if not 1 <= k <= C:
-        raise ValueError(f"k is {k}; it should be between 1 and the {C} codes")
-
-
-def _check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device: torch.device) -> None:
-    if table is None and row is None:
-        return
-    if table is None or row is None:
-        missing = "mask_table" if table is None else "mask_row"
-        raise ValueError(f"{missing} is None; mask_table and mask_row come together")
-    words = (C + 31) // 32
-    for name, tensor in (("mask_table", table), ("mask_row", row)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} is {tensor.dtype}; it should be int32")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
-    if table.dim() != 2 or table.shape[1] != words:
-        raise ValueError(
-            f"mask_table has shape {_shape(table)}; it should be [U, {words}], a bit for each of {C} codes"
-        )
-    if tuple(row.shape) != (T,):
-        raise ValueError(f"mask_row has shape {_shape(row)}; it should be [{T}], a row of the table a token")
-    _check_values("mask_row", row, table.shape[0])
-
-
-def _check_values(name: str, tensor: Tensor, limit: int) -> None:
-    # Values are looked at where that costs no device synchronisation; a trace has none to look at.
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
-        return
-    low, high = (int(v) for v in tensor.aminmax())
-    if low < -1 or high >= limit:
-        value = low if low < -1 else high
-        raise ValueError(f"{name} holds {value}; it should lie between -1 and {limit - 1}")
-
-
-def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op} is for inference and {name} requires grad; call it under torch.no_grad(), "
-                f"or train through cu_fast.nn, which holds the straight-through gradient"
-            )

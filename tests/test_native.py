@@ -313,7 +313,7 @@ class TestLoading:
         # A copy of the package as it is where nothing could be compiled.
         package = tmp_path / "cu_fast"
         package.mkdir()
-        for name in ("_native.py", "ops.py", "reference.py"):
+        for name in ("_checks.py", "_native.py", "ops.py", "reference.py"):
             shutil.copy(Path(_native.__file__).with_name(name), package)
         (package / "__init__.py").touch()
         code = (

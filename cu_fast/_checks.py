@@ -1,0 +1,87 @@
+"""Checks of the operators' arguments: each names the argument, what it was and what it should be. Part of ``cu_fast.ops``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+
+
+def shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_matrix(name: str, tensor: Tensor, width: int | None = None, of: str = "") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {shape(tensor)}; it should have two dimensions (flatten it first)")
+    if width is not None and tensor.shape[1] != width:
+        raise ValueError(f"{name} has shape {shape(tensor)}; its last dimension should be {width}, as {of} has")
+
+
+def check_vector(name: str, tensor: Tensor | None, size: int, letter: str, device: torch.device) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
+    if tuple(tensor.shape) != (size,):
+        raise ValueError(f"{name} has shape {shape(tensor)}; it should be [{size}] ({letter})")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move one of them")
+
+
+def check_k(k: int, C: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is {k!r}; it should be an int")
+    if not 1 <= k <= C:
+        raise ValueError(f"k is {k}; it should be between 1 and the {C} codes")
+
+
+def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device: torch.device) -> None:
+    if table is None and row is None:
+        return
+    if table is None or row is None:
+        missing = "mask_table" if table is None else "mask_row"
+        raise ValueError(f"{missing} is None; mask_table and mask_row come together")
+    words = (C + 31) // 32
+    for name, tensor in (("mask_table", table), ("mask_row", row)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} is {tensor.dtype}; it should be int32")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
+    if table.dim() != 2 or table.shape[1] != words:
+        raise ValueError(f"mask_table has shape {shape(table)}; it should be [U, {words}], a bit for each of {C} codes")
+    if tuple(row.shape) != (T,):
+        raise ValueError(f"mask_row has shape {shape(row)}; it should be [{T}], a row of the table a token")
+    check_values("mask_row", row, table.shape[0])
+
+
+def check_values(name: str, tensor: Tensor, limit: int) -> None:
+    # Values are looked at where that costs no device synchronisation; a trace has none to look at.
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    low, high = (int(v) for v in tensor.aminmax())
+    if low < -1 or high >= limit:
+        value = low if low < -1 else high
+        raise ValueError(f"{name} holds {value}; it should lie between -1 and {limit - 1}")
+
+
+def refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op} is for inference and {name} requires grad; call it under torch.no_grad(), "
+                f"or train through cu_fast.nn, which holds the straight-through gradient"
+            )
