@@ -81,8 +81,8 @@ class Codebook(nn.Module):
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
 
-    def pack(self) -> ops.PackedCodes:
-        return ops.pack_codes(self.codes.detach(), self.similarity)
+    def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
+        return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
 
     def similarities(self, z: Tensor, ids: Tensor) -> Tensor:
         """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]."""
@@ -131,8 +131,9 @@ class Codebook(nn.Module):
 class CodebookBottleneck(nn.Module):
     """x [..., D] -> y [..., D], through the k codes most similar to each token.
 
-    ``impl`` is handed to every operator; ``mask_mode`` may be changed at any time. Parameters keep their own
-    dtype, x may have any floating dtype, and y has x's.
+    ``impl`` is handed to every operator, ``scan`` to ``ops.pack_codes`` (after changing it, call ``fold()``);
+    ``mask_mode`` may be changed at any time. Parameters keep their own dtype, x may have any floating dtype, and y has
+    x's.
     """
 
     def __init__(self, config: BottleneckConfig) -> None:
@@ -140,6 +141,7 @@ class CodebookBottleneck(nn.Module):
         self.config = config
         self.mask_mode = config.mask_mode
         self.impl = "auto"
+        self.scan = "auto"
         self.autoencoder = (
             SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
         )
@@ -262,7 +264,7 @@ class CodebookBottleneck(nn.Module):
         to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation.
         """
         codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
-        packed = self.codebook.pack()
+        packed = self.codebook.pack(self.scan)
         self.folded_inv_norm, self.folded_bias = packed.inv_norm, packed.bias
         self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean = packed.scan or (None, None, None)
         if sae is None:
@@ -307,6 +309,7 @@ class CodebookBottleneck(nn.Module):
         super()._apply(fn, recurse)
         if not (rms.is_meta or self.rms.is_meta):
             self.rms = rms.to(self.rms.device)  # a scale, not a weight: casting the model must not round it
+        self._folded_version = None  # a cast rounds what was folded, also where the parameters have that dtype already
         return self.train(self.training)
 
     def codebook_sha256(self) -> str:
@@ -387,7 +390,7 @@ class CodebookBottleneck(nn.Module):
         """The exact selection of evaluation: z [T, E] -> ids int64 [T, k] and differentiable weights [T, k]."""
         book = self.codebook
         self._last_z = z.detach()
-        ids = ops.codebook_quantize(self._last_z, book.pack(), k=self.config.k, impl=self.impl).ids.long()
+        ids = ops.codebook_quantize(self._last_z, book.pack(self.scan), k=self.config.k, impl=self.impl).ids.long()
         kept = ids >= 0
         ids = ids.clamp(min=0)
         book.counts.scatter_add_(0, ids.flatten(), kept.flatten().long())

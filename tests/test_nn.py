@@ -346,3 +346,11 @@ def test_is_deleted_reads_the_bits_of_the_contract():
         [True, True, False, False]
     ]
     assert not reference.is_deleted(ids, table, torch.tensor([-1], dtype=torch.int32)).any()
+
+
+def test_casting_twice_rounds_nothing_that_was_folded():
+    bottleneck = CodebookBottleneck(BottleneckConfig(d_model=32, code_dim=32, num_codes=600, k=4)).bfloat16().eval()
+    x = torch.randn(3, 32)
+    y = bottleneck(x)
+    assert torch.equal(bottleneck.to(torch.bfloat16)(x), y)
+    assert bottleneck.folded_inv_norm.dtype == torch.float32

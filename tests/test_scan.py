@@ -428,6 +428,9 @@ class TestCalling:
             assert made.receipt()["scan"] == want
             made.impl = "reference"
             assert made.receipt()["scan"] == "fp32"
+            made.impl, made.scan = "auto", "fp32"
+            made.fold()
+            assert made.receipt()["scan"] == "fp32" and made.folded_scan_plane is None
 
 
 @pytest.mark.parametrize(
