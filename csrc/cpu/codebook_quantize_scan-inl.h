@@ -19,10 +19,10 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();  // a bound that tells nothing
 
 // Covers the roundings of the bound itself.
+constexpr float kWiden = 1.0f + 0x1p-18f;
+
 // Floats of the codes that all rows score before any goes on: what stays in a second-level cache.
 constexpr int64_t kSpanFloats = 256 * 1024;
-
-constexpr float kWiden = 1.0f + 0x1p-18f;
 
 // A row that has scored this share of the codes before the end gives up: the exact scan, which scores four
 // rows against four codes at a time, takes about 4 times as long as the scan, and scoring all codes one by
@@ -39,7 +39,7 @@ class Scan {
         sizes_(params),
         bias_rounding_(0x1p-20f * params.largest_bias) {}
 
-  // Makes rows of the tokens that can be certified; selects for the others at once.
+  // Makes rows of the tokens that can be certified; notes the others for the exact scan.
   void start() {
     for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
       Row& row = rows_[n_];
