@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A CPU build of torch; the package itself takes any torch >= 2.11.
 TORCH ?= torch==2.13.0
+# Where gpu-check leaves its logs and figures.
+OUTPUT ?= runs/gpu-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test lint format wheel wheel-check machine-code gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
@@ -16,14 +18,27 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
+# CPU and, if there is an nvcc, CUDA.
 wheel: $(VENV)/installed
 	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+# Installs it into a new environment, away from the sources.
+wheel-check: wheel
+	$(BIN)/python tests/wheel_check.py "$(TORCH)"
+
+# After a change of a kernel that is meant to change these.
+machine-code: $(VENV)/installed
+	$(BIN)/python tests/test_machine_code.py --write
+
+# On a machine with a GPU. With the Python that is there, not .venv; builds in place, installs nothing.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --output $(OUTPUT)
 
 # torch first and alone: a resolver left to itself would fetch a CUDA build of several gigabytes.
 $(VENV)/torch:

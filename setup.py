@@ -6,12 +6,20 @@ torch's headers and finds those of the environment that is installed into; nothi
 Environment variables:
     CU_FAST_BUILD  unset: without a compiler or torch, the package installs with its PyTorch reference only.
                    "require": a library that cannot be built is an error.
-    CXX, CXXFLAGS  the compiler and extra flags, as always.
+    CU_FAST_CUDA   "auto" or unset: the CUDA kernels are built too if there is an nvcc ($CUDA_HOME/bin, then PATH),
+                   and are left out, with a warning, if not or if it fails. "1": either is an error. "0": left out.
+    CU_FAST_ARCHS  the GPUs to build for; ARCHS below if unset, which also explains the notation.
+    CXX, CXXFLAGS  the compiler and extra flags, as always. nvcc reads its own NVCC_CCBIN and NVCC_APPEND_FLAGS.
     MAX_JOBS       compiler processes at a time; the number of CPUs if unset.
 """
 
+import hashlib
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +27,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 # Every source, by the instruction set that it may use. The files of a level open a target region themselves
@@ -37,6 +46,7 @@ BASELINE = [
     "csrc/cpu/codebook_bottleneck.cpp",
     "csrc/cpu/peak.cpp",
     "csrc/cpu/peak_scalar.cpp",
+    "csrc/cuda/built.cpp",
 ]
 AVX2 = [
     "csrc/cpu/codebook_quantize_avx2.cpp",
@@ -50,6 +60,30 @@ AVX512 = [
     "csrc/cpu/masked_decode_avx512.cpp",
     "csrc/cpu/peak_avx512.cpp",
 ]
+# Only with CUDA: kernels and what starts them, compiled by nvcc without torch; and C++ that calls those.
+CUDA_KERNELS = [
+    "csrc/cuda/scan_codes.cu",  # takes longest
+    "csrc/cuda/scan_codes_sm90.cu",
+    "csrc/cuda/codebook_quantize.cu",
+    "csrc/cuda/scan_rows.cu",
+    "csrc/cuda/score_candidates.cu",
+    "csrc/cuda/sae_encode.cu",
+    "csrc/cuda/masked_decode.cu",
+    "csrc/cuda/codebook_bottleneck.cu",
+]
+CUDA_HOST = [
+    "csrc/cuda/codebook_quantize.cpp",
+    "csrc/cuda/sae_encode.cpp",
+    "csrc/cuda/masked_decode.cpp",
+    "csrc/cuda/codebook_bottleneck.cpp",
+]
+
+# "80" is machine code for compute capability 8.0, "PTX 90" is PTX of 9.0, "90+PTX" is both. Machine code runs on the
+# same major version from its minor version on (8.0 on 8.9, 10.0 on 10.3, 12.0 on 12.1), that of 90a on 9.0 alone. PTX
+# is compiled by the driver for what has no machine code: 11.0, and GPUs yet to come. It is not PTX of 8.0, because
+# csrc/cuda/launch.h lets kernels overlap on a GPU of 9.0 or newer, and only code of 9.0 or newer waits for its turn.
+ARCHS = "80;86;89;90a;100;120;PTX 90"
+OLDEST, OLDEST_PTX = 80, 90
 
 FLAGS = [
     "-O3",
@@ -62,12 +96,117 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fmad=false",  # as above
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
+]
+
 ROOT = Path(__file__).parent
 
 
 def sources() -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return BASELINE + (AVX2 + AVX512 if x86 else [])
+
+
+def parse_archs(text: str) -> list[str]:
+    """The entries of CU_FAST_ARCHS: "80;90+PTX" becomes ["80", "90", "PTX 90"]."""
+    archs = []
+    for entry in text.split(";"):
+        found = re.fullmatch(r"\s*(PTX )?(\d+)([af]?)(\+PTX)?\s*", entry)
+        only_ptx, number, suffix, and_ptx = found.groups() if found else (None, "0", "", None)
+        problem = None
+        if not found or (only_ptx and and_ptx):
+            problem = "must be like 80, 90a, PTX 90 or 90+PTX"
+        elif int(number) < OLDEST:
+            problem = f"is older than {OLDEST}, compute capability 8.0, which the kernels need"
+        elif (only_ptx or and_ptx) and suffix:
+            problem = f"would be PTX for one GPU; write {number}{suffix};PTX {number}"
+        elif (only_ptx or and_ptx) and int(number) < OLDEST_PTX:
+            problem = f"would be PTX older than {OLDEST_PTX}, which must not run on newer GPUs; write PTX {OLDEST_PTX}"
+        if problem:
+            raise SystemExit(f"error: CU_FAST_ARCHS is {text!r}: {entry!r} {problem}. The default is {ARCHS!r}")
+        archs += [] if only_ptx else [number + suffix]
+        archs += [f"PTX {number}"] if only_ptx or and_ptx else []
+    return list(dict.fromkeys(archs))
+
+
+class Cuda:
+    """An nvcc, what it is to compile for, and the flags that follow."""
+
+    def __init__(self, nvcc: str):
+        self.nvcc = nvcc
+        asked = os.environ.get("CU_FAST_ARCHS")
+        self.archs = parse_archs(asked or ARCHS)
+        self.version = self.ask("--version")
+        known = re.findall(r"sm_(\d+)", self.ask("--list-gpu-code"))
+        unknown = [arch for arch in self.archs if re.search(r"\d+", arch).group() not in known]
+        if unknown and asked:
+            raise SystemExit(
+                f"error: CU_FAST_ARCHS is {asked!r}: {nvcc} does not know {unknown[0]}, it knows {', '.join(known)}"
+            )
+        self.archs = [arch for arch in self.archs if arch not in unknown]  # an older nvcc: PTX serves those GPUs
+        # Where its headers and libraries are, nvcc knows best: it may be a script, or lie in a distribution's folders.
+        layout = self.ask("--dryrun", "-c", "csrc/none.cu")
+        self.includes, self.libraries = (
+            [flag for value in re.findall(rf"^#\$ {name}=(.*)$", layout, re.MULTILINE) for flag in shlex.split(value)]
+            for name in ("INCLUDES", "LIBRARIES")
+        )
+        self.built = ";".join(self.archs)
+        self.cxx_flags = ["-DCU_FAST_CUDA", f'-DCU_FAST_CUDA_BUILD="{self.built}"', *self.includes]
+        # torch as needed libraries, used or not: the stream of a device is a weak symbol, which a CPU torch lacks.
+        # cudart is in the library, so that no CUDA library has to be found; it opens the driver when first called.
+        self.link_flags = [
+            "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed",
+            *self.libraries, "-lcudart_static", "-lrt", "-lpthread", "-ldl",
+        ]  # fmt: skip
+
+    def ask(self, *arguments: str) -> str:
+        done = subprocess.run([self.nvcc, *arguments], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"{self.nvcc} failed with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+        return done.stdout + done.stderr
+
+    def compile(self, source: str) -> str:
+        """The object of a .cu file, kept in build/cuda until the file, what it includes or a flag changes."""
+        codes = [re.sub(r"^(\d+)", r"sm_\1", arch.replace("PTX ", "compute_")) for arch in self.archs]
+        targets = [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
+        command = [*NVCC_FLAGS, *targets, "-Icsrc"]
+        environment = [os.environ.get(f"NVCC_{name}", "") for name in ("CCBIN", "PREPEND_FLAGS", "APPEND_FLAGS")]
+        key = hashlib.sha256(repr([self.nvcc, self.version, command, environment]).encode()).hexdigest()[:12]
+        made = ROOT / "build/cuda" / f"{Path(source).stem}-{key}.o"
+        needs = made.with_suffix(".d")
+        if needs.exists() and not newer_group(needs.read_text().replace("\\\n", " ").split()[2:], str(made), "newer"):
+            return str(made)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = made.with_suffix(f".{os.getpid()}.o")
+        command += ["-MD", "-MF", str(needs), "-c", source, "-o", str(unfinished)]
+        print(shlex.join([self.nvcc, *command]), self.ask(*command), sep="\n", end="", flush=True)
+        unfinished.replace(made)
+        return str(made)
+
+
+def cuda_setting() -> str:
+    """CU_FAST_CUDA. A setting that means nothing ends the build: no fallback catches SystemExit."""
+    setting = os.environ.get("CU_FAST_CUDA") or "auto"
+    if setting not in ("auto", "0", "1"):
+        raise SystemExit(f"error: CU_FAST_CUDA is {setting!r}, must be auto, 0 or 1 (auto if unset)")
+    return setting
+
+
+def find_cuda() -> Cuda | None:
+    """The nvcc to use; None if CUDA is to be left out. An error says why there is none."""
+    if cuda_setting() == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+    if nvcc is None:
+        raise CompileError("there is no nvcc, neither in $CUDA_HOME/bin nor on PATH; install the CUDA toolkit")
+    return Cuda(nvcc)
 
 
 def torch_directory() -> Path:
@@ -79,14 +218,24 @@ def torch_directory() -> Path:
 
 
 class BuildNative(build_ext):
-    """Compiles the sources side by side; a failure is reported, and fatal only if CU_FAST_BUILD=require."""
+    """Compiles the sources side by side; a failure is reported, and fatal only where the environment says so."""
 
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name))
-        if not self.force and not newer_group(extension.sources + extension.depends, str(library)):
+        try:
+            cuda = find_cuda()
+        except (OSError, CompileError) as error:
+            if cuda_setting() == "1":
+                raise SystemExit(f"error: CU_FAST_CUDA is 1, but {error}") from error
+            self.warn(f"the CUDA kernels are left out: {error}")
+            cuda = None
+        # The library itself says what it was built for (csrc/cuda/built.cpp).
+        marker = f"cu_fast CUDA build: {cuda.built if cuda else ''}\0".encode()
+        current = not newer_group(extension.sources + extension.depends, str(library))
+        if current and not self.force and marker in library.read_bytes():
             return
         try:
-            self.build_library(extension, library)
+            self.build_with_or_without(cuda, extension, library)
         except Exception as error:
             for old in (library, ROOT / "cu_fast" / library.name):  # never run older code than the sources
                 old.unlink(missing_ok=True)
@@ -98,30 +247,48 @@ class BuildNative(build_ext):
                 "and a C++20 compiler (g++ >= 12 or clang), then install cu-fast again."
             )
 
-    def build_library(self, extension, library):
-        torch = torch_directory()
-
-        def compile_one(source):
-            return self.compiler.compile(
-                [source], self.build_temp, include_dirs=["csrc", str(torch / "include")], extra_postargs=FLAGS
+    def build_with_or_without(self, cuda, extension, library):
+        try:
+            self.build_library(cuda, extension, library)
+        except Exception as error:
+            if cuda is None or not extension.optional:
+                raise
+            self.build_library(None, extension, library)
+            self.warn(
+                f"the CUDA kernels are left out: {error}\nSet CU_FAST_CUDA=1 to make that an error, 0 to not try."
             )
 
+    def build_library(self, cuda, extension, library):
+        torch = torch_directory()
+        flags = FLAGS + (cuda.cxx_flags if cuda else [])
+
+        def compile_one(source):
+            if source.endswith(".cu"):
+                return cuda.compile(source)
+            (compiled,) = self.compiler.compile(
+                [source], self.build_temp, include_dirs=["csrc", str(torch / "include")], extra_postargs=flags
+            )
+            return compiled
+
+        # nvcc takes longest, so it starts first.
+        chosen = (CUDA_KERNELS + CUDA_HOST if cuda else []) + sources()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-            objects = [compiled for (compiled,) in pool.map(compile_one, extension.sources)]
+            objects = list(pool.map(compile_one, chosen))
         self.compiler.link_shared_object(
-            objects, str(library), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++"
-        )
+            objects, str(library), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
+            extra_postargs=cuda.link_flags if cuda else [], target_lang="c++",
+        )  # fmt: skip
 
 
 setup(
     ext_modules=[
         Extension(
             "cu_fast._C",
-            sources(),
+            sources() + CUDA_KERNELS + CUDA_HOST,
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
             language="c++",
             py_limited_api=True,
-            optional=os.environ.get("CU_FAST_BUILD") != "require",
+            optional=os.environ.get("CU_FAST_BUILD") != "require" and os.environ.get("CU_FAST_CUDA") != "1",
         )
     ],
     cmdclass={"build_ext": BuildNative},

@@ -48,7 +48,6 @@ inline void check_shape(const char* name, const Tensor& t, const char* letters,
     ++d;
   }
   check(ok, name, " must have shape ", letters, " = [", wanted.str(), "], got ", describe(t));
-  check(t.is_cpu(), name, " must be on the CPU like the other arguments");
 }
 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {

@@ -1,10 +1,12 @@
 // Every operator of the library. Shapes and meaning: cu_fast/ops.py. A device's host file implements them
-// (cpu/<op>.cpp), cu_fast/_native.py registers what they return without data.
+// (cpu/<op>.cpp, cuda/<op>.cpp), cu_fast/_native.py registers what they return without data.
 
 #include <torch/csrc/stable/library.h>
 
+#include "registration.h"
+
 // clang-format off
-STABLE_TORCH_LIBRARY(cu_fast, m) {
+CU_FAST_LIBRARY(CU_FAST_NAMESPACE, m) {
   m.def("codebook_quantize(Tensor z, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool return_hits, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> (Tensor scores, Tensor ids, Tensor hits)");
   m.def("pack_scan(Tensor codes, Tensor? inv_norm) -> (Tensor scan_plane, Tensor scan_terms, Tensor scan_mean)");
   m.def("sae_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_pre, bool relu) -> Tensor z");
@@ -12,7 +14,10 @@ STABLE_TORCH_LIBRARY(cu_fast, m) {
   m.def("codebook_bottleneck(Tensor x, Tensor? W_enc, Tensor? b_enc, Tensor? b_pre, bool relu, Tensor codes, Tensor? inv_norm, Tensor? bias, int k, Tensor? mask_table, Tensor? mask_row, bool reselect, Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean, Tensor table, Tensor? b_dec, bool score_weights, bool mean, Tensor(a!)? receipt) -> Tensor y");
   m.def("masked_decode(Tensor ids, Tensor? weights, Tensor table, Tensor? bias, Tensor? residual, Tensor? mask_table, Tensor? mask_row, bool mean) -> Tensor y");
   m.def("selection_plan(int T, int C, int E, int k, int threads, bool scan) -> str");
+  m.def("cuda_selection_plan(int T, int C, int E, int k, int code_bytes, bool scan, int multiprocessors) -> str");
   m.def("simd_level() -> str");
+  m.def("cuda_build() -> str");
+  m.def("cuda_driver_failure() -> str");
   m.def("peak(str kind, int iterations) -> int");
   m.def("peak_read(Tensor buffer) -> int");
 }

@@ -5,6 +5,7 @@ Letters as everywhere: T tokens, E code width, C codes, k codes kept a token, U 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -63,7 +64,7 @@ class Inputs:
     SAE ops; ids int32, weights [T, k] of ``masked_decode``; deleted bool [U, C], which broadcasts to [T, C],
     mask_table int32 [U, ceil(C/32)],
     mask_row int32 [T]; bottleneck: the module in evaluation, its codes ``codes``, encoder and decoder the identity.
-    memory: bytes that may be used, None = what the machine has free.
+    memory: bytes that may be used, None = what the device has free. host: the same on the CPU, where these are on a GPU.
     """
 
     cell: Cell
@@ -78,6 +79,7 @@ class Inputs:
     mask_row: Tensor | None = None
     bottleneck: CodebookBottleneck | None = None
     memory: int | None = None
+    host: Inputs | None = None
 
     @property
     def masks(self) -> dict[str, Tensor | None]:
@@ -90,8 +92,19 @@ class Inputs:
         return self.deleted[self.mask_row[rows].long()].gather(1, ids)
 
 
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same tensors on a device, with ``host`` set to the given ones."""
+    parts = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    new: dict = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+    if inputs.bottleneck is not None:
+        new["bottleneck"] = copy.deepcopy(inputs.bottleneck)
+        new["bottleneck"].impl = torch.device(device).type  # before it moves, which folds it there
+        new["bottleneck"].to(device)
+    return dataclasses.replace(inputs, **new, host=inputs)
+
+
 def make_inputs(cell: Cell, seed: int = 0, memory: int | None = None) -> Inputs:
-    """The tensors of a cell; equal cells and seeds give equal tensors."""
+    """The tensors of a cell, on the CPU; equal cells and seeds give equal tensors."""
     generator = torch.Generator().manual_seed(seed + 1)
     dtype = DTYPES[cell.dtype]
     codes = _codes(cell.E if cell.op == "sae_encode" else cell.C, cell.E, cell.dtype, cell.data, seed)

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cu_fast._bench_data import DATA, DTYPES, MASKS, MODELS, OPS, Cell
+from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
 from cu_fast._bench_models import MODEL_PROVIDERS, model_cell
 from cu_fast._bench_rivals import RIVALS
 from cu_fast._providers import PROVIDERS, Builder
 
 TOKENS = (1, 8, 64, 512, 4096)
 SHAPES = ((512, 25_000, 8), (512, 25_000, 64), (768, 24_576, 32), (2048, 65_536, 32), (4096, 16_384, 64))
-CACHES = ("warm", "cold")
+CACHES = {"cpu": ("warm", "cold"), "cuda": ("cold", "warm")}  # by device, the default first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Plan:
 
     shapes: (E, C, k). data: kinds of ``_bench_data.DATA``, None = gaussian; for "models" gpt2 and t5. seconds: for
     each provider of a cell. rounds: at least so many, however long they take; a provider one call of which takes
-    longer than ``seconds`` is called once. cache: "warm", 3 ms of untimed calls come right before each timed one, or
-    "cold", none does, so that the caches hold what the other providers left. memory: bytes that may be used, None =
-    what is free.
+    longer than ``seconds`` is called once. cache: "warm", untimed calls come right before each timed one, or "cold":
+    on the CPU none does, so that the caches hold what the other providers left, on a GPU its second-level cache is
+    emptied; None = warm on the CPU, cold on a GPU. device: "cpu" or "cuda". memory: bytes that may be used, None = what
+    is free.
     """
 
     op: str = "codebook_quantize"
@@ -37,18 +39,23 @@ class Plan:
     providers: tuple[str, ...] | None = None
     seconds: float = 1.0
     rounds: int = 5
-    cache: str = "warm"
+    cache: str | None = None
     threads: int | None = None
     seed: int = 0
     memory: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        _check_choice("device", [self.device], CACHES)
+        if self.cache is None:
+            object.__setattr__(self, "cache", CACHES[self.device][0])  # the way to write to a frozen dataclass
         _check_choice("OP", self.ops, (*OPS, "all"))
         _check_choice("dtype", self.dtypes, DTYPES)
         _check_choice("mask", self.masks, MASKS)
         _check_choice("data", self.data, (*DATA, *MODELS))
-        _check_choice("cache", [self.cache], CACHES)
-        _check_choice("provider", self.providers, sorted({name for op in self.ops for name in providers_of(op)}))
+        _check_choice("cache", [self.cache], CACHES[self.device])
+        known = {name for op in self.ops for name in providers_of(op, self.device)}
+        _check_choice("provider", self.providers, sorted(known))
         for T in self.tokens or ():
             _check_positive("tokens", T)
         for shape in self.shapes or ():
@@ -60,7 +67,8 @@ class Plan:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         if not self.cells():
-            raise ValueError(f"no cell of {self.op!r} has data {self.data}, mask {self.masks} and dtype {self.dtypes}")
+            axes = f"data {self.data}, mask {self.masks} and dtype {self.dtypes}"
+            raise ValueError(f"no cell of {self.op!r} has {axes}; models are for device 'cpu', this is {self.device!r}")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -68,7 +76,8 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """The cells in the order in which they are measured; axes that an op does not have collapse."""
-        wanted = [op for op in self.ops if self.providers is None or set(self.providers) & set(providers_of(op))]
+        found = {op: set(providers_of(op, self.device)) for op in self.ops}
+        wanted = [op for op, names in found.items() if names & set(self.providers or names)]
         return list(dict.fromkeys(cell for op in wanted for cell in self._cells(op)))
 
     def _cells(self, op: str) -> Iterator[Cell]:
@@ -88,8 +97,10 @@ class Plan:
             yield Cell(op, T, E, *((E, 1) if op == "sae_encode" else (C, k)), dtype, mask, kind)
 
 
-def providers_of(op: str) -> dict[str, Builder]:
-    """Every provider of an op, by name."""
+def providers_of(op: str, device: str = "cpu") -> dict[str, Builder]:
+    """Every provider of an op on a device, by name; none where the op is not measured there."""
+    if device == "cuda":
+        return dict(GPU_PROVIDERS.get(op, {}))
     return dict(MODEL_PROVIDERS) if op == "models" else PROVIDERS[op] | RIVALS.get(op, {})
 
 

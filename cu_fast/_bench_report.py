@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 BASELINE = "cu_fast"
-AXES = ("dtype", "mask", "data", "cache")  # shown where they vary
+AXES = ("device", "dtype", "mask", "data", "cache")  # shown where they vary
 CAPTION = "2x: takes twice as long as cu_fast; *: wrong in some rows, by fp64; -: did not run (the CSV says why)"
 
 
@@ -23,8 +23,8 @@ class Sheet(NamedTuple):
 
 
 def config(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's E, C, k, dtype, mask, data, cache and seed."""
-    return json.loads(row["extra_benchmark_config_str"])
+    """A row's E, C, k, dtype, mask, data, cache, seed and device ("cpu" in files that do not say)."""
+    return {"device": "cpu"} | json.loads(row["extra_benchmark_config_str"])
 
 
 def sheets(rows: Iterable[Mapping[str, Any]]) -> list[Sheet]:

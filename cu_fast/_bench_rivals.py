@@ -19,20 +19,21 @@ from cu_fast._bench_truth import Answer
 from cu_fast._providers import Builder, Job, Skip, normalised, require_memory
 
 
-def _module(name: str, package: str) -> ModuleType:
+def installed(name: str, package: str) -> ModuleType:
+    """Imports a module of a package; raises Skip where it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:  # the package itself, or one that it needs
         raise Skip(f"{package} cannot be imported here: {error}", status="not installed") from error
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
 def _faiss(inputs: Inputs) -> Job:
     """IndexFlatIP on normalised codes; an SAE's bias is one more dimension, in which x is 1."""
-    faiss = _module("faiss", "faiss-cpu")
+    faiss = installed("faiss", "faiss-cpu")
     cell = inputs.cell
     require_memory(inputs.memory, 8 * cell.C * cell.E, "codes, and the index,")
     x, codes = inputs.x.float(), inputs.codes.float()
@@ -71,7 +72,7 @@ def _faiss_answer(output) -> Answer:
 
 def _codebook_features(inputs: Inputs) -> Job:
     """The snap function of Codebook Features: the same score, and the mean of the k codes, which it always makes."""
-    models = _module("codebook_features.models", "codebook-features")
+    models = installed("codebook_features.models", "codebook-features")
     cell = inputs.cell
     if inputs.mask_row is not None and cell.mask == "rows":
         raise Skip("codebook-features deletes the same codes for every token")
@@ -85,7 +86,7 @@ def _codebook_features(inputs: Inputs) -> Job:
         "disable_codes": [] if inputs.deleted is None else inputs.deleted[0].nonzero()[:, 0],
     }
     z, snap = inputs.x[None], models.InnerProductSnapFunction.apply
-    note = f"{_version('codebook-features')}; also makes the mean of the codes"
+    note = f"{version('codebook-features')}; also makes the mean of the codes"
     return Job(lambda: snap(z, inputs.codes, cell.k, options), lambda out: Answer(out[1][0]), note=note)
 
 
@@ -95,7 +96,7 @@ def _no_deletion(inputs: Inputs, package: str) -> None:
 
 
 def _eai_sparsify(inputs: Inputs) -> Job:
-    sparsify = _module("sparsify", "eai-sparsify")
+    sparsify = installed("sparsify", "eai-sparsify")
     cell = inputs.cell
     _no_deletion(inputs, "eai-sparsify")
     require_memory(inputs.memory, 4 * cell.C * cell.E + 8 * cell.T * cell.C, "codes, and activations [T, C],")
@@ -104,11 +105,11 @@ def _eai_sparsify(inputs: Inputs) -> Job:
     _set(coder.encoder.weight, inputs.codes)
     _set(coder.encoder.bias, inputs.bias)
     _set(coder.b_dec, inputs.b_pre)
-    return Job(lambda: coder.encode(inputs.x), lambda out: Answer(out.top_indices), note=_version("eai-sparsify"))
+    return Job(lambda: coder.encode(inputs.x), lambda out: Answer(out.top_indices), note=version("eai-sparsify"))
 
 
 def _sae_lens(inputs: Inputs) -> Job:
-    sae_lens = _module("sae_lens", "sae-lens")
+    sae_lens = installed("sae_lens", "sae-lens")
     cell = inputs.cell
     _no_deletion(inputs, "sae-lens")
     require_memory(inputs.memory, 16 * cell.C * cell.E + 12 * cell.T * cell.C, "weights, and activations [T, C],")
@@ -120,7 +121,7 @@ def _sae_lens(inputs: Inputs) -> Job:
     _set(sae.W_enc, inputs.codes.T)
     _set(sae.b_enc, inputs.bias)
     _set(sae.b_dec, inputs.b_pre)
-    note = f"{_version('sae-lens')}; returns activations [T, C]"
+    note = f"{version('sae-lens')}; returns activations [T, C]"
     return Job(lambda: sae.encode(inputs.x), lambda z: Answer(_ids_of_activations(z, cell.k)), note=note)
 
 

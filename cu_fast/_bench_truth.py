@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 class Truth:
-    """The right answer to a cell, computed once and compared with each provider's."""
+    """The right answer to a cell's inputs on the CPU, computed once and compared with each provider's."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.op = inputs, inputs.cell.op
@@ -52,11 +52,11 @@ class Truth:
     def match(self, answer: Answer) -> float:
         """The share of the sampled rows that the answer has right."""
         right = torch.ones(len(self.rows), dtype=torch.bool)
-        ids = answer.ids[self.rows].long() if answer.ids is not None else None
+        ids = answer.ids.cpu()[self.rows].long() if answer.ids is not None else None
         if ids is not None:
             right &= self._ids_match(ids)
         if answer.values is not None:
-            right &= self._values_match(answer.values[self.rows].double(), ids)
+            right &= self._values_match(answer.values.cpu()[self.rows].double(), ids)
         return float(right.double().mean())
 
     def _scores(self) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ class Truth:
 def share_identical(output: Tensor | Selection, reference: Tensor | Selection) -> float:
     """The share of the reference's rows, the first of the output's, that are equal bit for bit."""
     parts = [(output, reference)] if isinstance(output, Tensor) else zip(output[:2], reference[:2])
-    same = [(_bits(a[: len(b)]) == _bits(b)).all(1) for a, b in parts]
+    same = [(_bits(a[: len(b)].to(b.device)) == _bits(b)).all(1) for a, b in parts]
     return float(torch.stack(same).all(0).double().mean())
 
 

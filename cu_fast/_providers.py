@@ -24,6 +24,7 @@ from cu_fast._bench_truth import Answer, share_identical
 REFERENCE_LIMIT = 5e8  # multiply-adds; more takes the reference seconds
 ALL = slice(None)
 IDENTICAL_ROWS = 4  # rows that are compared with the reference, bit for bit
+IDENTICAL_ROWS_GPU = 64  # rows of a GPU's that are compared with the CPU's
 MEMORY_SHARE = 0.8  # of the free memory that a provider may plan to use
 
 
@@ -56,7 +57,7 @@ Builder = Callable[[Inputs], Job]
 
 
 def require_memory(limit: int | None, needed: int, what: str) -> None:
-    """Raises Skip where ``needed`` bytes are more than may be used: of ``limit``, None = of what is free."""
+    """Raises Skip where ``needed`` bytes are more than may be used: of ``limit``, None = of what the CPU has free."""
     free = available_memory() if limit is None else limit
     if needed > MEMORY_SHARE * free:
         raise Skip(f"{what} would take {needed / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
@@ -73,13 +74,26 @@ def available_memory() -> int:
 
 # -- this package ------------------------------------------------------------------------------------------------
 
+# What is timed, with an implementation and rows to restrict it to; output -> Answer; and a note.
+Ours = tuple[Callable[..., Any], Callable[[Any], Answer], str]
 
-def _ours(impl: str, scan: str) -> Builder:
+
+def ours(which: str, scan: str) -> Builder:
+    """This package: "reference", or "native", the kernels for where the inputs are."""
+
     def build(inputs: Inputs) -> Job:
-        cell = inputs.cell
+        cell, impl = inputs.cell, inputs.x.device.type if which == "native" else which
         if impl == "reference" and cell.T * cell.C * cell.E > REFERENCE_LIMIT:
             raise Skip("the reference runs in cells of up to 5e8 multiply-adds")
-        return _OURS[cell.op](inputs, impl, scan)
+        run, answer, note = _OURS[cell.op](inputs, impl, scan)
+
+        def identical(output: Any) -> float:
+            if inputs.host is None:
+                return share_identical(output, run("reference", slice(IDENTICAL_ROWS)))
+            on_the_cpu = _OURS[cell.op](inputs.host, "cpu", "fp32")[0]
+            return share_identical(output, on_the_cpu("cpu", slice(IDENTICAL_ROWS_GPU)))
+
+        return Job(run, answer, identical, note=note)
 
     return build
 
@@ -90,16 +104,16 @@ def _pack(codes: Tensor, similarity: str, scan: str, bias: Tensor | None = None)
     return packed, "scan fp32" if packed.scan is None else "scan int8"
 
 
-def _quantize(inputs: Inputs, impl: str, scan: str) -> Job:
+def _quantize(inputs: Inputs, impl: str, scan: str) -> Ours:
     packed, note = _pack(inputs.codes, "cosine", scan)
 
     def run(impl: str = impl, some: slice = ALL) -> ops.Selection:
         return ops.codebook_quantize(inputs.x[some], packed, k=inputs.cell.k, impl=impl, **_masks(inputs, some))
 
-    return _job(run, lambda selection: Answer(selection.ids), note)
+    return run, lambda selection: Answer(selection.ids), note
 
 
-def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Job:
+def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Ours:
     packed, note = _pack(inputs.codes, "dot", scan, inputs.bias)
     W_enc, b_enc, b_pre, k = inputs.codes, inputs.bias, inputs.b_pre, inputs.cell.k
 
@@ -107,32 +121,32 @@ def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Job:
         options = _masks(inputs, some)
         return ops.sae_encode(inputs.x[some], W_enc, b_enc, b_pre, k=k, scan=packed.scan, impl=impl, **options)
 
-    return _job(run, lambda selection: Answer(selection.ids), note)
+    return run, lambda selection: Answer(selection.ids), note
 
 
-def _encode(inputs: Inputs, impl: str, scan: str) -> Job:
+def _encode(inputs: Inputs, impl: str, scan: str) -> Ours:
     def run(impl: str = impl, some: slice = ALL) -> Tensor:
         return ops.sae_encode(inputs.x[some], inputs.codes, inputs.bias, inputs.b_pre, impl=impl)
 
-    return _job(run, lambda z: Answer(values=z))
+    return run, lambda z: Answer(values=z), ""
 
 
-def _decode(inputs: Inputs, impl: str, scan: str) -> Job:
+def _decode(inputs: Inputs, impl: str, scan: str) -> Ours:
     def run(impl: str = impl, some: slice = ALL) -> Tensor:
         ids, weights = inputs.ids[some], inputs.weights[some]
         return ops.masked_decode(ids, weights, inputs.codes, impl=impl, **_masks(inputs, some))
 
-    return _job(run, lambda y: Answer(values=y))
+    return run, lambda y: Answer(values=y), ""
 
 
-def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Job:
+def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Ours:
     module = inputs.bottleneck
 
     def run(impl: str = impl, some: slice = ALL) -> Tensor:
         module.impl = impl
         return module(inputs.x[some], **_masks(inputs, some))
 
-    return _job(run, lambda y: Answer(module.select(inputs.x).ids, y), f"mask mode {module.mask_mode}")
+    return run, lambda y: Answer(module.select(inputs.x).ids, y), f"mask mode {module.mask_mode}"
 
 
 def _masks(inputs: Inputs, some: slice) -> dict[str, Tensor | None]:
@@ -140,12 +154,7 @@ def _masks(inputs: Inputs, some: slice) -> dict[str, Tensor | None]:
     return {"mask_table": inputs.mask_table, "mask_row": row}
 
 
-def _job(run: Callable, answer: Callable[[Any], Answer], note: str = "") -> Job:
-    some = slice(IDENTICAL_ROWS)
-    return Job(run, answer, lambda output: share_identical(output, run("reference", some)), note=note)
-
-
-_OURS: dict[str, Callable[[Inputs, str, str], Job]] = {
+_OURS: dict[str, Callable[[Inputs, str, str], Ours]] = {
     "sae_encode": _encode,
     "sae_encode_topk": _encode_topk,
     "codebook_quantize": _quantize,
@@ -214,7 +223,9 @@ def bottleneck_weights(module: Any, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in (W_enc, b_enc, normalised(codes), codes @ W_dec.T, b_dec)]
 
 
-def _torch(dtype: torch.dtype, compiled: bool = False, gather: bool = False) -> Builder:
+def eager(dtype: torch.dtype, compiled: bool = False, gather: bool = False, mode: str | None = None) -> Builder:
+    """PyTorch code in one dtype; ``gather``: decode by gather and einsum; ``mode``: torch.compile's."""
+
     def build(inputs: Inputs) -> Job:
         cell, deleted = inputs.cell, inputs.deleted
         scores = 0 if cell.op in ("sae_encode", "masked_decode") else cell.T * cell.C
@@ -227,7 +238,7 @@ def _torch(dtype: torch.dtype, compiled: bool = False, gather: bool = False) -> 
             return None if tensor is None else tensor.to(dtype)
 
         def wrap(function: Callable) -> Callable:
-            return torch.compile(function, dynamic=False) if compiled else function
+            return torch.compile(function, dynamic=False, mode=mode) if compiled else function
 
         k, x = cell.k, cast(inputs.x)
         if cell.op == "codebook_quantize":
@@ -256,7 +267,7 @@ def _torch(dtype: torch.dtype, compiled: bool = False, gather: bool = False) -> 
     return build
 
 
-def _torch_dense(dtype: torch.dtype) -> Builder:
+def dense(dtype: torch.dtype) -> Builder:
     """Decode as a product of dense activations [T, C], which exist already, with the table."""
 
     def build(inputs: Inputs) -> Job:
@@ -264,7 +275,7 @@ def _torch_dense(dtype: torch.dtype) -> Builder:
         needed = (4 + dtype.itemsize) * cell.T * cell.C + dtype.itemsize * cell.C * cell.E
         require_memory(inputs.memory, needed, "dense activations [T, C]")
         ids, weights = inputs.ids.long(), inputs.weights.float()
-        activations = torch.zeros(cell.T, cell.C).scatter_add_(1, ids, weights).to(dtype)
+        activations = torch.zeros(cell.T, cell.C, device=ids.device).scatter_add_(1, ids, weights).to(dtype)
         if inputs.deleted is not None:
             activations.masked_fill_(inputs.deleted, 0)
         columns = inputs.codes.to(dtype).T
@@ -278,12 +289,12 @@ def _ids_of_topk(output: tuple[Tensor, Tensor]) -> Answer:
 
 
 _EVERYWHERE: dict[str, Builder] = {
-    "cu_fast": _ours("cpu", "auto"),
-    "cu_fast_fp32": _ours("cpu", "fp32"),
-    "reference": _ours("reference", "auto"),
-    "torch_fp32": _torch(torch.float32),
-    "torch_bf16": _torch(torch.bfloat16),
-    "torch_compile": _torch(torch.float32, compiled=True),
+    "cu_fast": ours("native", "auto"),
+    "cu_fast_fp32": ours("native", "fp32"),
+    "reference": ours("reference", "auto"),
+    "torch_fp32": eager(torch.float32),
+    "torch_bf16": eager(torch.bfloat16),
+    "torch_compile": eager(torch.float32, compiled=True),
 }
 _SCANLESS = {name: build for name, build in _EVERYWHERE.items() if name != "cu_fast_fp32"}
 
@@ -293,10 +304,10 @@ PROVIDERS: dict[str, dict[str, Builder]] = {
     "codebook_quantize": dict(_EVERYWHERE),
     "masked_decode": _SCANLESS
     | {
-        "torch_compile": _torch(torch.float32, compiled=True, gather=True),
-        "torch_gather": _torch(torch.float32, gather=True),
-        "torch_dense_fp32": _torch_dense(torch.float32),
-        "torch_dense_bf16": _torch_dense(torch.bfloat16),
+        "torch_compile": eager(torch.float32, compiled=True, gather=True),
+        "torch_gather": eager(torch.float32, gather=True),
+        "torch_dense_fp32": dense(torch.float32),
+        "torch_dense_bf16": dense(torch.bfloat16),
     },
     "bottleneck": dict(_SCANLESS),
 }

@@ -27,7 +27,9 @@ import torch
 from tqdm import tqdm
 
 from cu_fast import _bench_machine as machine
+from cu_fast._bench_clock import HostClock
 from cu_fast._bench_data import Cell, make_inputs
+from cu_fast._bench_gpu import GraphClock
 from cu_fast._bench_models import ModelInputs
 from cu_fast._bench_plan import Plan, make_plan, providers_of
 from cu_fast._bench_report import config, markdown, tables
@@ -36,8 +38,6 @@ from cu_fast._providers import Builder, Job, Skip, require_memory
 
 __all__ = ["COLUMNS", "Plan", "config", "make_plan", "markdown", "read_rows", "run", "tables", "write_rows"]
 
-SETTLE = 0.005  # seconds before a turn: threads that another library left spinning have then gone to sleep
-WARM = 0.003  # seconds of untimed calls before a timed one, where the cache is to be warm
 BASELINE = "cu_fast"  # whom ``ratio`` compares with
 MODEL_BASELINE = "none"  # whom ``added_percent`` compares with
 
@@ -60,34 +60,39 @@ def run(plan: Plan, output: str | Path | None = None, progress: bool = False) ->
         The new rows, dicts with the keys COLUMNS; what does not apply is "".
 
     Raises:
-        ValueError: ``output`` exists and has other columns. Before anything is measured.
+        ValueError: ``output`` exists and has other columns. RuntimeError: there is no such device. Before anything is
+            measured.
     """
+    clock = GraphClock() if plan.device == "cuda" else HostClock()
     known = read_rows(output) if output is not None and Path(output).exists() else []
     new: list[dict[str, Any]] = []
     with _threads(plan.threads), torch.inference_mode():
-        facts = machine.facts()
+        facts = machine.facts(plan.device)
         for cell in tqdm(plan.cells(), unit="cell", disable=not progress):
-            chosen = {n: build for n, build in providers_of(cell.op).items() if n in (plan.providers or (n,))}
-            rows = measure_cell(cell, plan, chosen, facts)
+            builders = providers_of(cell.op, plan.device)
+            chosen = {name: build for name, build in builders.items() if name in (plan.providers or builders)}
+            rows = measure_cell(cell, plan, chosen, facts, clock)
             new += rows
             if output is not None:
                 write_rows(output, known + new)
     return new
 
 
-def measure_cell(cell: Cell, plan: Plan, builders: Mapping[str, Builder], facts: dict[str, Any]) -> list[dict]:
+def measure_cell(
+    cell: Cell, plan: Plan, builders: Mapping[str, Builder], facts: dict[str, Any], clock: HostClock | GraphClock
+) -> list[dict[str, Any]]:
     """Measure one cell with the providers given: a row each, in their order."""
-    rows = {name: _empty_row(cell, name, plan, facts) for name in builders}
+    rows = {name: _empty_row(cell, name, plan, facts, clock.device) for name in builders}
     jobs: dict[str, Job] = {}
     times: dict[str, list[float]] = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            inputs, truth = _prepare(cell, plan)
+            inputs, truth = _prepare(cell, plan, clock)
     except Skip as skip:
         for row in rows.values():
             row |= {"status": skip.status, "note": str(skip)}
         return list(rows.values())
-    if "torch_compile" in builders:
+    if any(name.startswith("torch_compile") for name in builders):
         torch.compiler.reset()  # else a recompilation limit, reached in one cell, leaves the next one uncompiled
     for name, build in builders.items():
         with _failures_go_into(rows[name]):
@@ -97,15 +102,18 @@ def measure_cell(cell: Cell, plan: Plan, builders: Mapping[str, Builder], facts:
                 job.before()
             start = time.perf_counter()
             answer = job.call()
-            rows[name] |= {"first_call_ms": _round(1e3 * (time.perf_counter() - start)), "note": job.note}
+            clock.wait()
+            rows[name] |= {"first_call_ms": _round(1e3 * (time.perf_counter() - start))}
+            job, answer = clock.prepare(job, answer)
+            rows[name]["note"] = job.note
             if truth is not None and job.answer is not None:
                 rows[name]["match"] = truth.match(job.answer(answer))
             if job.identical is not None:
                 rows[name]["identical"] = job.identical(answer)
             del answer
-            times[name] = [_time(job)]  # which counts where it is too slow to be called more often
+            times[name] = [clock.time(job)]  # which counts where it is too slow to be called more often
             jobs[name] = job
-    _take_turns(jobs, times, plan)
+    _take_turns(jobs, times, plan, clock)
     for name, taken in times.items():
         p20, p50, p80 = (1e3 * t / jobs[name].divide for t in np.percentile(taken, (20, 50, 80)))
         rows[name] |= {"status": "ok", "rounds": len(taken), "tokens_per_second": _round(1e3 * cell.T / p50)}
@@ -116,18 +124,21 @@ def measure_cell(cell: Cell, plan: Plan, builders: Mapping[str, Builder], facts:
     return list(rows.values())
 
 
-def _prepare(cell: Cell, plan: Plan) -> tuple[Any, Truth | None]:
+def _prepare(cell: Cell, plan: Plan, clock: HostClock | GraphClock) -> tuple[Any, Truth | None]:
     if cell.op == "models":
         return ModelInputs(cell, plan.seed), None
     require_memory(plan.memory, cell.input_bytes, "the cell's own tensors")
     inputs = make_inputs(cell, plan.seed, plan.memory)
-    return inputs, Truth(inputs)
+    return clock.place(inputs), Truth(inputs)
 
 
-def _take_turns(jobs: Mapping[str, Job], times: dict[str, list[float]], plan: Plan) -> None:
+def _take_turns(
+    jobs: Mapping[str, Job], times: dict[str, list[float]], plan: Plan, clock: HostClock | GraphClock
+) -> None:
     """Call the jobs in rounds, in an order drawn for each, until the time is used and enough rounds are done."""
     order = np.random.default_rng(plan.seed)
-    active = [name for name in jobs if times[name][0] <= plan.seconds]
+    usual = {name: times[name][0] for name in jobs}
+    active = [name for name in jobs if usual[name] <= plan.seconds]
     for name in active:
         times[name].clear()
     end = time.perf_counter() + plan.seconds * len(active)
@@ -138,30 +149,10 @@ def _take_turns(jobs: Mapping[str, Job], times: dict[str, list[float]], plan: Pl
             if not active or (number >= plan.rounds and time.perf_counter() >= end):
                 return
             for index in order.permutation(len(active)):
-                job = jobs[active[index]]
-                time.sleep(SETTLE)
-                if job.before is None and plan.cache == "warm":
-                    _warm_up(job)
-                times[active[index]].append(_time(job))
+                name = active[index]
+                times[name] += clock.turn(jobs[name], plan.cache, usual[name])
     finally:
         gc.enable()
-
-
-def _warm_up(job: Job) -> None:
-    """Calls that are not timed: at least one, and WARM seconds of them. One does not fill a victim cache."""
-    end = time.perf_counter() + WARM
-    job.call()
-    while time.perf_counter() < end:
-        job.call()
-
-
-def _time(job: Job) -> float:
-    """Seconds of one call."""
-    if job.before is not None:
-        job.before()
-    start = time.perf_counter()
-    job.call()
-    return time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -174,8 +165,8 @@ def _failures_go_into(row: dict[str, Any]) -> Iterator[None]:
         row |= {"status": "failed", "note": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _empty_row(cell: Cell, provider: str, plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
-    config = cell.config | {"cache": plan.cache, "seed": plan.seed}
+def _empty_row(cell: Cell, provider: str, plan: Plan, facts: dict[str, Any], device: str) -> dict[str, Any]:
+    config = cell.config | {"cache": plan.cache, "seed": plan.seed, "device": device}
     return dict.fromkeys(COLUMNS, "") | {
         "kernel_name": cell.op,
         "kernel_provider": provider,

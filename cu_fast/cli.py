@@ -77,6 +77,7 @@ def environment() -> dict[str, Any]:
         "simd": _native.simd_level() if _native.available() else None,
         "impl on cpu": ops.resolve("auto", torch.device("cpu")),
         "cuda": torch.cuda.is_available(),
+        "built for": _native.cuda_build() or None,
         **{f"impl {name!r}": state for name, state in impls.items()},
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("CU_FAST_")},
     }
@@ -272,7 +273,8 @@ def bench(
     provider: Annotated[str | None, typer.Option(help="Whom to measure: cu_fast,torch_fp32. Default: all.")] = None,
     seconds: Annotated[float, typer.Option(help="For each provider of a cell.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="At least so many.")] = 5,
-    cache: Annotated[str, typer.Option(help="warm: untimed calls before each timed one; cold: none.")] = "warm",
+    cache: Annotated[str | None, typer.Option(help="warm (default) or cold (default on a GPU).")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
     output: Annotated[Path | None, typer.Option(help="A CSV file that rows are added to, cell by cell.")] = None,
     show: Annotated[Path | None, typer.Option(help="Measure nothing; print the tables of this CSV file.")] = None,
@@ -283,7 +285,7 @@ def bench(
     with errors_are_messages():
         from cu_fast import bench as benchmark
 
-        axes = {"tokens": tokens, "dtype": dtype, "mask": mask, "data": data, "provider": provider}
+        axes = {"tokens": tokens, "dtype": dtype, "mask": mask, "data": data, "provider": provider, "device": device}
         plan = benchmark.make_plan(op, shape, **axes, seconds=seconds, rounds=rounds, cache=cache, threads=threads)
         rows = benchmark.read_rows(show) if show else benchmark.run(plan, output, progress=not as_json)
         text = json.dumps(rows, indent=2) if as_json else benchmark.markdown(rows) if markdown else None

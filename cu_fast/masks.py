@@ -61,7 +61,7 @@ class Mask:
         method: Mapping[str, Any] | None = None,
     ) -> Mask:
         """The mask that deletes the given codes. Raises ValueError for an id outside [0, num_codes)."""
-        ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), dtype=torch.int64).flatten()
+        ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), dtype=torch.int64).flatten().cpu()
         if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < num_codes):
             raise ValueError(
                 f"ids reach from {int(ids.min())} to {int(ids.max())}; they should lie in [0, {num_codes})"

@@ -248,7 +248,7 @@ class CodebookBottleneck(nn.Module):
         """
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self.codebook.codes.device)
-        scan = "int8" if impl == "cpu" and self.folded_scan_plane is not None else "fp32"
+        scan = "int8" if impl != "reference" and self.folded_scan_plane is not None else "fp32"
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     def reset_receipt(self) -> None:

@@ -12,20 +12,20 @@ contiguous is copied; outputs never alias inputs, and inputs are never written t
 A mask is ``mask_table``, int32 [U, ceil(C/32)] (bit j % 32 of word j // 32 set = code j deleted), with
 ``mask_row``, int32 [T]: the row that holds for each token, -1 = nothing deleted. Give both or neither.
 
-``impl`` is "auto", "reference" (plain PyTorch) or "cpu" (the native library). An explicit choice never falls
-back. All operators are for inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
+``impl`` is "auto", "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels). An explicit choice
+never falls back. On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs:
+a mask_row that is no row of the table, or an id beyond it, makes the token's row NaN instead of raising. All operators
+are for inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cu_fast import _native, reference
+from cu_fast import reference
 from cu_fast._checks import (
     INTS,
     check_device,
@@ -37,8 +37,10 @@ from cu_fast._checks import (
     refuse_grad,
     shape,
 )
-
-logger = logging.getLogger("cu_fast")
+from cu_fast._impl import available_impls as available_impls
+from cu_fast._impl import choose, choose_scanning
+from cu_fast._impl import failure as impl_failure
+from cu_fast._impl import resolve as resolve
 
 Similarity = Literal["cosine", "dot", "l2"]
 Scan = Literal["auto", "int8", "fp32"]
@@ -47,7 +49,7 @@ SCAN_WIDTHS = (32, 32768)
 
 
 class ScanPlane(NamedTuple):
-    """Codes in int8 for the certified scan of the CPU kernels, with what bounds its error (``csrc/core/scan.h``).
+    """Codes in int8 for the certified scan of the native kernels, with what bounds its error (``csrc/core/scan.h``).
 
     plane uint8 [ceil(C/64), ceil(E/4), 64, 4]; terms fp32 [ceil(C/64), 196]; mean fp32 [E], 0: not centred.
     About C * E bytes: a quarter of fp32 codes.
@@ -97,7 +99,7 @@ def pack_codes(
         similarity: "cosine" scores z.c / ||c|| (||z|| does not change the order, so it is left out);
             "dot" z.c; "l2" z.c - 0.5 ||c||^2, which orders like -||z - c||.
         bias: [C], added to each score, or None. Not with "l2", whose norm term takes its place.
-        scan: "int8" adds the plane that the CPU kernels scan instead of the codes, several times faster and just
+        scan: "int8" adds the plane that the native kernels scan instead of the codes, several times faster and just
             as exact; "fp32" leaves it out; "auto" decides by :func:`choose_scan`.
 
     Returns:
@@ -136,26 +138,33 @@ def choose_scan(C: int, E: int) -> str:
 
 
 def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
-    """How the CPU kernel would select for T tokens with the threads that torch has now: scan, blocks and threads.
+    """How the native kernels would select for T tokens where the codes are: scan or not, and how the work is cut.
 
-    A text for people; results never depend on it. Raises RuntimeError without the native library.
+    On a CPU with the threads that torch has now. A text for people; results never depend on it. Raises RuntimeError
+    where the native kernels cannot run.
     """
-    if not _native.available():
-        raise RuntimeError(_native.failure())
     C, E = packed.codes.shape
-    scan = packed.scan is not None
+    device, scan = packed.codes.device, packed.scan is not None
+    impl = resolve("cuda" if device.type == "cuda" else "cpu", device)
+    if impl == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        code_bytes = packed.codes.element_size()
+        return torch.ops.cu_fast.cuda_selection_plan(T, C, E, k, code_bytes, scan, multiprocessors)
     return torch.ops.cu_fast.selection_plan(T, C, E, k, torch.get_num_threads(), scan)
 
 
 def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane | None:
     if scan not in ("auto", "int8", "fp32"):
         raise ValueError(f"scan is {scan!r}; it should be 'auto', 'int8' or 'fp32'")
-    usable = codes.device.type == "cpu" and _native.available()
-    if scan == "int8" and not usable:
-        raise RuntimeError(f"scan='int8' needs the native library and CPU tensors: {_native.failure() or codes.device}")
-    if scan == "fp32" or not usable or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
+    if scan == "fp32" or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
         return None
-    return ScanPlane(*torch.ops.cu_fast.pack_scan(codes, inv_norm))
+    failure = impl_failure("cuda" if codes.device.type == "cuda" else "cpu", codes.device)
+    if failure is None and codes.device.type != "meta":
+        pack = reference.pack_scan if codes.device.type == "cuda" else torch.ops.cu_fast.pack_scan
+        return ScanPlane(*pack(codes, inv_norm))
+    if scan == "int8":
+        raise RuntimeError(f"scan='int8' is for the native kernels, which cannot run: {failure or codes.device}")
+    return None
 
 
 def codebook_quantize(
@@ -176,7 +185,7 @@ def codebook_quantize(
         k: codes kept a token, 1 <= k <= C.
         mask_table, mask_row: see the module's docstring. A deleted code cannot come out.
         return_hits: also count, for each token, the deleted codes that would have been among its k.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         Selection(scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or None).
@@ -191,7 +200,7 @@ def codebook_quantize(
     check_device("packed.codes", packed.codes, "z", z)
     check_mask(mask_table, mask_row, z.shape[0], C, z.device)
     refuse_grad("codebook_quantize", z=z, codes=packed.codes)
-    op, scan = _choose_scanning("codebook_quantize", impl, z.device, packed.scan)
+    op, scan = choose_scanning("codebook_quantize", impl, z.device, packed.scan)
     scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits, *scan)
     return Selection(scores, ids, hits if return_hits else None)
 
@@ -220,7 +229,7 @@ def sae_encode(
         k: None for dense z; else the latents kept a token, 1 <= k <= E.
         mask_table, mask_row: only with k; see the module's docstring.
         scan: only with k: ``pack_codes(W_enc, "dot").scan``, or None. The results do not depend on it.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that what is selected from it does
@@ -246,10 +255,10 @@ def sae_encode(
             raise ValueError("mask_table and mask_row need k: a dense encode selects nothing to mask")
         if scan is not None:
             raise ValueError("scan needs k: a dense encode selects nothing")
-        return _choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
+        return choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
     check_k(k, E)
     check_mask(mask_table, mask_row, x.shape[0], E, x.device)
-    op, plane = _choose_scanning("sae_encode_topk", impl, x.device, scan)
+    op, plane = choose_scanning("sae_encode_topk", impl, x.device, scan)
     return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu, *plane), None)
 
 
@@ -276,7 +285,7 @@ def masked_decode(
         bias: [D] or None. residual: [T, D] or None.
         mask_table, mask_row: see the module's docstring. A deleted code's weight becomes 0.
         reduce: "sum", or "mean", which divides by k whatever was deleted.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         y [T, D] in table's dtype.
@@ -302,7 +311,7 @@ def masked_decode(
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; it should be 'sum' or 'mean'")
     refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
-    op = _choose("masked_decode", impl, table.device)
+    op = choose("masked_decode", impl, table.device)
     check_values("ids", ids, C)
     return op(ids.int(), weights, table, bias, residual, mask_table, mask_row, reduce == "mean")
 
@@ -336,7 +345,7 @@ def codebook_bottleneck(
         k: codes kept a token.
         weight: of a selected code: 1, 1 / k ("mean"), or relu(score).
         receipt: int64 [2], added to in place: T, and the codes that the mask took from these tokens; or None.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         y [T, D] in table's dtype.
@@ -375,63 +384,8 @@ def codebook_bottleneck(
     if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
         raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
     refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
-    op, scan = _choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
+    op, scan = choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
     return op(
         x, W_enc, b_enc, b_pre, activation == "relu", packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row,
         mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,
     )  # fmt: skip
-
-
-def available_impls() -> dict[str, str | None]:
-    """Every implementation and why it cannot run here, None where it can."""
-    return {"reference": None, "cpu": None if _native.available() else _native.failure()}
-
-
-def resolve(impl: str, device: torch.device) -> str:
-    """The implementation that ``impl`` means for tensors on ``device``.
-
-    Raises:
-        ValueError: an unknown name. RuntimeError: an explicit choice that cannot run, with the reason.
-    """
-    if impl == "auto":
-        return _auto(device.type)
-    if impl == "reference":
-        return impl
-    if impl != "cpu":
-        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference' or 'cpu'")
-    if device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"impl='cpu' needs CPU tensors, these are on {device}; move them, or use 'auto'")
-    if not _native.available():
-        raise RuntimeError(f"impl='cpu' is not available: {_native.failure()}")
-    return impl
-
-
-@torch.compiler.assume_constant_result
-def _auto(device_type: str) -> str:
-    return _announced(device_type)
-
-
-@functools.cache
-def _announced(device_type: str) -> str:
-    if device_type in ("cpu", "meta") and _native.available():
-        logger.info("on %s: impl 'cpu' (%s)", device_type, _native.simd_level())
-        return "cpu"
-    if device_type == "cpu":
-        logger.warning("on cpu: impl 'reference', exact but slow, because %s", _native.failure())
-    else:
-        logger.warning("on %s: impl 'reference', exact but slow; no native kernels for it yet", device_type)
-    return "reference"
-
-
-def _choose(op: str, impl: str, device: torch.device):
-    if resolve(impl, device) == "cpu":
-        return getattr(torch.ops.cu_fast, op)
-    return getattr(reference, op)
-
-
-def _choose_scanning(op: str, impl: str, device: torch.device, scan: ScanPlane | None):
-    """The operator, and the plane as its last arguments; the reference takes none."""
-    chosen = _choose(op, impl, device)
-    if chosen is getattr(reference, op):
-        return chosen, ()
-    return chosen, scan or (None, None, None)

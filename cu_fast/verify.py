@@ -60,11 +60,13 @@ def _implementations_agree() -> str:
             z[3, 1], z[5] = torch.nan, 0.0
             table = torch.randint(-(2**31), 2**31, (2, (C + 31) // 32), generator=generator).int()
             row = torch.randint(-1, 2, (TOKENS,), generator=generator, dtype=torch.int32)
-            packed = ops.pack_codes(codes, similarity)
-            results = [
-                ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, return_hits=True, impl=impl)
-                for impl in impls
-            ]
+            results = []
+            for impl in impls:
+                device = "cuda" if impl == "cuda" else "cpu"
+                packed = ops.pack_codes(codes.to(device), similarity)
+                arguments = dict(k=k, mask_table=table.to(device), mask_row=row.to(device), return_hits=True, impl=impl)
+                result = ops.codebook_quantize(z.to(device), packed, **arguments)
+                results.append(ops.Selection(*(part.cpu() for part in result)))
             for result in results[1:]:
                 _require(torch.equal(result.ids, results[0].ids), f"ids differ at E={E} C={C} k={k} {similarity}")
                 same = torch.equal(result.scores.view(torch.int32), results[0].scores.view(torch.int32))

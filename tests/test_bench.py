@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cu_fast import _bench_machine, _providers, bench, cli
+from cu_fast import _bench_clock, _bench_machine, _providers, bench, cli
 from cu_fast._bench_data import DATA, OPS, Cell, make_inputs
 from cu_fast._bench_plan import providers_of
 from cu_fast._bench_truth import Answer, Truth
@@ -178,18 +178,16 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
 def test_a_slow_provider_is_called_once_and_the_rest_in_rounds():
     fast, slow = _providers.Job(lambda: None), _providers.Job(lambda: None)
     times = {"fast": [0.001], "slow": [2.0]}
-    bench._take_turns({"fast": fast, "slow": slow}, times, bench.Plan(seconds=0.01, rounds=3))
+    bench._take_turns({"fast": fast, "slow": slow}, times, bench.Plan(seconds=0.01, rounds=3), _bench_clock.HostClock())
     assert times["slow"] == [2.0] and len(times["fast"]) >= 3 and 0.001 not in times["fast"]
 
 
 @pytest.mark.parametrize("cache, calls", [("warm", 6), ("cold", 3)])
 def test_cache_decides_whether_an_untimed_call_comes_first(cache, calls, monkeypatch):
-    monkeypatch.setattr(bench, "WARM", 0.0)  # one untimed call, however short
+    monkeypatch.setattr(_bench_clock, "WARM", 0.0)  # one untimed call, however short
     made = []
-    times = {"one": [0.0]}
-    bench._take_turns(
-        {"one": _providers.Job(lambda: made.append(1))}, times, bench.Plan(seconds=1e-9, rounds=3, cache=cache)
-    )
+    times, plan = {"one": [0.0]}, bench.Plan(seconds=1e-9, rounds=3, cache=cache)
+    bench._take_turns({"one": _providers.Job(lambda: made.append(1))}, times, plan, _bench_clock.HostClock())
     assert len(made) == calls and len(times["one"]) == 3
 
 
@@ -274,6 +272,9 @@ def test_a_wrong_answer_and_a_missing_one_show_in_the_tables():
         (["--rounds", "0"], "rounds is 0; it should be at least 1"),
         (["--threads", "0"], "threads is 0; it should be at least 1"),
         (["--cache", "hot"], "cache is 'hot'; it should be one of warm, cold"),
+        (["--device", "tpu"], "device is 'tpu'; it should be one of cpu, cuda"),
+        (["--device", "cuda", "--provider", "faiss"], "provider is 'faiss'; it should be one of cu_fast, "),
+        (["models", "--device", "cuda"], "no cell of 'models' has data None, "),
     ],
 )
 def test_a_wrong_option_is_named(arguments, words):

@@ -17,7 +17,7 @@ import hurtful
 import pytest
 import torch
 
-from cu_fast import _native, reference
+from cu_fast import _impl, _native, ops, reference
 
 # Only a library that was never built is an excuse; one that does not load fails every test.
 native = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
@@ -91,17 +91,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def expected() -> str:
     return digest()
-
-
-@pytest.fixture(scope="module")
-def functions() -> list[tuple[str, str]]:
-    """Each function of the library and its disassembly."""
-    if shutil.which("objdump") is None:
-        pytest.skip("objdump is not installed")
-    command = ["objdump", "-dC", "--no-show-raw-insn", _native.LIBRARY]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.MULTILINE)
-    return list(zip(parts[1::2], parts[2::2]))
 
 
 @native
@@ -313,7 +302,7 @@ class TestLoading:
         # A copy of the package as it is where nothing could be compiled.
         package = tmp_path / "cu_fast"
         package.mkdir()
-        for name in ("_checks.py", "_native.py", "ops.py", "reference.py"):
+        for name in ("_checks.py", "_impl.py", "_native.py", "ops.py", "reference.py"):
             shutil.copy(Path(_native.__file__).with_name(name), package)
         (package / "__init__.py").touch()
         code = (
@@ -327,41 +316,110 @@ class TestLoading:
         assert "was not built" in reason and error == reason and score == "4.0"
 
 
-HOT = r"avx\w+::(\(anonymous namespace\)::)?(dot_tile<|dot_pairs<|byte_dots<|outlier_dots\()"
+class TestCudaFailure:
+    """Why the CUDA kernels cannot be used, for each reason."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        """Makes this process look like one with a GPU, as far as cuda_failure() looks."""
+
+        def pretend(capability=(9, 0), built="80;90a;PTX 90", driver=""):
+            monkeypatch.setattr(_native, "_failure", None)
+            monkeypatch.setattr(_native, "cuda_build", lambda: built)
+            monkeypatch.setattr(OPS, "cuda_driver_failure", lambda: driver, raising=False)
+            monkeypatch.setattr(torch.version, "cuda", "13.0")
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"number {device}")
+
+        return pretend
+
+    def test_none(self, gpu):
+        gpu()
+        assert _native.cuda_failure() is None
+
+    def test_no_library(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(_native, "_failure", "it is missing")
+        assert _native.cuda_failure() == "it is missing"
+
+    def test_library_without_cuda(self, gpu):
+        gpu(built="")
+        assert re.search(r"_C.abi3.so was built without CUDA; .* CU_FAST_CUDA=1", _native.cuda_failure())
+
+    def test_torch_without_cuda(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert _native.cuda_failure().startswith(f"torch {torch.__version__} was built without CUDA; install")
+
+    def test_no_gpu(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert _native.cuda_failure().startswith("torch.cuda.is_available() is False; check with nvidia-smi")
+
+    def test_old_driver(self, gpu):
+        gpu(driver="it is old")
+        assert _native.cuda_failure() == "it is old"
+
+    @native
+    @pytest.mark.skipif(_native.cuda_build() == "" or torch.cuda.is_available(), reason="needs CUDA and no driver")
+    def test_no_driver(self):
+        assert OPS.cuda_driver_failure().startswith("the NVIDIA driver is older than CUDA ")
+
+    def test_old_gpu(self, gpu):
+        gpu((7, 5))
+        assert _native.cuda_failure(1).startswith(
+            "the GPU number 1 has compute capability 7.5, the CUDA kernels need 8.0"
+        )
+
+    def test_gpu_that_was_not_built_for(self, gpu):
+        gpu((8, 9), built="90a")
+        assert _native.cuda_failure().endswith("was built for 90a; install cu-fast again with CU_FAST_ARCHS='90a;89'")
+
+    @pytest.mark.parametrize(
+        "arch, runs, does_not",
+        [
+            ("80", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+            ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+            ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+            ("100f", [(10, 0), (10, 3)], [(12, 0)]),
+            ("PTX 90", [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        ],
+    )
+    def test_what_runs_where(self, arch, runs, does_not):
+        assert all(_native._runs(arch, *gpu) for gpu in runs)
+        assert not any(_native._runs(arch, *gpu) for gpu in does_not)
+
+    def test_importing_leaves_cuda_alone(self):
+        assert run("print(torch.cuda.is_initialized())").stdout.split() == ["False"]
+
+    @native
+    def test_this_library(self):
+        assert _native.cuda_build() == OPS.cuda_build()
+        if not torch.cuda.is_available():
+            assert _native.cuda_failure() is not None
 
 
-@native
-@x86
-class TestBuild:
-    """Facts about the machine code, read from the library itself."""
+class TestChoice:
+    """What impl= means: ops.resolve."""
 
-    def test_only_the_stable_abi_is_needed(self):
-        if shutil.which("nm") is None:
-            pytest.skip("nm is not installed")
-        symbols = subprocess.run(
-            ["nm", "-DCu", _native.LIBRARY], capture_output=True, text=True, check=True
-        ).stdout.split("\n")
-        needed = [line.split()[-1] for line in symbols if line.strip()]
-        assert any(name.startswith("aoti_torch_") for name in needed)
-        unstable = [name for name in needed if re.match(r"(at|c10|torch)::|_?Py", name)]
-        assert unstable == []
+    def test_cuda_says_why_it_cannot_run(self):
+        reason = ops.available_impls()["cuda"]
+        if reason is None:
+            pytest.skip("the CUDA kernels can run here")
+        with pytest.raises(RuntimeError) as caught:
+            ops.codebook_quantize(torch.ones(2, 8), ops.pack_codes(torch.ones(64, 8)), k=4, impl="cuda")
+        assert str(caught.value) == f"impl='cuda' is not available: {reason}"
 
-    def test_nothing_is_fused(self, functions):
-        fused = [name for name, body in functions if re.search(r"\sv?fn?m(add|sub)", body)]
-        assert fused == []
+    @pytest.mark.parametrize("impl, device", [("cuda", "cpu"), ("cpu", "cuda")])
+    def test_tensors_elsewhere(self, impl, device, monkeypatch):
+        monkeypatch.setattr(_impl, "failure", lambda *_: None)
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' needs {impl.upper()} tensors, these are on {device}"):
+            ops.resolve(impl, torch.device(device))
 
-    def test_wide_registers_stay_in_their_level(self, functions):
-        assert any("%zmm" in body for name, body in functions)
-        for name, body in functions:
-            if "cu_fast::avx512::" not in name:
-                assert "%zmm" not in body, name
-                if "cu_fast::avx2::" not in name:
-                    assert "%ymm" not in body, name
-
-    def test_hot_loops_do_not_spill(self, functions):
-        hot = [(name, body) for name, body in functions if re.search(HOT, name)]
-        found = {re.search(HOT, name).group() for name, _ in hot}
-        assert len(found) == 2 * 4, found
-        assert len({name.split("(")[0] for name, _ in hot}) >= 12
-        for name, body in hot:
-            assert not re.search(r"v?mov([au]p[sd]|dq[au]\d*)\s.*\(%r[bs]p", body), name
+    def test_auto_on_a_gpu_without_its_kernels_is_the_reference(self, monkeypatch, caplog):
+        monkeypatch.setattr(_impl, "failure", lambda *_: "it is too old")
+        _impl._announced.cache_clear()
+        assert ops.resolve("auto", torch.device("cuda", 0)) == "reference"
+        assert "exact but slow, because it is too old" in caplog.text
+        _impl._announced.cache_clear()

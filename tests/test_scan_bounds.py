@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import hurtful
 import pytest
 import torch
@@ -10,6 +12,10 @@ from test_scan import GROUP, INF, NAN, OPS, check, normal
 from cu_fast import _native, reference
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
+
+
+PACKERS = {"native": OPS.pack_scan, "pytorch": reference.pack_scan}  # the second makes the planes of GPUs
+pack_scan = OPS.pack_scan
 
 
 # -- the plane -------------------------------------------------------------------------------------------------
@@ -21,7 +27,7 @@ class Unpacked:
     def __init__(self, codes, inv_norm=None):
         self.codes, (self.C, self.E) = codes.double(), codes.shape
         self.inv = torch.ones(self.C).double() if inv_norm is None else inv_norm.double()
-        self.plane, self.terms, mean = OPS.pack_scan(codes, inv_norm)
+        self.plane, self.terms, mean = pack_scan(codes, inv_norm)
         self.mean = mean.double()
         groups = (self.C + GROUP - 1) // GROUP
         assert self.plane.shape == (groups, (self.E + 3) // 4, GROUP, 4) and self.plane.dtype == torch.uint8
@@ -63,6 +69,10 @@ PLANES = {
 
 
 class TestPlane:
+    @pytest.fixture(params=PACKERS, autouse=True)
+    def packer(self, request, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "pack_scan", PACKERS[request.param])
+
     @pytest.mark.parametrize("norms", ["none", "cosine", "signed"])
     @pytest.mark.parametrize("kind", PLANES)
     @pytest.mark.parametrize("C, E", [(200, 33), (64, 64), (5, 1)])
@@ -91,7 +101,7 @@ class TestPlane:
     @pytest.mark.parametrize("C, E", [(1, 1), (64, 4), (65, 7), (130, 18)])
     def test_layout_and_padding(self, C, E):
         codes = normal(C, E) * 10
-        plane = OPS.pack_scan(codes, None)[0]
+        plane = pack_scan(codes, None)[0]
         p = Unpacked(codes)
         want = (p.d / p.step[:, None]).nan_to_num(0).round()  # a lone code is its own mean: nothing is left
         for j in (0, C // 2, C - 1):
@@ -109,7 +119,7 @@ class TestPlane:
         codes = (codes + mean).float()
         broken = torch.cat([codes, torch.tensor([NAN, INF, 2.0**41, 2.0**-60])[:, None].expand(4, 24)])
         for given in (codes, broken):  # codes without a bound have no say
-            packed_mean = OPS.pack_scan(given, None)[2]
+            packed_mean = pack_scan(given, None)[2]
             want = mean.float() if centred else torch.zeros(24)
             torch.testing.assert_close(packed_mean, want, rtol=1e-5, atol=1e-6)
             assert centred or (packed_mean == 0).all()
@@ -140,7 +150,7 @@ class TestPlane:
         planes = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            planes.append(OPS.pack_scan(codes, None))
+            planes.append(pack_scan(codes, None))
         torch.set_num_threads(before)
         assert all(torch.equal(a, b) for other in planes[1:] for a, b in zip(planes[0], other))
         assert (planes[0][2] != 0).all() == (shift != 0)
@@ -149,13 +159,13 @@ class TestPlane:
         codes = normal(100, 10)
         inv_norm = reference.inverse_norm(codes)
         before = codes.clone(), inv_norm.clone()
-        OPS.pack_scan(codes, inv_norm)
+        pack_scan(codes, inv_norm)
         assert torch.equal(codes, before[0]) and torch.equal(inv_norm, before[1])
 
     def test_strided_codes(self):
         codes = normal(100, 10)
         for layout in ("rows", "columns", "transposed"):
-            planes = OPS.pack_scan(hurtful.strided(codes, layout), None), OPS.pack_scan(codes, None)
+            planes = pack_scan(hurtful.strided(codes, layout), None), pack_scan(codes, None)
             assert all(map(torch.equal, *planes))
 
 

@@ -9,11 +9,13 @@
 
 #include <cstdint>
 
+#include "core/portable.h"
+
 namespace cu_fast {
 
 inline constexpr int kLanes = 16;
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
+CU_FAST_BOTH inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 

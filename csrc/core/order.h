@@ -12,6 +12,8 @@
 #include <functional>
 #include <limits>
 
+#include "core/portable.h"
+
 namespace cu_fast {
 
 // Below every key of a code: an empty place in a list.
@@ -19,18 +21,18 @@ inline constexpr uint64_t kEmpty = 0;
 // Above every key of a code, and its score is NaN: the row holds NaN or Inf, and nothing can enter its list.
 inline constexpr uint64_t kPoison = ~uint64_t{0};
 
-inline uint64_t key_of(float score, int32_t id) {
+CU_FAST_BOTH inline uint64_t key_of(float score, int32_t id) {
   const uint32_t bits = std::bit_cast<uint32_t>(score);
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return uint64_t{ordered} << 32 | ~static_cast<uint32_t>(id);
 }
 
-inline float score_of(uint64_t key) {
+CU_FAST_BOTH inline float score_of(uint64_t key) {
   const uint32_t ordered = static_cast<uint32_t>(key >> 32);
   return std::bit_cast<float>(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-inline int32_t id_of(uint64_t key) {
+CU_FAST_BOTH inline int32_t id_of(uint64_t key) {
   return static_cast<int32_t>(~static_cast<uint32_t>(key));
 }
 

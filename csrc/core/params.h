@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/mask.h"
+#include "core/portable.h"
 #include "core/scan.h"
 
 namespace cu_fast {
@@ -20,7 +21,7 @@ struct Matrix {
   int64_t stride;
   Dtype dtype;
 
-  Matrix from_row(int64_t row) const {
+  CU_FAST_BOTH Matrix from_row(int64_t row) const {
     const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
     return {static_cast<const char*>(data) + row * stride * bytes, stride, dtype};
   }
@@ -87,7 +88,7 @@ struct DecodeParams {
   Matrix residual;       // [T, D]; data null: none
   Mask mask;             // [T] rows, C bits: a deleted code is skipped
   bool mean;             // divide the sum by k
-  int64_t T, D, k;
+  int64_t T, C, D, k;
   void* y;  // [T, D], table's dtype
 };
 

@@ -3,8 +3,7 @@
 //   codes_j = mean + d_j           d_j ~ step_j q_j,   q_j in [-127, 127]
 //   z       ~ unit (p + base h)    p, h in [-range, range]; h only where z has outliers
 //
-//   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, an exact
-//   integer
+//   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, exact
 //
 //   |approx - score| <= norm_in residual_j + miss size_j + l1_out scale_j / 2 + norm epsilon magnitude_g
 //                       + rounding of the bias
@@ -34,6 +33,7 @@
 #include <cstdint>
 
 #include "core/canonical.h"
+#include "core/portable.h"
 
 namespace cu_fast {
 
@@ -43,12 +43,12 @@ inline constexpr int kOffset = 128;  // what makes q unsigned, as the byte produ
 enum Term { kScale, kResidual, kSize, kMagnitude };
 inline constexpr int kTermsOfGroup = 3 * kScanGroup + 4;
 
-inline int64_t scan_groups(int64_t C) {
+CU_FAST_BOTH inline int64_t scan_groups(int64_t C) {
   return (C + kScanGroup - 1) / kScanGroup;
 }
 
 // Bytes of a row of z, or of a code, in the plane.
-inline int64_t scan_width(int64_t E) {
+CU_FAST_BOTH inline int64_t scan_width(int64_t E) {
   return round_up(E, 4);
 }
 
@@ -60,20 +60,38 @@ struct ScanPlane {
   const float* terms;    // [G, kTermsOfGroup]
   const float* mean;     // [E]; null: zero
 
-  const uint8_t* group(int64_t g, int64_t E) const { return plane + g * scan_width(E) * kScanGroup; }
-  const float* terms_of(int64_t g, Term term) const { return terms + g * kTermsOfGroup + term * kScanGroup; }
-  float largest(int64_t g, Term term) const { return terms[g * kTermsOfGroup + 3 * kScanGroup + term]; }
+  CU_FAST_BOTH const uint8_t* group(int64_t g, int64_t E) const {
+    return plane + g * scan_width(E) * kScanGroup;
+  }
+  CU_FAST_BOTH const float* terms_of(int64_t g, Term term) const {
+    return terms + g * kTermsOfGroup + term * kScanGroup;
+  }
+  CU_FAST_BOTH float largest(int64_t g, Term term) const {
+    return terms[g * kTermsOfGroup + 3 * kScanGroup + term];
+  }
 };
 
 // Relative to norm * magnitude: rounding of a canonical dot product (one product, E / 16 + 4 sums), of
 // <z, mean>, which is one too, and of the few operations of either epilogue; underflow is smaller still in
 // the ranges below. 1 % covers the products of such errors.
-inline float scan_epsilon(int64_t E) {
+CU_FAST_BOTH inline float scan_epsilon(int64_t E) {
   return 1.01f * 0x1p-24f * static_cast<float>(E / kLanes + 40);
 }
 
 // A row of z is scanned if its largest entry lies between these, a code is certified if its norm and its norm
 // times inv_norm do (or are zero): nothing overflows and no underflow is larger than epsilon says.
 inline constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p40f;
+
+// Entries of a row that may lie above its clip (the largest entry that p reaches): a few per cent more work,
+// for a unit of half the size or less.
+CU_FAST_BOTH inline int64_t max_outliers(int64_t E) {
+  return E / 64 > 4 ? E / 64 : 4;
+}
+// With the clip at largest / 2^7, high bytes stay within 64.
+inline constexpr int kMaxHalvings = 7;
+
+// More than this, and the buffers of candidates outgrow the cache that they are to stay in: the exact scan
+// has none.
+inline constexpr int64_t kMaxScanK = 1024;
 
 }  // namespace cu_fast

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/portable.h"
+
 namespace cu_fast {
 
 struct Bf16 {
@@ -14,15 +16,15 @@ struct Half {
   uint16_t bits;
 };
 
-inline float widen(float x) {
+CU_FAST_BOTH inline float widen(float x) {
   return x;
 }
 
-inline float widen(Bf16 x) {
+CU_FAST_BOTH inline float widen(Bf16 x) {
   return std::bit_cast<float>(uint32_t{x.bits} << 16);
 }
 
-inline float widen(Half x) {
+CU_FAST_BOTH inline float widen(Half x) {
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31;
   const uint32_t magnitude = uint32_t{x.bits} << 17 >> 4;  // exponent and fraction where fp32 has them
   if (magnitude >= 0x0f800000u) return std::bit_cast<float>(sign | 0x70000000u | magnitude);  // Inf, NaN
@@ -30,17 +32,17 @@ inline float widen(Half x) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f));
 }
 
-inline void narrow(float x, float* out) {
+CU_FAST_BOTH inline void narrow(float x, float* out) {
   *out = x;
 }
 
-inline void narrow(float x, Bf16* out) {
+CU_FAST_BOTH inline void narrow(float x, Bf16* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
   out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
 }
 
-inline void narrow(float x, Half* out) {
+CU_FAST_BOTH inline void narrow(float x, Half* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -36,11 +36,7 @@ Tensor codebook_bottleneck(const Tensor& x, const OptionalTensor& W_enc, const O
                            const OptionalTensor& scan_plane, const OptionalTensor& scan_terms,
                            const OptionalTensor& scan_mean, const Tensor& table, const OptionalTensor& b_dec,
                            bool score_weights, bool mean, std::optional<Tensor> receipt) {
-  if (receipt) {
-    check_shape("receipt", *receipt, "[2]", {2});
-    check_dtype("receipt", *receipt, ScalarType::Long);
-    check(receipt->stride(0) == 1, "receipt must be contiguous, its stride is ", receipt->stride(0));
-  }
+  check_receipt(receipt);
   const bool masked = mask_table.has_value() || mask_row.has_value();
   const bool reselects = masked && reselect, ablates = masked && !reselect;
   const OptionalTensor none;

@@ -79,22 +79,13 @@ void select_finish(const SelectParams& p, int64_t token) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> codebook_quantize(
-    const Tensor& z_in, const Tensor& codes_in, const OptionalTensor& inv_norm, const OptionalTensor& bias,
+    const Tensor& z, const Tensor& codes, const OptionalTensor& inv_norm, const OptionalTensor& bias,
     int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
     const OptionalTensor& scan_plane, const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
-  check_shape("z", z_in, "[T, E]", {-1, -1});
-  check_float("z", z_in);
-  check_shape("codes", codes_in, "[C, E]", {-1, z_in.size(1)});
-  check_float("codes", codes_in);
-  const int64_t T = z_in.size(0), E = z_in.size(1), C = codes_in.size(0);
-  const OptionalTensor norms = as_fp32("inv_norm", inv_norm, "[C]", {C});
-  const OptionalTensor biases = as_fp32("bias", bias, "[C]", {C});
-  const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
-
-  const ScoreParams score{matrix_of(z), matrix_of(codes), nullptr, T, C, E};
-  const ScanArguments scan(scan_plane, scan_terms, scan_mean, C, E);
-  SelectResult result = select(score, data_of(norms), data_of(biases), scan.plane(), k, mask_table, mask_row,
-                               return_hits, /*relu=*/false);
+  const ScoreArguments in = quantize_arguments(z, codes, inv_norm, bias);
+  const ScanArguments scan(scan_plane, scan_terms, scan_mean, in.score.C, in.score.E);
+  SelectResult result = select(in.score, data_of(in.inv_norm), data_of(in.bias), scan.plane(), k, mask_table,
+                               mask_row, return_hits, /*relu=*/false);
   return {result.scores, result.ids, result.hits};
 }
 
@@ -102,8 +93,7 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
                     const ScanPlane& scan_plane, int64_t k, const OptionalTensor& mask_table,
                     const OptionalTensor& mask_row, bool return_hits, bool relu) {
   const int64_t T = score.T, C = score.C;
-  check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
-  check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
+  check_selection(k, C);
   const MaskArguments mask(mask_table, mask_row, T, C);
 
   SelectResult result{new_tensor({T, k}, ScalarType::Float), new_tensor({T, k}, ScalarType::Int),

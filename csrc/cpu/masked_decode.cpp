@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/arguments.h"
+#include "arguments.h"
 #include "cpu/grid.h"
 #include "cpu/kernels.h"
 #include "cpu/operators.h"
@@ -13,48 +13,26 @@
 
 namespace cu_fast {
 
-Tensor masked_decode(const Tensor& ids_in, const OptionalTensor& weights_in, const Tensor& table_in,
-                     const OptionalTensor& bias_in, const OptionalTensor& residual_in,
+Tensor masked_decode(const Tensor& ids, const OptionalTensor& weights, const Tensor& table,
+                     const OptionalTensor& bias, const OptionalTensor& residual,
                      const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool mean) {
-  check_shape("ids", ids_in, "[T, k]", {-1, -1});
-  check_dtype("ids", ids_in, ScalarType::Int);
-  check_shape("table", table_in, "[C, D]", {-1, -1});
-  check_float("table", table_in);
-  const int64_t T = ids_in.size(0), k = ids_in.size(1), C = table_in.size(0), D = table_in.size(1);
-  check(k >= 1, "ids must have at least one column, got ", describe(ids_in));
-  const Tensor ids = torch::stable::contiguous(ids_in), table = with_contiguous_rows(table_in);
-  check_range("ids", ids.const_data_ptr<int32_t>(), T, k, -1, C);
-  const OptionalTensor weights = as_fp32("weights", weights_in, "[T, k]", {T, k});
-  const OptionalTensor bias = as_fp32("bias", bias_in, "[D]", {D});
-  OptionalTensor residual;
-  if (residual_in) {
-    check_shape("residual", *residual_in, "[T, D]", {T, D});
-    check_float("residual", *residual_in);
-    residual = with_contiguous_rows(*residual_in);
-  }
-  const MaskArguments mask(mask_table, mask_row, T, C);
+  const DecodeArguments in = decode_arguments(ids, weights, table, bias, residual, mean);
+  DecodeParams p = in.p;
+  check_range("ids", p.ids, p.T, p.k, -1, p.C);
+  const MaskArguments mask(mask_table, mask_row, p.T, p.C);
+  p.mask = mask.mask();
 
-  Tensor y = new_tensor({T, D}, table.scalar_type());
+  Tensor y = new_tensor({p.T, p.D}, in.table.scalar_type());
   const auto decode = CU_FAST_DISPATCH(masked_decode);
   if (y.numel() == 0) return y;
+  p.y = y.mutable_data_ptr();
 
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = std::min({threads, T, 1 + T * k * D / kMinWork});
-  Tensor scratch = new_tensor({workers, k * static_cast<int64_t>(sizeof(DecodeSlot))}, ScalarType::Byte);
-  const DecodeParams p{ids.const_data_ptr<int32_t>(),
-                       data_of(weights),
-                       matrix_of(table),
-                       data_of(bias),
-                       residual ? matrix_of(*residual) : Matrix{nullptr, 0, Dtype::f32},
-                       mask.mask(),
-                       mean,
-                       T,
-                       D,
-                       k,
-                       y.mutable_data_ptr()};
+  const int64_t workers = std::min({threads, p.T, 1 + p.T * p.k * p.D / kMinWork});
+  Tensor scratch = new_tensor({workers, p.k * static_cast<int64_t>(sizeof(DecodeSlot))}, ScalarType::Byte);
   auto* const slots = static_cast<DecodeSlot*>(scratch.mutable_data_ptr());
-  parallel(workers, T,
-           [&](int64_t worker, int64_t begin, int64_t end) { decode(p, begin, end, slots + worker * k); });
+  parallel(workers, p.T,
+           [&](int64_t worker, int64_t begin, int64_t end) { decode(p, begin, end, slots + worker * p.k); });
   return y;
 }
 

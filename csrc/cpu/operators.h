@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/arguments.h"
+#include "arguments.h"
 
 namespace cu_fast {
 

@@ -11,7 +11,7 @@
 
 #include "core/scan.h"
 #include "core/widen.h"
-#include "cpu/arguments.h"
+#include "arguments.h"
 #include "cpu/grid.h"
 #include "cpu/parallel.h"
 

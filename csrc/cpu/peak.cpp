@@ -3,7 +3,7 @@
 #include <atomic>
 #include <string>
 
-#include "cpu/arguments.h"
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"

@@ -17,17 +17,6 @@ struct ScanOutlier {
   int8_t bytes[4];
 };
 
-// Entries of a row that may lie above its clip: a few per cent more work, for a unit of half the size or
-// less.
-inline int64_t max_outliers(int64_t E) {
-  return std::max<int64_t>(4, E / 64);
-}
-// With the clip at largest / 2^7, high bytes stay within 64.
-inline constexpr int kMaxHalvings = 7;
-
-// More than this, and the buffers outgrow the cache that they are to stay in: the exact scan has no buffers.
-inline constexpr int64_t kMaxScanK = 1024;
-
 // Candidates that a row's buffer holds; a group may add all its codes at once.
 inline int64_t candidate_capacity(int64_t k) {
   return round_up(std::max<int64_t>(4096, 4 * k), kScanGroup) + kScanGroup;

@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "core/params.h"
-#include "cpu/arguments.h"
+#include "arguments.h"
 
 namespace cu_fast {
 

@@ -1,0 +1,204 @@
+// From tensors to the structs of core/params.h, checked. Tensors that a struct points into must outlive it.
+
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include "check.h"
+#include "core/params.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace cu_fast {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Rows as they are if each is contiguous; otherwise a copy.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Matrix matrix_of(const Tensor& t) {
+  const ScalarType s = t.scalar_type();
+  const Dtype dtype = s == ScalarType::Float      ? Dtype::f32
+                      : s == ScalarType::BFloat16 ? Dtype::bf16
+                                                  : Dtype::f16;
+  return {t.const_data_ptr(), t.stride(0), dtype};
+}
+
+// A small vector in fp32, contiguous; null stays null.
+inline OptionalTensor as_fp32(const char* name, const OptionalTensor& t, const char* letters,
+                              std::initializer_list<int64_t> sizes) {
+  if (!t) return std::nullopt;
+  check_shape(name, *t, letters, sizes);
+  check_float(name, *t);
+  return torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+}
+
+inline const float* data_of(const OptionalTensor& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// Where tensors lie: values on a device are not looked at, that would wait for it. Its kernels check them
+// instead.
+enum class Values { readable, on_device };
+
+// A mask table and its rows, contiguous and checked.
+class MaskArguments {
+ public:
+  MaskArguments(const OptionalTensor& table, const OptionalTensor& row, int64_t T, int64_t C,
+                Values values = Values::readable)
+      : words_((C + 31) / 32) {
+    check(table.has_value() == row.has_value(), "mask_table and mask_row must be given together, got only ",
+          table ? "mask_table" : "mask_row");
+    if (!table) return;
+    check_shape("mask_table", *table, "[U, ceil(C / 32)]", {-1, words_});
+    check_dtype("mask_table", *table, ScalarType::Int);
+    check_shape("mask_row", *row, "[T]", {T});
+    check_dtype("mask_row", *row, ScalarType::Int);
+    table_ = torch::stable::contiguous(*table);
+    row_ = torch::stable::contiguous(*row);
+    U_ = table->size(0);
+    if (values == Values::readable) check_range("mask_row", row_->const_data_ptr<int32_t>(), T, 1, -1, U_);
+  }
+
+  Mask mask() const {
+    if (!table_) return {};
+    return {static_cast<const uint32_t*>(table_->const_data_ptr()), words_, row_->const_data_ptr<int32_t>(),
+            U_};
+  }
+
+ private:
+  int64_t words_, U_ = 0;
+  OptionalTensor table_, row_;
+};
+
+// A scan plane, as pack_scan made it.
+class ScanArguments {
+ public:
+  ScanArguments(const OptionalTensor& plane, const OptionalTensor& terms, const OptionalTensor& mean,
+                int64_t C, int64_t E) {
+    check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
+          "scan_plane, scan_terms and scan_mean must be given together");
+    if (!plane) return;
+    check_shape("scan_plane", *plane, "[ceil(C / 64), ceil(E / 4), 64, 4]",
+                {scan_groups(C), scan_width(E) / 4, kScanGroup, 4});
+    check_dtype("scan_plane", *plane, ScalarType::Byte);
+    check_shape("scan_terms", *terms, "[ceil(C / 64), 196]", {scan_groups(C), kTermsOfGroup});
+    check_dtype("scan_terms", *terms, ScalarType::Float);
+    check_shape("scan_mean", *mean, "[E]", {E});
+    check_dtype("scan_mean", *mean, ScalarType::Float);
+    plane_ = torch::stable::contiguous(*plane);
+    terms_ = torch::stable::contiguous(*terms);
+    mean_ = torch::stable::contiguous(*mean);
+  }
+
+  ScanPlane plane(Values values = Values::readable) const {
+    if (!plane_) return {};
+    const float* const mean = data_of(mean_);
+    const bool centred = values == Values::on_device ||
+                         std::any_of(mean, mean + mean_->numel(), [](float x) { return x != 0; });
+    return {static_cast<const uint8_t*>(plane_->const_data_ptr()), data_of(terms_), centred ? mean : nullptr};
+  }
+
+ private:
+  OptionalTensor plane_, terms_, mean_;
+};
+
+// What is scored, checked, and kept alive for the pointers in `score`: dense or selected, of a bottleneck or
+// alone.
+struct ScoreArguments {
+  Tensor z, codes;
+  OptionalTensor pre, inv_norm, bias;
+  ScoreParams score;
+};
+
+inline ScoreArguments encode_arguments(const Tensor& x_in, const Tensor& W_enc_in,
+                                       const OptionalTensor& b_enc_in, const OptionalTensor& b_pre_in) {
+  check_shape("x", x_in, "[T, D]", {-1, -1});
+  check_float("x", x_in);
+  const int64_t T = x_in.size(0), D = x_in.size(1);
+  check_shape("W_enc", W_enc_in, "[E, D]", {-1, D});
+  check_float("W_enc", W_enc_in);
+  const int64_t E = W_enc_in.size(0);
+  const OptionalTensor b_enc = as_fp32("b_enc", b_enc_in, "[E]", {E});
+  const OptionalTensor b_pre = as_fp32("b_pre", b_pre_in, "[D]", {D});
+  const Tensor x = with_contiguous_rows(x_in), W_enc = with_contiguous_rows(W_enc_in);
+  return {x, W_enc, b_pre, std::nullopt, b_enc, {matrix_of(x), matrix_of(W_enc), data_of(b_pre), T, E, D}};
+}
+
+inline ScoreArguments quantize_arguments(const Tensor& z_in, const Tensor& codes_in,
+                                         const OptionalTensor& inv_norm_in, const OptionalTensor& bias_in) {
+  check_shape("z", z_in, "[T, E]", {-1, -1});
+  check_float("z", z_in);
+  const int64_t T = z_in.size(0), E = z_in.size(1);
+  check_shape("codes", codes_in, "[C, E]", {-1, E});
+  check_float("codes", codes_in);
+  const int64_t C = codes_in.size(0);
+  const OptionalTensor inv_norm = as_fp32("inv_norm", inv_norm_in, "[C]", {C});
+  const OptionalTensor bias = as_fp32("bias", bias_in, "[C]", {C});
+  const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
+  return {z, codes, std::nullopt, inv_norm, bias, {matrix_of(z), matrix_of(codes), nullptr, T, C, E}};
+}
+
+inline void check_selection(int64_t k, int64_t C) {
+  check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
+  check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
+}
+
+// What is decoded, likewise; p has neither mask nor y.
+struct DecodeArguments {
+  Tensor ids, table;
+  OptionalTensor weights, bias, residual;
+  DecodeParams p;
+};
+
+inline DecodeArguments decode_arguments(const Tensor& ids_in, const OptionalTensor& weights_in,
+                                        const Tensor& table_in, const OptionalTensor& bias_in,
+                                        const OptionalTensor& residual_in, bool mean) {
+  check_shape("ids", ids_in, "[T, k]", {-1, -1});
+  check_dtype("ids", ids_in, ScalarType::Int);
+  check_shape("table", table_in, "[C, D]", {-1, -1});
+  check_float("table", table_in);
+  const int64_t T = ids_in.size(0), k = ids_in.size(1), C = table_in.size(0), D = table_in.size(1);
+  check(k >= 1, "ids must have at least one column, got ", describe(ids_in));
+  const Tensor ids = torch::stable::contiguous(ids_in), table = with_contiguous_rows(table_in);
+  const OptionalTensor weights = as_fp32("weights", weights_in, "[T, k]", {T, k});
+  const OptionalTensor bias = as_fp32("bias", bias_in, "[D]", {D});
+  OptionalTensor residual;
+  if (residual_in) {
+    check_shape("residual", *residual_in, "[T, D]", {T, D});
+    check_float("residual", *residual_in);
+    residual = with_contiguous_rows(*residual_in);
+  }
+  const DecodeParams p{ids.const_data_ptr<int32_t>(),
+                       data_of(weights),
+                       matrix_of(table),
+                       data_of(bias),
+                       residual ? matrix_of(*residual) : Matrix{nullptr, 0, Dtype::f32},
+                       {},
+                       mean,
+                       T,
+                       C,
+                       D,
+                       k,
+                       nullptr};
+  return {ids, table, weights, bias, residual, p};
+}
+
+// Two numbers that a bottleneck adds to in place.
+inline void check_receipt(const OptionalTensor& receipt) {
+  if (!receipt) return;
+  check_shape("receipt", *receipt, "[2]", {2});
+  check_dtype("receipt", *receipt, ScalarType::Long);
+  check(receipt->stride(0) == 1, "receipt must be contiguous, its stride is ", receipt->stride(0));
+}
+
+// Uninitialised memory from the framework's allocator (64-byte aligned).
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+}  // namespace cu_fast

@@ -1,0 +1,122 @@
+// What a kernel asks of a Hopper GPU (sm_90a) beyond device.h, one thin function each; their host twins are
+// in csrc/emulation/hopper.h. Code that calls them stands between #ifdef CU_FAST_HAS_HOPPER and #endif.
+//
+// A barrier is 8 bytes of shared memory. In each of its phases it waits for a number of arrivals, and for
+// bytes of copies that some of those arrivals announced; then the next phase begins. Phases count from 0; a
+// phase's parity is its lowest bit.
+//
+// A warpgroup is four warps, the first a multiple of four; all its threads do a multiply together. Multiplies
+// run in the background: until wait_multiplies says that one has ended, its d must be neither read nor
+// written, nor its a or its shared memory written. Several multiplies of one d may be on their way: they run
+// in order.
+
+#pragma once
+
+#include "cuda/device.h"
+
+#ifdef CU_FAST_EMULATED
+#include "emulation/hopper.h"
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+#define CU_FAST_HAS_HOPPER
+
+namespace cu_fast {
+
+CU_FAST_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// By one thread; then fence_barrier_init by the same, then a barrier of the block, then anything else.
+CU_FAST_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
+}
+// Makes them known to copies too.
+CU_FAST_DEVICE void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+CU_FAST_DEVICE void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and announces bytes of copy_bulk.
+CU_FAST_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Until the phase of this parity has ended: the one that runs, or else the one before it.
+CU_FAST_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies bytes, a multiple of 16, from global to shared memory in the background, both aligned to 16; the
+// barrier is told when they are there.
+CU_FAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Where multiply_tile finds its b: core matrices of 8 columns by 16 bytes of k, a column's 16 bytes after the
+// other's. `along_k` bytes lead from one to the one of the next 16 bytes of k, `along_columns` to that of the
+// next 8 columns; multiples of 16, as the address, and less than 2^18. No swizzle.
+CU_FAST_DEVICE uint64_t describe_tile(const void* shared, int along_k, int along_columns) {
+  return uint64_t{(shared_address(shared) & 0x3ffff) >> 4} |
+         uint64_t{static_cast<uint32_t>(along_k) >> 4} << 16 |
+         uint64_t{static_cast<uint32_t>(along_columns) >> 4} << 32;
+}
+
+// By the warpgroup, before the first multiply of each group: orders what touched its registers before with
+// it.
+CU_FAST_DEVICE void fence_multiplies() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// Closes a group of the multiplies since the last.
+CU_FAST_DEVICE void commit_multiplies() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending groups are on their way.
+template <int kPending>
+CU_FAST_DEVICE void wait_multiplies() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d += a b, 64 x 128 x 32, by a warpgroup: a unsigned bytes, b signed, in shared memory as described, d
+// int32, sums modulo 2^32. Warp w of the four has rows 16 w .. 16 w + 15, and d[column] and a are as in
+// multiply_bytes.
+CU_FAST_DEVICE void multiply_tile(int32_t (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1;"
+      : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]),
+        "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]),
+        "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]), "+r"(d[4][0]), "+r"(d[4][1]),
+        "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
+        "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]),
+        "+r"(d[7][2]), "+r"(d[7][3]), "+r"(d[8][0]), "+r"(d[8][1]), "+r"(d[8][2]), "+r"(d[8][3]),
+        "+r"(d[9][0]), "+r"(d[9][1]), "+r"(d[9][2]), "+r"(d[9][3]), "+r"(d[10][0]), "+r"(d[10][1]),
+        "+r"(d[10][2]), "+r"(d[10][3]), "+r"(d[11][0]), "+r"(d[11][1]), "+r"(d[11][2]), "+r"(d[11][3]),
+        "+r"(d[12][0]), "+r"(d[12][1]), "+r"(d[12][2]), "+r"(d[12][3]), "+r"(d[13][0]), "+r"(d[13][1]),
+        "+r"(d[13][2]), "+r"(d[13][3]), "+r"(d[14][0]), "+r"(d[14][1]), "+r"(d[14][2]), "+r"(d[14][3]),
+        "+r"(d[15][0]), "+r"(d[15][1]), "+r"(d[15][2]), "+r"(d[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+}  // namespace cu_fast
+
+#endif

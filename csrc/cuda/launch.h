@@ -1,0 +1,57 @@
+// Starts a kernel: launch(kernel, grid, threads, stream, arguments...). Nothing is waited for.
+
+#pragma once
+
+#ifdef CU_FAST_EMULATED
+#include "emulation/launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace cu_fast {
+
+struct Grid2 {
+  int64_t x, y = 1;
+};
+
+using Stream = cudaStream_t;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("cu_fast: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "no CUDA device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "a device's attribute");
+  return value;
+}
+
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Every kernel calls start_kernel() first, so the next one may be set up before it has ended.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), Grid2 grid, int threads, Stream stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not start");
+}
+
+}  // namespace cu_fast
+
+#endif

@@ -1,0 +1,144 @@
+// Every code against every token in int8, on the matrix units: bounds on the scores, and who may be among the
+// best. What is made of the sums: scan_codes.h. Many tokens on Hopper: scan_codes_sm90.cu.
+//
+//   sum(t, j) = <p_t, q_j>
+//
+//   what   shape                           where it stays
+//   plane  [G, E / 4, 64, 4] uint8         global -> registers, kAhead steps ahead
+//   bytes  [kTokens / 8, K, 2, 8, 4] u32   shared, kSteps steps at a time, kStages stages on their way
+//   sums   [2, kTokens / 8, 4] a thread    registers
+//
+// 1. A warp takes 32 codes, a block 256, and all kTokens tokens of a tile: the codes are on the long side of
+//    multiply_bytes.
+// 2. Codes run kAhead steps ahead in registers; bytes of z come through cp.async, once for the block.
+
+#include "cuda/launch.h"
+#include "cuda/scan_codes.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace cu_fast {
+namespace {
+
+constexpr int kStages = 4;
+
+template <int kTokens>
+struct StageOf {
+  // 8 KiB, or what two steps need.
+  static constexpr int kSteps = kTokens >= 128 ? 2 : 256 / kTokens;
+  alignas(16) uint32_t bytes[kTokens / 8][kSteps][64];
+};
+
+template <int kTokens, bool kSample>
+CU_FAST_KERNEL(kThreads, kTokens >= 64 ? 1 : 2)
+scan_codes(SelectJob job) {
+  using Stage = StageOf<kTokens>;
+  constexpr int kColumns = kTokens / 8;
+  constexpr int kAhead = kTokens >= 64 ? 2 : 4;  // few tokens wait for memory, many need the registers
+  struct Shared {
+    Stage stage[kStages];
+    uint32_t high_steps[kHighWords];
+  };
+  start_kernel();
+  Shared& shared = shared_memory<Shared>();
+  const SelectParams& p = job.p;
+  const ScanWork& work = job.work;
+  const int lane = lane_index(), q = lane % 4;
+  const int t0 = block_index_x() * kTokens;  // of a chunk
+  const int steps = static_cast<int>((p.score.E + 31) / 32);
+  const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
+  const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
+  gather_high_steps(job, t0, kTokens, shared.high_steps);
+
+  for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
+    // The sample is spread over the codes: neighbours may be alike.
+    const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
+    const auto copy_stage = [&](int begin) {
+      Stage& stage = shared.stage[begin / Stage::kSteps % kStages];
+      constexpr int kPieces = kColumns * Stage::kSteps * 16;  // of 16 bytes
+      for (int i = thread_index(); i < kPieces; i += kThreads) {
+        const int column = i / (Stage::kSteps * 16), rest = i % (Stage::kSteps * 16);
+        const int step = begin + rest / 16;
+        // Tiles of the bytes' memory are 8 tokens; those behind the last token do not exist.
+        const bool valid = step < steps && t0 + 8 * column < p.score.T;
+        const int64_t from = (int64_t{t0 / 8 + column} * steps + step) * 64 + rest % 16 * 4;
+        copy_async(reinterpret_cast<char*>(stage.bytes[column]) + rest * 16, work.bytes + (valid ? from : 0),
+                   valid);
+      }
+      commit_copies();
+    };
+
+    int32_t sums[2][kColumns][4] = {};
+    uint4 ahead[kAhead][2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      ahead[i][0] = codes.load(8 * i + q);
+      ahead[i][1] = codes.load(8 * i + 4 + q);
+    }
+    sync_block();  // nobody reads stages of the last tile any more, and high_steps is there
+    for (int i = 0; i < kStages - 1; ++i) copy_stage(i * Stage::kSteps);
+    for (int begin = 0; begin < steps; begin += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int step = begin + i;
+        if (step % Stage::kSteps == 0) {
+          wait_copies<kStages - 2>();
+          sync_block();
+          copy_stage(step + (kStages - 1) * Stage::kSteps);
+        }
+        Factors a;
+        a.set(ahead[i][0], ahead[i][1]);
+        ahead[i][0] = codes.load(8 * (step + kAhead) + q);
+        ahead[i][1] = codes.load(8 * (step + kAhead) + 4 + q);
+        const Stage& stage = shared.stage[step / Stage::kSteps % kStages];
+#pragma unroll
+        for (int column = 0; column < kColumns; ++column) {
+          const uint32_t* const b = stage.bytes[column][step % Stage::kSteps];
+          multiply_bytes(sums[0][column], a.of[0], {b[lane], b[32 + lane]});
+          multiply_bytes(sums[1][column], a.of[1], {b[lane], b[32 + lane]});
+        }
+      }
+    }
+    wait_copies<0>();
+    end_tile<kSample>(job, shared.high_steps, codes, t0, visit, visited, sums);
+  }
+}
+
+template <int kTokens>
+void launch_tiles(const SelectJob& job, bool sample, Stream stream) {
+  const int64_t tiles = sample ? job.plan.sample_tiles : (job.p.score.C + kScanTile - 1) / kScanTile;
+  const Grid2 grid{(job.p.score.T + kTokens - 1) / kTokens, std::min(tiles, SelectTuning::kTilesAtOnce)};
+  if (sample) {
+    launch(scan_codes<kTokens, true>, grid, kThreads, stream, job);
+  } else {
+    launch(scan_codes<kTokens, false>, grid, kThreads, stream, job);
+  }
+}
+
+// Whether scan_codes_sm90 can run. CU_FAST_WGMMA=0: it is not to.
+bool has_hopper() {
+#ifdef CU_FAST_EMULATED
+  return emulated_hopper();
+#else
+  static const bool wanted = [] {
+    const char* const setting = std::getenv("CU_FAST_WGMMA");
+    return built_for("90a") && !(setting != nullptr && std::string_view(setting) == "0");
+  }();
+  return wanted && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+#endif
+}
+
+}  // namespace
+
+void launch_scan_codes(const SelectJob& job, bool sample, Stream stream) {
+  const int64_t T = job.p.score.T;
+  if (T <= 8) return launch_tiles<8>(job, sample, stream);
+  if (T <= 16) return launch_tiles<16>(job, sample, stream);
+  if (T <= 64) return launch_tiles<64>(job, sample, stream);
+  if (has_hopper()) return launch_scan_codes_sm90(job, sample, stream);
+  launch_tiles<128>(job, sample, stream);
+}
+
+}  // namespace cu_fast

@@ -1,0 +1,217 @@
+// What the two scans of the codes (scan_codes.cu, scan_codes_sm90.cu) share: how a warp reads its codes, and
+// what is made of their sums.
+//
+//   sum(t, j) = <p_t, q_j> + 254 <h_t, q_j>      approx = unit scale_j sum + mean_dot inv_norm_j + bias_j
+//   error     = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
+//
+//   what   shape                     where it stays
+//   plane  [G, E / 4, 64, 4] uint8   global -> registers, past the first-level cache: one warp reads it
+//   sums   [2, columns, 4] a thread  registers; a column is 8 tokens
+//
+// 1. A warp takes 32 codes. Which code is which row of a product, and which entries are which k, is free: so
+//    four neighbouring codes of one word of the plane, 16 bytes, are one load of a thread, and eight such
+//    loads fill whole lines. Of lane 4 g + q, codes 4 g and 4 g + 1 are rows g and g + 8 of the first
+//    product, 4 g + 2 and 4 g + 3 of the second; words q and q + 4 of a step are its k.
+// 2. Outliers: the few steps in which some token of the tile has high bytes are multiplied again.
+// 3. In the sample (some tiles only): the largest lower bound of a thread's four codes, for scan_threshold.
+//    Otherwise: a code whose upper bound reaches tau becomes a candidate. A warp takes places for all its
+//    candidates of a token with one atomic. What finds no place is counted all the same, so that the row is
+//    known to be incomplete.
+//
+// A deleted code is no candidate, or a flagged one where deleted codes ride along; it never raises tau.
+
+#pragma once
+
+#include "cuda/canonical.h"
+#include "cuda/kernels.h"
+#include "cuda/mask.h"
+
+namespace cu_fast {
+
+inline constexpr float kWiden = 1.0f + 0x1p-18f;  // covers the roundings of the bound itself
+inline constexpr int kHighWords = (kMaxScanWidth / 32 + 31) / 32;
+
+// The codes of this thread's warp in a tile.
+struct WarpCodes {
+  int first;
+  int words;          // beyond them are zeros; 0: no such codes
+  const uint8_t* at;  // of this thread's four, word 0; without such codes, of others
+
+  CU_FAST_DEVICE WarpCodes(const SelectParams& p, int tile)
+      : first(tile * int{kScanTile} + 32 * warp_index()),
+        words(first < p.score.C ? static_cast<int>(scan_width(p.score.E) / 4) : 0),
+        at(p.scan.group(words > 0 ? first / kScanGroup : 0, p.score.E) + first % kScanGroup * 4 +
+           16 * (lane_index() / 4)) {}
+
+  CU_FAST_DEVICE uint4 load(int word) const {
+    if (word >= words) return make_uint4(0, 0, 0, 0);
+    return load_streaming(at + word * (4 * kScanGroup));
+  }
+  // Without a branch: of a word that is not there, anything.
+  CU_FAST_DEVICE uint4 load_any(int word) const {
+    return load_streaming(at + (word < words ? word : 0) * (4 * kScanGroup));
+  }
+};
+
+// The registers of both products from words q and q + 4 of a step.
+struct Factors {
+  uint32_t of[2][4];
+
+  CU_FAST_DEVICE void set(uint4 near, uint4 far) {
+    of[0][0] = near.x, of[0][1] = near.y, of[0][2] = far.x, of[0][3] = far.y;
+    of[1][0] = near.z, of[1][1] = near.w, of[1][2] = far.z, of[1][3] = far.w;
+  }
+};
+
+// Four codes of this thread: 4 g .. 4 g + 3 of the warp's 32.
+struct FourCodes {
+  float scale[4], residual[4], size[4], inv_norm[4], bias[4];
+  float magnitude;
+  bool exists[4];
+};
+
+CU_FAST_DEVICE FourCodes load_codes(const SelectParams& p, int first) {
+  FourCodes codes;
+  const int64_t g = first / kScanGroup, at = first % kScanGroup;
+  codes.magnitude = first < p.score.C ? p.scan.largest(g, kMagnitude) : 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t j = first + i;
+    codes.exists[i] = j < p.score.C;
+    codes.scale[i] = codes.exists[i] ? p.scan.terms_of(g, kScale)[at + i] : 0;
+    codes.residual[i] = codes.exists[i] ? p.scan.terms_of(g, kResidual)[at + i] : 0;
+    codes.size[i] = codes.exists[i] ? p.scan.terms_of(g, kSize)[at + i] : 0;
+    codes.inv_norm[i] = codes.exists[i] && p.inv_norm != nullptr ? p.inv_norm[j] : 1;
+    codes.bias[i] = codes.exists[i] && p.bias != nullptr ? p.bias[j] : 0;
+  }
+  return codes;
+}
+
+struct Bounds {
+  float lower, upper;
+};
+
+CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int i, float sum) {
+  const float approx = row.unit * codes.scale[i] * sum + row.mean_dot * codes.inv_norm[i] + codes.bias[i];
+  const float error = kWiden * (row.norm_in * codes.residual[i] + row.miss * codes.size[i] +
+                                row.half_l1_out * fabsf(codes.scale[i]) + row.slop * codes.magnitude +
+                                0x1p-20f * fabsf(codes.bias[i]));
+  // Where the bound is not finite, or the bias so large that it may overflow: it may be anything.
+  if (!(error < kLargest) || !(fabsf(codes.bias[i]) <= kLargest)) return {-INFINITY, INFINITY};
+  return {approx - error, approx + error};
+}
+
+// In which steps some token of the tile has high bytes; by the whole block, to be followed by a barrier.
+CU_FAST_DEVICE void gather_high_steps(const SelectJob& job, int t0, int tokens,
+                                      uint32_t (&high_steps)[kHighWords]) {
+  const int bitmap = static_cast<int>((job.p.score.E + 1023) / 1024);
+  for (int i = thread_index(); i < bitmap; i += kThreads) {
+    uint32_t any = 0;
+    for (int64_t t = t0; t < t0 + tokens && t < job.p.score.T; ++t)
+      any |= job.work.high_steps[t * bitmap + i];
+    high_steps[i] = any;
+  }
+}
+
+// Candidates of a token: a step for the whole warp. passes: of this thread's four codes.
+CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, const Bounds (&bounds)[4],
+                                    const bool (&passes)[4], uint32_t deleted) {
+  const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  // Lanes of one q share a token: count theirs, and let the first of them take the places.
+  const uint32_t ours = 0x11111111u << q, before = ours & ((1u << lane) - 1);
+  int32_t place = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t who = ballot(passes[i]);
+    place += count_bits(who & before);
+    total += count_bits(who & ours);
+  }
+  int32_t base = 0;
+  if (g == 0 && total > 0) base = atomic_add(&work.count[t], total);
+  place += shuffle(base, q);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (!passes[i]) continue;
+    const bool gone = deleted >> i & 1;
+    if (place < SelectTuning::kCandidates) {
+      const int64_t at = t * SelectTuning::kCandidates + place;
+      work.id[at] = static_cast<int32_t>(static_cast<uint32_t>(first + i) | uint32_t{gone} << 31);
+      work.lower[at] = gone ? -INFINITY : bounds[i].lower;
+      work.upper[at] = bounds[i].upper;
+      work.scored[at] = quiet_nan();
+    }
+    ++place;
+  }
+}
+
+// From the sums of p to bounds, and to maxima (sample) or candidates.
+template <bool kSample, int kColumns>
+CU_FAST_DEVICE void end_tile(const SelectJob& job, const uint32_t (&high_steps)[kHighWords],
+                             const WarpCodes& codes, int t0, int visit, int visited,
+                             const int32_t (&sums)[2][kColumns][4]) {
+  const SelectParams& p = job.p;
+  const ScanWork& work = job.work;
+  const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int steps = static_cast<int>((p.score.E + 31) / 32), bitmap = (steps + 31) / 32;
+  const FourCodes four = load_codes(p, codes.first + 4 * g);
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+    int32_t high[2][4] = {};
+    bool any_high = false;
+    for (int i = 0; i < bitmap; ++i) {
+      for (uint32_t left = high_steps[i]; left != 0; left &= left - 1) {
+        const int step = 32 * i + 31 - count_leading_zeros(left & -left);
+        Factors a;
+        a.set(codes.load(8 * step + q), codes.load(8 * step + 4 + q));
+        uint32_t b[2] = {};
+        if (t0 + 8 * column < p.score.T) {
+          const int64_t at = (int64_t{t0 / 8 + column} * steps + step) * 64 + lane;
+          b[0] = work.high[at];
+          b[1] = work.high[at + 32];
+        }
+        multiply_bytes(high[0], a.of[0], b);
+        multiply_bytes(high[1], a.of[1], b);
+        any_high = true;
+      }
+    }
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int64_t t = t0 + 8 * column + 2 * q + odd;
+      const bool scans = t < p.score.T && work.exact[t] == 0;
+      const RowTerms row = scans ? work.terms[t] : RowTerms{};
+      const uint32_t deleted = scans ? MaskRow(p.mask, t).word(codes.first, p.score.C) >> (4 * g) & 15 : 0;
+      Bounds bounds[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Code 4 g + i is row g or g + 8 of the first or second product.
+        float sum = static_cast<float>(wrapping_add(sums[i / 2][column][i % 2 * 2 + odd], row.start));
+        if (any_high) {
+          sum += 254.0f * static_cast<float>(wrapping_add(high[i / 2][i % 2 * 2 + odd], row.high_start));
+        }
+        bounds[i] = bounds_of(row, four, i, sum);
+      }
+      if constexpr (kSample) {
+        float most = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (four.exists[i] && (deleted >> i & 1) == 0) most = fmaxf(most, bounds[i].lower);
+        }
+        if (scans)
+          work.maxima[t * visited * kMaximaOfTile + visit * kMaximaOfTile + 8 * warp_index() + g] = most;
+      } else {
+        const float tau = scans ? work.tau[t] : INFINITY;
+        bool passes[4];
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool runs = (deleted >> i & 1) == 0 || p.deleted != nullptr;
+          passes[i] = scans && four.exists[i] && runs && !(bounds[i].upper < tau);
+          any |= passes[i];
+        }
+        if (any_lane(any)) keep_candidates(work, t, codes.first + 4 * g, bounds, passes, deleted);
+      }
+    }
+  }
+}
+
+}  // namespace cu_fast

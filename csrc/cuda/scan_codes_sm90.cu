@@ -1,0 +1,150 @@
+// scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is made of them: scan_codes.h.
+//
+//   sum(t, j) = <p_t, q_j>
+//
+//   what   shape                            where it stays
+//   plane  [G, E / 4, 64, 4] uint8          global -> registers, kAhead steps ahead
+//   bytes  [kColumns, kSteps, 2, 8, 4] u32  shared: a stage of kSteps steps, kStages stages on their way
+//   sums   [2, kColumns, 4] a thread        registers
+//
+// 1. As in scan_codes, a warp takes 32 codes, a block 256, and all 128 tokens of a tile. The codes are the
+//    first factor of multiply_tile, from registers. The tokens are the second, in the layout that it reads: a
+//    core matrix is 8 tokens by 16 bytes of k.
+// 2. Each warp has its share of a stage copied, a piece for each column, which is 8 tokens. A stage is full
+//    when all its bytes are there, and empty when every warp's multiplies that read it have ended.
+// 3. A step's multiplies run while the next one's registers are set: there are two sets of them. Its codes,
+//    on their way for kAhead steps, have other registers: where they land is not where a multiply wants them.
+// 4. Stages are counted over all tiles of a block: those of the next tile arrive while this one ends.
+//
+// What nobody copies is multiplied all the same: columns behind the last token, whose sums nobody looks at,
+// and steps behind the last one, whose codes are zeros, and bytes have no NaN.
+
+#include "cuda/device_sm90.h"
+#include "cuda/scan_codes.h"
+
+namespace cu_fast {
+namespace {
+
+constexpr int kTokens = 128, kColumns = kTokens / 8;
+constexpr int kSteps = 2, kStages = 4, kAhead = 4;
+static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0);
+
+struct Shared {
+  alignas(16) uint32_t bytes[kStages][kColumns][kSteps][64];
+  uint64_t full[kStages], empty[kStages];
+  uint32_t high_steps[kHighWords];
+};
+
+template <bool kSample>
+CU_FAST_KERNEL(kThreads, 1)
+scan_codes_sm90(SelectJob job) {
+#ifdef CU_FAST_HAS_HOPPER
+  start_kernel();
+  Shared& shared = shared_memory<Shared>();
+  const SelectParams& p = job.p;
+  const int t0 = block_index_x() * kTokens;  // of a chunk
+  const int q = lane_index() % 4;
+  const int steps = static_cast<int>((p.score.E + 31) / 32);
+  const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
+  const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
+  // Of a tile, and of all tiles of this block.
+  const int stages = (steps + kAhead - 1) / kAhead * (kAhead / kSteps);
+  const int all_stages = (visited - block_index_y() + grid_size_y() - 1) / grid_size_y() * stages;
+
+  // By one thread of each warp, for some of the columns.
+  constexpr int kColumnsOfWarp = kColumns / kWarps;
+  const auto copy_stage = [&](int stage) {
+    const int slot = stage % kStages, begin = stage % stages * kSteps;
+    const int left = steps - begin, bytes = (left < 0 ? 0 : left < kSteps ? left : kSteps) * 256;
+    const int first = warp_index() * kColumnsOfWarp;
+    const int there = (static_cast<int>(p.score.T) - t0 + 7) / 8 - first;
+    const int columns = bytes == 0 || there < 0 ? 0 : there < kColumnsOfWarp ? there : kColumnsOfWarp;
+    barrier_expect(&shared.full[slot], columns * bytes);
+#pragma unroll
+    for (int i = 0; i < kColumnsOfWarp; ++i) {
+      const uint32_t* const from = job.work.bytes + (int64_t{t0 / 8 + first + i} * steps + begin) * 64;
+      if (i < columns) copy_bulk(shared.bytes[slot][first + i], from, bytes, &shared.full[slot]);
+    }
+  };
+
+  if (thread_index() == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&shared.full[i], kWarps);
+      barrier_init(&shared.empty[i], kWarps);
+    }
+    fence_barrier_init();
+  }
+  gather_high_steps(job, t0, kTokens, shared.high_steps);
+  sync_block();
+  if (lane_index() == 0) {
+    for (int i = 0; i < kStages - 1 && i < all_stages; ++i) copy_stage(i);
+  }
+
+  int stage = 0;
+  for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
+    // The sample is spread over the codes: neighbours may be alike.
+    const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
+    int32_t sums[2][kColumns][4] = {};
+    uint4 ahead[kAhead][2];
+    Factors factors[2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      ahead[i][0] = codes.load_any(8 * i + q);
+      ahead[i][1] = codes.load_any(8 * i + 4 + q);
+    }
+    for (int begin = 0; begin < steps; begin += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int word = 8 * (begin + i) + q, slot = stage % kStages;
+        const uint32_t parity = stage / kStages % 2;
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        Factors& a = factors[i % 2];
+        a.set(word < codes.words ? ahead[i][0] : none, word + 4 < codes.words ? ahead[i][1] : none);
+        ahead[i][0] = codes.load_any(word + 8 * kAhead);
+        ahead[i][1] = codes.load_any(word + 8 * kAhead + 4);
+        if (i % kSteps == 0) barrier_wait(&shared.full[slot], parity);
+        sync_warp();
+        fence_multiplies();
+        const uint64_t b = describe_tile(shared.bytes[slot][0][i % kSteps], 128, kSteps * 256);
+        multiply_tile(sums[0], a.of[0], b);
+        multiply_tile(sums[1], a.of[1], b);
+        commit_multiplies();
+        wait_multiplies<1>();
+        // Those of the step before have ended. If it was the last of a stage, that is empty for this warp;
+        // before the first stage of all comes one that was never full.
+        const int last = (slot + kStages - 1) % kStages;
+        if (i % kSteps == 0 && lane_index() == 0) barrier_arrive(&shared.empty[last]);
+        // A step later, so that other warps are seldom waited for.
+        if (i % kSteps == kSteps - 1) {
+          if (lane_index() == 0 && stage + kStages - 1 < all_stages) {
+            barrier_wait(&shared.empty[last], parity);
+            copy_stage(stage + kStages - 1);
+          }
+          ++stage;
+        }
+      }
+    }
+    sync_warp();
+    wait_multiplies<0>();
+    end_tile<kSample>(job, shared.high_steps, codes, t0, visit, visited, sums);
+  }
+#else
+  __trap();  // nobody launches it there
+#endif
+}
+
+}  // namespace
+
+void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream) {
+  const int64_t tiles = sample ? job.plan.sample_tiles : (job.p.score.C + kScanTile - 1) / kScanTile;
+  // A block stays and takes tile after tile; a multiprocessor has registers for one.
+  const int64_t token_tiles = (job.p.score.T + kTokens - 1) / kTokens;
+  const Grid2 grid{token_tiles, std::clamp<int64_t>(multiprocessors() / token_tiles, 1, tiles)};
+  if (sample) {
+    launch(scan_codes_sm90<true>, grid, kThreads, stream, job);
+  } else {
+    launch(scan_codes_sm90<false>, grid, kThreads, stream, job);
+  }
+}
+
+}  // namespace cu_fast

@@ -1,0 +1,188 @@
+// Rows of z become bytes, with what bounds the error of that. A block a token.
+//
+//   z_t - pre ~ unit (p + 254 h)       core/scan.h: terms of a row
+//
+//   what         shape                          layout
+//   z            [chunk, round_up(E, 16)] fp32  widened, centred, zeros behind: what canonical scores read
+//   bytes, high  [ceil(chunk / 8), K, 2, 8, 4]  p and h, four entries a word, of 8 tokens and 32 entries: the
+//                                               first 16 of each token, then the others. Lane 4 g + q of
+//                                               multiply_bytes finds its b at 4 g + q, and 32 behind that
+//   high_steps   [chunk, ceil(K / 32)]          in which steps h is not zero
+//
+// 1. Widen; the largest magnitude, the norm, and how many entries lie above 1/2, 1/4, ... of the largest.
+// 2. The clip: halved while few entries lie above it. One outlier does not make the unit coarse for all.
+// 3. Round each entry to a byte; what does not fit is split into a low and a high one.
+// 4. Sums of squares, rounded up: a sum is off by at most one rounding for each addend of a thread, and one
+//    for each step of the tree.
+//
+// A row with NaN or Inf, or too small or large for the bound, is marked for select_exact.
+
+#include "cuda/canonical.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/mask.h"
+
+namespace cu_fast {
+namespace {
+
+constexpr int kRange = 127;
+constexpr int kBase = 2 * kRange;
+
+struct Shared {
+  float floats[kWarps];
+  int32_t ints[kWarps];
+  int32_t above[kMaxHalvings];
+  uint32_t high_steps[(kMaxScanWidth / 32 + 31) / 32];
+};
+
+// Over all threads of the block.
+CU_FAST_DEVICE float block_sum(float x, Shared& shared) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+  sync_block();
+  if (lane_index() == 0) shared.floats[warp_index()] = x;
+  sync_block();
+  float sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += shared.floats[w];
+  return sum;
+}
+
+CU_FAST_DEVICE float block_max(float x, Shared& shared) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, shuffle_xor(x, lanes));
+  sync_block();
+  if (lane_index() == 0) shared.floats[warp_index()] = x;
+  sync_block();
+  float most = shared.floats[0];
+  for (int w = 1; w < kWarps; ++w) most = fmaxf(most, shared.floats[w]);
+  return most;
+}
+
+CU_FAST_DEVICE int32_t block_sum(int32_t x, Shared& shared) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+  sync_block();
+  if (lane_index() == 0) shared.ints[warp_index()] = x;
+  sync_block();
+  int32_t sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += shared.ints[w];
+  return sum;
+}
+
+CU_FAST_KERNEL(kThreads, 4)
+scan_rows(SelectJob job) {
+  start_kernel();
+  Shared& shared = shared_memory<Shared>();
+  const ScoreParams& p = job.p.score;
+  const ScanWork& work = job.work;
+  const int64_t token = block_index_x(), width = round_up(p.E, kLanes), steps = (p.E + 31) / 32;
+  const bool fours = reads_fours(p.z);
+  float* const row = work.z + token * width;
+
+  float largest = 0, squares = 0;
+  int32_t faulty = 0;
+  for (int64_t e = 4 * thread_index(); e < width; e += 4 * kThreads) {
+    float4 z = load_centred(p.z, fours, p.pre, token, e, p.E);
+    *reinterpret_cast<float4*>(row + e) = z;
+    for (int i = 0; i < 4; ++i) {
+      largest = fmaxf(largest, fabsf(entry(z, i)));
+      squares += entry(z, i) * entry(z, i);
+      faulty |= !is_finite(entry(z, i));
+    }
+  }
+  if (thread_index() < kMaxHalvings) shared.above[thread_index()] = 0;
+  for (int64_t i = thread_index(); i < (steps + 31) / 32; i += kThreads) shared.high_steps[i] = 0;
+  largest = block_max(largest, shared);  // and sync_block: row is there for all
+  squares = block_sum(squares, shared);
+  faulty = block_sum(faulty, shared);
+  // select_exact also sees to a row whose mask row does not exist.
+  const bool certified =
+      MaskRow(job.p.mask, token).exists() && faulty == 0 && largest >= kSmallest && largest <= kLargest;
+  if (thread_index() == 0) {
+    work.exact[token] = certified ? 0 : 1;
+    work.count[token] = 0;
+  }
+
+  float clip = largest;
+  if (certified) {
+    int32_t above[kMaxHalvings] = {};
+    for (int64_t e = thread_index(); e < width; e += kThreads) {
+      float limit = largest;
+#pragma unroll
+      for (int i = 0; i < kMaxHalvings; ++i) {
+        limit /= 2;
+        above[i] += fabsf(row[e]) > limit;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxHalvings; ++i) {
+      if (above[i] > 0) atomic_add(&shared.above[i], above[i]);
+    }
+  }
+  sync_block();
+  for (int i = 0; certified && i < kMaxHalvings && shared.above[i] <= max_outliers(p.E); ++i) clip /= 2;
+
+  // A row that is not certified leaves zeros: they are multiplied, and looked at by nobody.
+  const float per_unit = certified ? kRange / clip : 0.0f, unit = certified ? clip / kRange : 0.0f;
+  float misses = 0, squares_in = 0, l1_out = 0, mean_dot = 0;
+  int32_t sum = 0, high_sum = 0;
+  const int64_t fragments = token / 8 * steps * 64;
+  for (int64_t word = thread_index(); word < steps * 8; word += kThreads) {
+    uint32_t low_bytes = 0, high_bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t e = 4 * word + i;
+      const float z = e < width && certified ? row[e] : 0.0f;
+      float whole = rintf(z * per_unit);
+      const float miss = z - unit * whole;
+      misses += miss * miss;
+      float high = 0;
+      if (fabsf(whole) > kRange) {
+        high = rintf(whole / kBase);
+        whole -= kBase * high;
+        l1_out += fabsf(z);
+      } else {
+        squares_in += z * z;
+      }
+      if (job.p.scan.mean != nullptr && e < p.E) mean_dot += z * job.p.scan.mean[e];
+      sum += static_cast<int32_t>(whole);
+      high_sum += static_cast<int32_t>(high);
+      low_bytes |= (static_cast<uint32_t>(static_cast<int32_t>(whole)) & 255) << (8 * i);
+      high_bytes |= (static_cast<uint32_t>(static_cast<int32_t>(high)) & 255) << (8 * i);
+    }
+    const int64_t step = word / 8, in_step = word % 8;
+    const int64_t at = fragments + step * 64 + in_step / 4 * 32 + token % 8 * 4 + in_step % 4;
+    work.bytes[at] = low_bytes;
+    work.high[at] = high_bytes;
+    if (high_bytes != 0) atomic_or(&shared.high_steps[step / 32], 1u << (step % 32));
+  }
+  misses = block_sum(misses, shared);
+  squares_in = block_sum(squares_in, shared);
+  l1_out = block_sum(l1_out, shared);
+  mean_dot = block_sum(mean_dot, shared);
+  sum = block_sum(sum, shared);
+  high_sum = block_sum(high_sum, shared);
+  for (int64_t i = thread_index(); i < (steps + 31) / 32; i += kThreads) {
+    work.high_steps[token * ((steps + 31) / 32) + i] = shared.high_steps[i];
+  }
+  if (thread_index() != 0) return;
+
+  // A thread adds at most E / kThreads + 4 addends, a tree 5, warps 8: fewer than E / kLanes + 32.
+  const float grow = 1.0f + 0x1p-23f * static_cast<float>(p.E / kLanes + 32);
+  const float norm = sqrtf(squares) * grow;
+  RowTerms terms;
+  terms.unit = unit;
+  terms.mean_dot = mean_dot;
+  terms.norm_in = fmaxf(sqrtf(squares_in) * grow, 0x1p-60f);  // not zero: infinity times it is infinity
+  terms.miss =
+      sqrtf(misses) * grow + 0x1p-22f * norm;  // the second: rounding of unit * whole, and of z minus it
+  terms.half_l1_out = 0.5f * l1_out * grow;
+  terms.slop = norm * scan_epsilon(p.E);
+  terms.start = -kOffset * sum;
+  terms.high_start = -kOffset * high_sum;
+  work.terms[token] = terms;
+}
+
+}  // namespace
+
+void launch_scan_rows(const SelectJob& job, Stream stream) {
+  launch(scan_rows, Grid2{job.p.score.T}, kThreads, stream, job);
+}
+
+}  // namespace cu_fast

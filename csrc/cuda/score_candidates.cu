@@ -1,0 +1,153 @@
+// From bounds to scores: the first threshold, and canonical scores of who may be among the k best.
+//
+//   scan_threshold  tau = the k-th largest of the sample's maxima: lower bounds of different codes
+//   first           scores the k candidates with the largest lower bounds
+//   rest            tau = the k-th largest of what is known by now; scores who reaches it; keeps the best k
+//
+//   what        shape                 layout
+//   id, bounds  [chunk, kCandidates]  in no order
+//   kept        [T, k, parts] keys    as select_exact leaves them
+//
+// A block takes every score_parts-th candidate of a token. All blocks of a token compute the same tau. Then,
+// 256 candidates at a time:
+// 1. Who reaches tau is put on a list in shared memory.
+// 2. A quad of threads scores one of them, reading code and row four entries at a time (cuda/canonical.h).
+// 3. rest: the first warp offers the keys to the block's list (cuda/top_list.h).
+// Exact scores of a few tighten tau before the many are scored: that saves most of the reading of codes.
+
+#include "cuda/canonical.h"
+#include "cuda/finish.h"
+#include "cuda/kernels.h"
+#include "cuda/kth_largest.h"
+#include "cuda/launch.h"
+
+namespace cu_fast {
+namespace {
+
+CU_FAST_KERNEL(kThreads, 4)
+scan_threshold(SelectJob job) {
+  start_kernel();
+  KthShared& shared = shared_memory<KthShared>();
+  const int64_t token = block_index_x(), n = job.plan.sample_tiles * kMaximaOfTile;
+  if (job.work.exact[token] != 0) return;
+  const float* const maxima = job.work.maxima + token * n;
+  const float tau = kth_largest(n, job.p.k, [&](int64_t i) { return maxima[i]; }, shared);
+  if (thread_index() == 0) job.work.tau[token] = tau;
+}
+
+// The canonical score of a quad's candidate; -1: the quad has none.
+CU_FAST_DEVICE float quad_dot(const SelectParams& p, const float* row, bool fours, int64_t j) {
+  const int64_t width = round_up(p.score.E, kLanes);
+  constexpr int kLoads = 8;
+  float partial[1][4] = {};
+  const auto z = [&](int, int64_t e) {
+    return e < width ? *reinterpret_cast<const float4*>(row + e) : make_float4(0, 0, 0, 0);
+  };
+  for (int64_t e = 0; e < p.score.E && j >= 0; e += kLoads * kLanes) {
+    add_steps<1, kLoads>(partial, p.score.codes, fours, j, e, p.score.E, z);
+  }
+  return quad_sum(partial[0]);
+}
+
+template <bool kFirst>
+CU_FAST_KERNEL(kThreads, 2)
+score_candidates(SelectJob job) {
+  struct Shared {
+    KthShared kth;
+    int32_t chosen[kThreads];
+    int32_t count;
+    uint64_t keys[kThreads];
+    uint64_t queue[kQueue];
+    uint64_t kept[kFirst ? 1 : kMaxScanK], deleted[kFirst ? 1 : kMaxScanK];
+  };
+  start_kernel();
+  Shared& shared = shared_memory<Shared>();
+  const SelectParams& p = job.p;
+  const int64_t token = block_index_y(), part = block_index_x(), parts = grid_size_x();
+  if (needs_exact(job, token)) return;
+  const int64_t n = job.work.count[token], base = token * SelectTuning::kCandidates;
+  const float *lower = job.work.lower + base, *upper = job.work.upper + base;
+  float* const scored = job.work.scored + base;
+  const int32_t* const id = job.work.id + base;
+  const float* const row = job.work.z + token * round_up(p.score.E, kLanes);
+  const bool fours = reads_fours(p.score.codes);
+
+  // A canonical score is a better bound than any.
+  const auto known = [&](int64_t i) { return id[i] >= 0 && scored[i] == scored[i] ? scored[i] : lower[i]; };
+  const float tau = kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
+  if (kFirst && tau == -INFINITY) return;  // fewer than k: all are scored by the rest
+  if constexpr (!kFirst) {
+    if (warp_index() == 0) {
+      TopList::clear(shared.kept, 1, p.k);
+      if (p.deleted != nullptr) TopList::clear(shared.deleted, 1, p.k);
+    }
+  }
+
+  for (int64_t first = part; first < n; first += parts * kThreads) {
+    sync_block();  // keys and chosen have been read
+    if (thread_index() == 0) shared.count = 0;
+    shared.keys[thread_index()] = kEmpty;
+    sync_block();
+    const int64_t i = first + parts * thread_index();
+    if (i < n && (kFirst ? lower[i] >= tau : !(upper[i] < tau))) {
+      shared.chosen[atomic_add(&shared.count, 1)] = static_cast<int32_t>(i);
+    }
+    sync_block();
+    for (int at = thread_index() / 4; at - thread_index() / 4 < shared.count; at += kThreads / 4) {
+      const int64_t c = at < shared.count ? shared.chosen[at] : -1;
+      const bool is_known = c >= 0 && scored[c] == scored[c];
+      const int64_t j = c < 0 ? -1 : id[c] & 0x7fffffff;
+      const float dot = quad_dot(p, row, fours, is_known ? -1 : j);
+      if (c < 0 || thread_index() % 4 != 0) continue;
+      const uint64_t key = is_known ? key_of(scored[c], static_cast<int32_t>(j)) : key_of_dot(p, dot, j);
+      if constexpr (kFirst) {
+        if (key != kEmpty) scored[c] = score_of(key);
+      } else {
+        shared.keys[at] = key;
+      }
+    }
+    if constexpr (!kFirst) {
+      sync_block();
+      if (warp_index() == 0) {
+        TopList kept(shared.kept, 1, p.k, shared.queue);
+        for (int at = 0; at < shared.count; at += 32) {
+          const int mine = at + lane_index();
+          const bool gone = mine < shared.count && id[shared.chosen[mine]] < 0;
+          kept.push(gone ? kEmpty : shared.keys[mine]);
+        }
+        kept.merge();
+        if (p.deleted != nullptr) {
+          TopList deleted(shared.deleted, 1, p.k, shared.queue);
+          for (int at = 0; at < shared.count; at += 32) {
+            const int mine = at + lane_index();
+            const bool gone = mine < shared.count && id[shared.chosen[mine]] < 0;
+            deleted.push(gone ? shared.keys[mine] : kEmpty);
+          }
+          deleted.merge();
+        }
+      }
+    }
+  }
+  if constexpr (!kFirst) {
+    sync_block();
+    const int64_t lists = token * p.capacity * p.parts + part;
+    for (int64_t i = thread_index(); i < p.k; i += kThreads) {
+      p.kept[lists + i * p.parts] = shared.kept[i];
+      if (p.deleted != nullptr) p.deleted[lists + i * p.parts] = shared.deleted[i];
+    }
+  }
+}
+
+}  // namespace
+
+void launch_scan(const SelectJob& job, Stream stream) {
+  const int64_t T = job.p.score.T;
+  launch_scan_rows(job, stream);
+  launch_scan_codes(job, /*sample=*/true, stream);
+  launch(scan_threshold, Grid2{T}, kThreads, stream, job);
+  launch_scan_codes(job, /*sample=*/false, stream);
+  launch(score_candidates<true>, Grid2{job.plan.score_parts, T}, kThreads, stream, job);
+  launch(score_candidates<false>, Grid2{job.plan.score_parts, T}, kThreads, stream, job);
+}
+
+}  // namespace cu_fast

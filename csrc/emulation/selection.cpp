@@ -1,0 +1,74 @@
+// What tests ask of a selection beside its results: how it was cut, and what its scan left in memory.
+
+#include <cstring>
+#include <vector>
+
+#include "cuda/host.h"
+#include "cuda/kernels.h"
+
+namespace cu_fast {
+namespace {
+
+std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
+  const SelectPlan plan = plan_select(T, C, E, k, 4, has_plane, multiprocessors());
+  return {plan.scans,    plan.chunk,       plan.parts,       plan.part_codes,
+          plan.capacity, plan.score_parts, plan.sample_tiles};
+}
+
+// The scan of one chunk: exact, count, tau, id, lower, upper, scored, maxima, terms (the last two are
+// integers), bytes, high and high_steps; as the struct ScanWork has them.
+std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const OptionalTensor& pre,
+                               const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
+                               const OptionalTensor& mask_table, const OptionalTensor& mask_row,
+                               bool rides_along, const Tensor& scan_plane, const Tensor& scan_terms,
+                               const Tensor& scan_mean) {
+  ScoreArguments in = quantize_arguments(z, codes, inv_norm, bias);
+  in.score.pre = data_of(pre);
+  const int64_t T = in.score.T, C = in.score.C, E = in.score.E;
+  const ScanArguments scan(scan_plane, scan_terms, scan_mean, C, E);
+  const MaskArguments mask(mask_table, mask_row, T, C, Values::on_device);
+  const SelectMemory memory(z, in.score, data_of(in.inv_norm), data_of(in.bias),
+                            scan.plane(Values::on_device), mask.mask(), k, rides_along);
+  const SelectPlan& plan = memory.job.plan;
+  check(plan.scans && T > 0 && T <= plan.chunk, "this is not one chunk of a scan");
+  launch_scan(memory.job, Stream{});
+  std::vector<Tensor> state;
+  const auto add_array = [&](const auto* from, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    Tensor t = new_tensor(z, sizes, dtype);
+    std::memcpy(t.mutable_data_ptr(), from, static_cast<std::size_t>(t.numel()) * 4);
+    state.push_back(t);
+  };
+  const ScanWork& work = memory.job.work;
+  const int64_t steps = (E + 31) / 32, places = SelectTuning::kCandidates;
+  const ScalarType floats = ScalarType::Float, ints = ScalarType::Int;
+  add_array(work.exact, {T}, ints);
+  add_array(work.count, {T}, ints);
+  add_array(work.tau, {T}, floats);
+  add_array(work.id, {T, places}, ints);
+  add_array(work.lower, {T, places}, floats);
+  add_array(work.upper, {T, places}, floats);
+  add_array(work.scored, {T, places}, floats);
+  add_array(work.maxima, {T, plan.sample_tiles, kMaximaOfTile}, floats);
+  add_array(work.terms, {T, sizeof(RowTerms) / 4}, floats);
+  add_array(work.bytes, {(T + 7) / 8, steps, 2, 32}, ints);
+  add_array(work.high, {(T + 7) / 8, steps, 2, 32}, ints);
+  add_array(work.high_steps, {T, (steps + 31) / 32}, ints);
+  return state;
+}
+
+}  // namespace
+}  // namespace cu_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cu_fast_emulated, m) {
+  m.def("select_plan(int T, int C, int E, int k, bool has_plane) -> int[]");
+  m.def(
+      "scan_state(Tensor z, Tensor codes, Tensor? pre, Tensor? inv_norm, Tensor? bias, int k, Tensor? "
+      "mask_table, "
+      "Tensor? mask_row, bool rides_along, Tensor scan_plane, Tensor scan_terms, Tensor scan_mean) -> "
+      "Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cu_fast_emulated, CompositeExplicitAutograd, m) {
+  m.impl("select_plan", TORCH_BOX(&cu_fast::select_plan));
+  m.impl("scan_state", TORCH_BOX(&cu_fast::scan_state));
+}

@@ -1,0 +1,88 @@
+"""Which implementation runs: what ``impl=`` means on a device, and why another one does not. Part of ``cu_fast.ops``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from cu_fast import _native, reference
+
+logger = logging.getLogger("cu_fast")
+
+
+def available_impls() -> dict[str, str | None]:
+    """Every implementation and why it cannot run here, None where it can."""
+    return {"reference": None, "cpu": _native.failure(), "cuda": _native.cuda_failure()}
+
+
+def resolve(impl: str, device: torch.device) -> str:
+    """The implementation that ``impl`` means for tensors on ``device``.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: an explicit choice that cannot run, with the reason.
+    """
+    if impl == "auto":
+        return _auto(device.type, device.index)
+    if impl == "reference":
+        return impl
+    if impl not in ("cpu", "cuda"):
+        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference', 'cpu' or 'cuda'")
+    reason = _explicit_failure(impl, device.type, device.index)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} is not available: {reason}")
+    if device.type not in (impl, "meta"):
+        raise RuntimeError(
+            f"impl={impl!r} needs {impl.upper()} tensors, these are on {device}; move them, or use 'auto'"
+        )
+    return impl
+
+
+@functools.cache
+def failure(impl: str, device: torch.device) -> str | None:
+    """Why the native kernels of "cpu" or "cuda" cannot run, None where they can. Asked once a device."""
+    if impl == "cpu":
+        return _native.failure()
+    return _native.cuda_failure(device if device.type == "cuda" else None)
+
+
+# torch.compile takes the answers as constants.
+@torch.compiler.assume_constant_result
+def _explicit_failure(impl: str, device_type: str, index: int | None) -> str | None:
+    return failure(impl, torch.device(device_type, index))
+
+
+@torch.compiler.assume_constant_result
+def _auto(device_type: str, index: int | None) -> str:
+    return _announced(device_type, index)
+
+
+@functools.cache
+def _announced(device_type: str, index: int | None) -> str:
+    native = "cuda" if device_type == "cuda" else "cpu"
+    if device_type not in ("cpu", "cuda", "meta"):
+        reason = "there are no native kernels for it"
+    else:
+        reason = failure(native, torch.device(device_type, index))
+    if reason is None:
+        what = _native.simd_level() if native == "cpu" else torch.cuda.get_device_name(index)
+        logger.info("on %s: impl %r (%s)", device_type, native, what)
+        return native
+    logger.warning("on %s: impl 'reference', exact but slow, because %s", device_type, reason)
+    return "reference"
+
+
+def choose(op: str, impl: str, device: torch.device):
+    if resolve(impl, device) == "reference":
+        return getattr(reference, op)
+    return getattr(torch.ops.cu_fast, op)
+
+
+def choose_scanning(op: str, impl: str, device: torch.device, scan: tuple | None) -> tuple[Any, tuple]:
+    """The operator, and the plane as its last arguments; the reference takes none."""
+    chosen = choose(op, impl, device)
+    if chosen is getattr(reference, op):
+        return chosen, ()
+    return chosen, scan or (None, None, None)

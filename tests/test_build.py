@@ -1,0 +1,142 @@
+"""How the native library is built: what setup.py makes of its environment variables, and what it does when that fails."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from cu_fast import _native
+
+native = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
+x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
+HOT = r"avx\w+::(\(anonymous namespace\)::)?(dot_tile<|dot_pairs<|byte_dots<|outlier_dots\()"
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+
+def build_fails(tmp_path, **environment: str) -> str:
+    """What a build that stops before it compiles anything says."""
+    done = subprocess.run(
+        [sys.executable, SETUP, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path], cwd=SETUP.parent,
+        env={**os.environ, "CU_FAST_BUILD": "", "CU_FAST_CUDA": "", **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode != 0 and not list(tmp_path.rglob("*.so")), done.stdout
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def functions() -> list[tuple[str, str]]:
+    """Each function of the library and its disassembly."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    command = ["objdump", "-dC", "--no-show-raw-insn", _native.LIBRARY]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2]))
+
+
+class TestCudaBuild:
+    """What setup.py is told about CUDA."""
+
+    @pytest.fixture
+    def setup_py(self, monkeypatch):
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+        return runpy.run_path(str(SETUP))
+
+    @pytest.mark.parametrize(
+        "text, archs",
+        [
+            ("80", ["80"]),
+            ("80;90+PTX", ["80", "90", "PTX 90"]),
+            (" 90a ; PTX 90;90a", ["90a", "PTX 90"]),
+            ("100f;PTX 120", ["100f", "PTX 120"]),
+        ],
+    )
+    def test_archs(self, setup_py, text, archs):
+        assert setup_py["parse_archs"](text) == archs
+
+    def test_default_archs_run_everywhere(self, setup_py):
+        archs = setup_py["parse_archs"](setup_py["ARCHS"])
+        assert ";".join(archs) == setup_py["ARCHS"]
+        for gpu in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
+            assert any(_native._runs(arch, *gpu) for arch in archs), gpu
+
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("80;sm_90", "'sm_90' must be like 80, 90a, PTX 90 or 90+PTX"),
+            ("80;", "'' must be like"),
+            ("80;75", "'75' is older than 80, compute capability 8.0"),
+            ("90a+PTX", "'90a+PTX' would be PTX for one GPU; write 90a;PTX 90"),
+            ("80+PTX", "'80+PTX' would be PTX older than 90"),
+            ("PTX 80", "'PTX 80' would be PTX older than 90"),
+        ],
+    )
+    def test_archs_that_mean_nothing(self, setup_py, text, message):
+        with pytest.raises(SystemExit, match=re.escape(f"error: CU_FAST_ARCHS is '{text}': {message}")):
+            setup_py["parse_archs"](text)
+
+    def test_unknown_setting(self, tmp_path):
+        assert "error: CU_FAST_CUDA is 'yes', must be auto, 0 or 1" in build_fails(tmp_path, CU_FAST_CUDA="yes")
+
+    def test_asked_for_without_nvcc(self, tmp_path):
+        message = build_fails(tmp_path, CU_FAST_CUDA="1", CUDA_HOME="", PATH=str(tmp_path))
+        assert "error: CU_FAST_CUDA is 1, but there is no nvcc, neither in $CUDA_HOME/bin nor on PATH" in message
+
+    def test_asked_for_with_a_broken_nvcc(self, tmp_path):
+        broken = tmp_path / "bin/nvcc"
+        broken.parent.mkdir()
+        broken.write_text("#!/bin/sh\necho no licence; exit 3\n")
+        broken.chmod(0o755)
+        message = build_fails(tmp_path, CU_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
+        assert f"error: CU_FAST_CUDA is 1, but {broken} failed with 3: no licence" in message
+
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+    def test_arch_that_nvcc_does_not_know(self, tmp_path):
+        message = build_fails(tmp_path, CU_FAST_ARCHS="80;999")
+        assert re.search(r"error: CU_FAST_ARCHS is '80;999': .*nvcc does not know 999, it knows .*, 80, ", message)
+
+
+@native
+@x86
+class TestBuild:
+    """Facts about the machine code, read from the library itself."""
+
+    def test_only_the_stable_abi_is_needed(self):
+        if shutil.which("nm") is None:
+            pytest.skip("nm is not installed")
+        symbols = subprocess.run(
+            ["nm", "-DCu", _native.LIBRARY], capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        needed = [line.split()[-1] for line in symbols if line.strip()]
+        assert any(name.startswith("aoti_torch_") for name in needed)
+        unstable = [name for name in needed if re.match(r"(at|c10|torch)::|_?Py", name)]
+        assert unstable == []
+
+    def test_nothing_is_fused(self, functions):
+        fused = [name for name, body in functions if re.search(r"\sv?fn?m(add|sub)", body)]
+        assert fused == []
+
+    def test_wide_registers_stay_in_their_level(self, functions):
+        assert any("%zmm" in body for name, body in functions)
+        for name, body in functions:
+            if "cu_fast::avx512::" not in name:
+                assert "%zmm" not in body, name
+                if "cu_fast::avx2::" not in name:
+                    assert "%ymm" not in body, name
+
+    def test_hot_loops_do_not_spill(self, functions):
+        hot = [(name, body) for name, body in functions if re.search(HOT, name)]
+        found = {re.search(HOT, name).group() for name, _ in hot}
+        assert len(found) == 2 * 4, found
+        assert len({name.split("(")[0] for name, _ in hot}) >= 12
+        for name, body in hot:
+            assert not re.search(r"v?mov([au]p[sd]|dq[au]\d*)\s.*\(%r[bs]p", body), name

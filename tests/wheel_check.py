@@ -1,0 +1,115 @@
+"""Installs the wheel that `make wheel` made into a new environment, away from the sources, and checks it there.
+
+    python tests/wheel_check.py torch==2.13.0
+
+The argument is the torch to install. With CU_FAST_BUILD=require a wheel without CUDA is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MOST = 60 * 2**20  # bytes
+# What `import cu_fast` and its operators need; all of transformers is not.
+NEEDED = ["numpy"]
+
+# Run by the new environment's Python: what a user sees, line by line.
+INSIDE = """
+import pathlib, sys
+import torch
+import cu_fast
+from cu_fast import _native, reference
+
+home = pathlib.Path(cu_fast.__file__).resolve()
+assert home.is_relative_to(pathlib.Path(sys.prefix).resolve()), f"cu_fast came from {home}, not from the wheel"
+assert _native.failure() is None, _native.failure()
+torch.manual_seed(0)
+z, codes, bias = torch.randn(70, 64), torch.randn(1000, 64), torch.randn(1000)
+table, row = torch.randint(-(2**31), 2**31, (2, 32), dtype=torch.int32), torch.arange(70, dtype=torch.int32) % 3 - 1
+for scan in ((None, None, None), torch.ops.cu_fast.pack_scan(codes, None)):
+    got = torch.ops.cu_fast.codebook_quantize(z, codes, None, bias, 8, table, row, True, *scan)
+    want = reference.codebook_quantize(z, codes, None, bias, 8, table, row, True)
+    assert all(map(torch.equal, got, want)), "codebook_quantize differs from the reference"
+print(_native.simd_level())
+print(_native.cuda_build())
+print(_native.cuda_failure())
+assert not torch.cuda.is_initialized() or torch.cuda.is_available()
+"""
+
+
+def check(ok: object, message: str) -> None:
+    if not ok:
+        sys.exit(f"wheel check: {message}")
+
+
+def check_file(wheel: Path) -> None:
+    size = wheel.stat().st_size
+    print(f"{wheel.name}: {size / 2**20:.1f} MiB")
+    check(size <= MOST, f"{wheel.name} has {size} bytes, at most {MOST}; build for fewer GPUs (CU_FAST_ARCHS)")
+    check("-cp310-abi3-" in wheel.name, f"{wheel.name} must have the tag cp310-abi3")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        check(names.count("cu_fast/_C.abi3.so") == 1, "there is no cu_fast/_C.abi3.so in it")
+        strange = [name for name in names if not re.match(r"cu_fast(-[^/]*\.dist-info)?/", name)]
+        check(not strange, f"what is this doing in it: {strange}")
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        needs = HeaderParser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+    torch = [need.replace(" ", "") for need in needs if re.match(r"torch\b", need)]
+    check(torch == ["torch>=2.11"], f"it must require torch>=2.11, whatever is newer, and requires {torch}")
+
+
+def check_installed(wheel: Path, torch: str, folder: Path) -> tuple[Path, str]:
+    """Returns the installed library and what it says that it was built for."""
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv/bin/python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    subprocess.run([*pip, torch, *NEEDED], cwd=folder, check=True)
+    subprocess.run([*pip, "--no-deps", wheel], cwd=folder, check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([python, "-c", INSIDE], cwd=folder, env=environment, capture_output=True, text=True)
+    check(done.returncode == 0, f"the installed package does not work:\n{done.stdout}{done.stderr}")
+    simd, built, failure = done.stdout.splitlines()
+    print(f"CPU kernels: {simd}\nCUDA kernels for: {built or 'none'}\nCUDA kernels here: {failure}")
+    (library,) = folder.glob("venv/lib/python*/site-packages/cu_fast/_C.abi3.so")
+    return library, built
+
+
+def check_machine_code(library: Path, built: str) -> None:
+    if not built:
+        check(os.environ.get("CU_FAST_BUILD") != "require", "it was built without CUDA; install nvcc")
+        return
+    from test_machine_code import dump
+
+    holds = re.findall(r"\.sm_(\d+[af]?)\.cubin", dump("--list-elf", library))
+    holds += [f"PTX {arch}" for arch in re.findall(r"\.sm_(\d+)\.ptx", dump("--list-ptx", library))]
+    check(
+        {*holds} == {*built.split(";")}, f"the library says that it was built for {built}, and holds {sorted({*holds})}"
+    )
+    if not os.environ.get("CU_FAST_ARCHS"):
+        missing = {"80", "86", "89", "90a", "100", "120", "PTX 90"} - {*holds}
+        check(not missing, f"the library holds nothing for {sorted(missing)}; a newer nvcc knows them")
+
+
+def main() -> None:
+    check(len(sys.argv) == 2, "usage: python tests/wheel_check.py torch==2.13.0")
+    wheels = list((ROOT / "dist").glob("cu_fast-*.whl"))
+    check(
+        len(wheels) == 1, f"dist must hold one wheel, holds {[wheel.name for wheel in wheels]}: rm -r dist; make wheel"
+    )
+    check_file(wheels[0])
+    with tempfile.TemporaryDirectory() as folder:
+        check_machine_code(*check_installed(wheels[0], sys.argv[1], Path(folder)))
+    print("the wheel is good")
+
+
+if __name__ == "__main__":
+    main()
