@@ -91,5 +91,5 @@ class TestEnds:
 
 
 def test_nothing_is_read_or_written_beyond_a_tensor():
-    done = emulation.run_under_address_sanitizer(["tests/test_cuda_coverage.py", "-k", "TestEnds"])
+    done = emulation.run_under_address_sanitizer(["tests/test_cuda_coverage.py", "-s", "-k", "TestEnds"])
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

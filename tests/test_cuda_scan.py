@@ -14,7 +14,7 @@ from test_cuda_kernels import INF, NAN, NO_MASK, call, normal, plane_of, pytestm
 from cu_fast import reference
 
 __all__ = ["pytestmark"]
-PLACES = 160  # kCandidates of the emulation
+PLACES = 300  # kCandidates of the emulation
 CHUNK = 136
 
 

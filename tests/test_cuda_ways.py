@@ -40,7 +40,7 @@ class TestWays:
         for codes in (normal(1, 40, seed=1).expand(700, 40), normal(1, 40, seed=1) + 1e-5 * normal(700, 40)):
             assert Scan(z, codes, k=5).check()["overflowed"] == CHUNK
             agrees(z, codes, 5)
-        # 160 places are enough for 160, and not for 161.
+        # The places are enough for as many, and not for one more.
         for C, way in ((PLACES, "certified"), (PLACES + 1, "overflowed")):
             codes = normal(1, 40, seed=1).expand(C, 40)
             scan = Scan(z, codes, k=5)
@@ -116,7 +116,8 @@ class TestWays:
     def test_tiles_and_widths(self, T, kernel, stage):
         kernels()
         wgmma = kernel == "scan_codes_sm90<"
-        for C, E in ((600, 1), (264, 33), (8, 32 * (4 * stage + 5) + 7)):  # more than the four stages that there are
+        # A third tile, which a block begins while others read its second; more stages than the four that there are.
+        for C, E in ((264, 1), (600, 64 * stage - 5), (8, 32 * (4 * stage + 5) + 7)):
             z, codes = normal(T, E), normal(C, E, seed=1)
             Scan(z, codes, k=1, wgmma=wgmma).check()
             agrees(z, codes, 1, wgmma=wgmma)

@@ -91,7 +91,7 @@ struct SomeTokens {
   CU_FAST_DEVICE static int code(int) { return thread_index() / 4; }
 
   // dots[m][n] for tokens t0 .., codes c0 ..; all threads of a quad get them. Sets bit t of *faulty (shared,
-  // zero before) where row t of z has NaN or Inf. Both are there for all threads after a sync_block.
+  // zero before) where row t of z has NaN or Inf: there for all threads, if there are entries at all.
   CU_FAST_DEVICE static void dots(const ScoreParams& p, int64_t t0, int64_t c0, Shared& shared,
                                   uint32_t* faulty, float (&dots)[kM][kN]) {
     const bool z_fours = reads_fours(p.z), codes_fours = reads_fours(p.codes);

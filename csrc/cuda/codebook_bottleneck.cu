@@ -34,7 +34,7 @@ finish_decode(BottleneckParams p, DecodeParams decode) {
       shared.hits = hits;
     }
   }
-  sync_block();
+  // decode_columns begins with a barrier.
   const auto slot = [&](int64_t i) {
     const uint64_t key = shared.kept[i];
     if (shared.poisoned) return DecodeSlot{-1, quiet_nan()};

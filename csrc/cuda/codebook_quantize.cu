@@ -93,7 +93,6 @@ select_exact(SelectJob job) {
       gone.merge();
     }
   }
-  sync_block();
 
   for (int t = warp; t < Tile::kTokens; t += kWarps) {
     if ((wanted >> t & 1) == 0) continue;
@@ -102,7 +101,6 @@ select_exact(SelectJob job) {
       p.kept[row + i * p.parts] = shared.kept[t][i];
       if (p.deleted != nullptr) p.deleted[row + i * p.parts] = shared.deleted[t][i];
     }
-    sync_warp();
     const bool poisoned = (shared.faulty >> t & 1) != 0 || !MaskRow(p.mask, t0 + t).exists();
     if (poisoned && lane == 0) p.kept[row] = kPoison;
   }

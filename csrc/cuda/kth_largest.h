@@ -26,15 +26,14 @@ CU_FAST_DEVICE float from_ordered(uint32_t x) {
   return std::bit_cast<float>(x >> 31 ? x & 0x7fffffffu : ~x);
 }
 
-// value(i) for i in [0, n); NaN and -inf do not count. -inf if fewer than k are left. For all threads of the
-// block.
+// Of value(i), i in [0, n); NaN and -inf do not count; -inf if fewer than k are left. All threads of the
+// block get it. Once a kernel.
 template <class Value>
 CU_FAST_DEVICE float kth_largest(int64_t n, int64_t k, const Value& value, KthShared& shared) {
   uint32_t prefix = 0;
-  int32_t left =
-      static_cast<int32_t>(k);  // the k-th largest is the left-th of those that begin with the prefix
+  // The k-th largest is the left-th of those that begin with the prefix.
+  int32_t left = static_cast<int32_t>(k);
   for (int shift = 24; shift >= 0; shift -= 8) {
-    sync_block();
     shared.count[thread_index()] = 0;
     sync_block();
     for (int64_t i = thread_index(); i < n; i += kThreads) {

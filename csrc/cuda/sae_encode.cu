@@ -30,7 +30,7 @@ sae_encode_tile(EncodeParams p) {
   const int64_t t0 = int64_t{block_index_y()} * Tile::kTokens, c0 = int64_t{block_index_x()} * Tile::kCodes;
   float dots[Tile::kM][Tile::kN];
   Tile::dots(p.score, t0, c0, shared.tile, &shared.faulty, dots);
-  sync_block();
+  sync_block();  // faulty is there, of a row without entries too
   each_pair<Tile>(dots, [&](int token, int code, float dot) {
     const int64_t t = t0 + token, j = c0 + code;
     if (t >= p.score.T || j >= p.score.C) return;

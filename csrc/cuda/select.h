@@ -18,7 +18,7 @@ namespace cu_fast {
 struct SelectTuning {
 #ifdef CU_FAST_EMULATED
   static constexpr int64_t kChunk = 136;  // more than a tile of scan_codes
-  static constexpr int64_t kCandidates = 160;
+  static constexpr int64_t kCandidates = 300;  // more than a block of score_candidates looks at together
   static constexpr int64_t kSampleShare = 4;
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
