@@ -83,6 +83,7 @@ class ScanArguments {
     check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
           "scan_plane, scan_terms and scan_mean must be given together");
     if (!plane) return;
+    check(E <= kMaxScanWidth, "codes are ", E, " wide; an int8 scan needs at most ", kMaxScanWidth);
     check_shape("scan_plane", *plane, "[ceil(C / 64), ceil(E / 4), 64, 4]",
                 {scan_groups(C), scan_width(E) / 4, kScanGroup, 4});
     check_dtype("scan_plane", *plane, ScalarType::Byte);

@@ -169,7 +169,7 @@ scan_rows(SelectJob job) {
   RowTerms terms;
   terms.unit = unit;
   terms.mean_dot = mean_dot;
-  terms.norm_in = fmaxf(sqrtf(squares_in) * grow, 0x1p-60f);  // not zero: infinity times it is infinity
+  terms.norm_in = sqrtf(squares_in) * grow;
   terms.miss =
       sqrtf(misses) * grow + 0x1p-22f * norm;  // the second: rounding of unit * whole, and of z minus it
   terms.half_l1_out = 0.5f * l1_out * grow;

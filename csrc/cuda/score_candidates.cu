@@ -72,8 +72,8 @@ score_candidates(SelectJob job) {
   const float* const row = job.work.z + token * round_up(p.score.E, kLanes);
   const bool fours = reads_fours(p.score.codes);
 
-  // A canonical score is a better bound than any.
-  const auto known = [&](int64_t i) { return id[i] >= 0 && scored[i] == scored[i] ? scored[i] : lower[i]; };
+  // A canonical score is a better bound than any. Deleted codes have none by now: their lower bound is -inf.
+  const auto known = [&](int64_t i) { return scored[i] == scored[i] ? scored[i] : lower[i]; };
   const float tau = kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
   if (kFirst && tau == -INFINITY) return;  // fewer than k: all are scored by the rest
   if constexpr (!kFirst) {

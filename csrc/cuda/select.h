@@ -17,7 +17,7 @@ namespace cu_fast {
 // Sizes to keep a GPU busy, and smaller ones for the emulation, whose tests are to take every path.
 struct SelectTuning {
 #ifdef CU_FAST_EMULATED
-  static constexpr int64_t kChunk = 136;  // more than a tile of scan_codes
+  static constexpr int64_t kChunk = 136;       // more than a tile of scan_codes
   static constexpr int64_t kCandidates = 300;  // more than a block of score_candidates looks at together
   static constexpr int64_t kSampleShare = 4;
   static constexpr double kScanStart = 0;

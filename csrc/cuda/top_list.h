@@ -50,7 +50,6 @@ class TopList {
     const int lane = lane_index();
     sync_warp();
     const uint64_t mine = sorted(lane < queued_ ? queue_[lane] : kEmpty);
-    sync_warp();
     queue_[lane] = mine;
     sync_warp();
     const int64_t place = lane + beaten_by_list(mine);
@@ -62,7 +61,6 @@ class TopList {
       if (moves > 0 && i + moves < k_) list_[(i + moves) * stride_] = key;
       if (!any_lane(moves > 0 || key == kEmpty)) break;
     }
-    sync_warp();
     if (mine != kEmpty && place < k_) list_[place * stride_] = mine;
     sync_warp();
     worst_ = list_[(k_ - 1) * stride_];
