@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from cu_fast import _native, reference
+from cu_fast import _native, reference, triton
 
 logger = logging.getLogger("cu_fast")
 
 
 def available_impls() -> dict[str, str | None]:
     """Every implementation and why it cannot run here, None where it can."""
-    return {"reference": None, "cpu": _native.failure(), "cuda": _native.cuda_failure()}
+    return {
+        "reference": None,
+        "cpu": _native.failure(),
+        "cuda": _native.cuda_failure(),
+        "triton": triton.failure(torch.device("cuda")),
+    }
 
 
 def resolve(impl: str, device: torch.device) -> str:
@@ -28,12 +33,12 @@ def resolve(impl: str, device: torch.device) -> str:
         return _auto(device.type, device.index)
     if impl == "reference":
         return impl
-    if impl not in ("cpu", "cuda"):
-        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference', 'cpu' or 'cuda'")
+    if impl not in ("cpu", "cuda", "triton"):
+        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference', 'cpu', 'cuda' or 'triton'")
     reason = _explicit_failure(impl, device.type, device.index)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} is not available: {reason}")
-    if device.type not in (impl, "meta"):
+    if impl != "triton" and device.type not in (impl, "meta"):
         raise RuntimeError(
             f"impl={impl!r} needs {impl.upper()} tensors, these are on {device}; move them, or use 'auto'"
         )
@@ -42,7 +47,9 @@ def resolve(impl: str, device: torch.device) -> str:
 
 @functools.cache
 def failure(impl: str, device: torch.device) -> str | None:
-    """Why the native kernels of "cpu" or "cuda" cannot run, None where they can. Asked once a device."""
+    """Why the kernels of "cpu", "cuda" or "triton" cannot run, None where they can. Asked once a device."""
+    if impl == "triton":
+        return triton.failure(device)
     if impl == "cpu":
         return _native.failure()
     return _native.cuda_failure(device if device.type == "cuda" else None)
@@ -75,9 +82,10 @@ def _announced(device_type: str, index: int | None) -> str:
 
 
 def choose(op: str, impl: str, device: torch.device):
-    if resolve(impl, device) == "reference":
+    chosen = resolve(impl, device)
+    if chosen == "reference":
         return getattr(reference, op)
-    return getattr(torch.ops.cu_fast, op)
+    return triton.operator(op) if chosen == "triton" else getattr(torch.ops.cu_fast, op)
 
 
 def choose_scanning(op: str, impl: str, device: torch.device, scan: tuple | None) -> tuple[Any, tuple]:

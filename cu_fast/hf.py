@@ -46,7 +46,7 @@ def attach(model: nn.Module, source: str | Path | Mapping[str, BottleneckConfig]
         model: a ``transformers`` model, dispatched over devices or not, not yet compiled.
         source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
             layer's name in ``model.named_modules()``, for fresh bottlenecks.
-        impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu" or "cuda".
+        impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The

@@ -12,8 +12,8 @@ contiguous is copied; outputs never alias inputs, and inputs are never written t
 A mask is ``mask_table``, int32 [U, ceil(C/32)] (bit j % 32 of word j // 32 set = code j deleted), with
 ``mask_row``, int32 [T]: the row that holds for each token, -1 = nothing deleted. Give both or neither.
 
-``impl`` is "auto", "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels). An explicit choice
-never falls back. On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs:
+``impl`` is "auto", "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels), or "triton", which
+"auto" does not take. An explicit choice never falls back. On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs:
 a mask_row that is no row of the table, or an id beyond it, makes the token's row NaN instead of raising. All operators
 are for inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
 """
@@ -159,9 +159,10 @@ def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane |
     if scan == "fp32" or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
         return None
     failure = impl_failure("cuda" if codes.device.type == "cuda" else "cpu", codes.device)
-    if failure is None and codes.device.type != "meta":
-        pack = reference.pack_scan if codes.device.type == "cuda" else torch.ops.cu_fast.pack_scan
-        return ScanPlane(*pack(codes, inv_norm))
+    if failure is None and codes.device.type == "cpu":
+        return ScanPlane(*torch.ops.cu_fast.pack_scan(codes, inv_norm))
+    if codes.device.type == "cuda" and (failure is None or impl_failure("triton", codes.device) is None):
+        return ScanPlane(*reference.pack_scan(codes, inv_norm))
     if scan == "int8":
         raise RuntimeError(f"scan='int8' is for the native kernels, which cannot run: {failure or codes.device}")
     return None
@@ -185,7 +186,7 @@ def codebook_quantize(
         k: codes kept a token, 1 <= k <= C.
         mask_table, mask_row: see the module's docstring. A deleted code cannot come out.
         return_hits: also count, for each token, the deleted codes that would have been among its k.
-        impl: "auto", "reference", "cpu" or "cuda".
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         Selection(scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or None).
@@ -229,7 +230,7 @@ def sae_encode(
         k: None for dense z; else the latents kept a token, 1 <= k <= E.
         mask_table, mask_row: only with k; see the module's docstring.
         scan: only with k: ``pack_codes(W_enc, "dot").scan``, or None. The results do not depend on it.
-        impl: "auto", "reference", "cpu" or "cuda".
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that what is selected from it does
@@ -285,7 +286,7 @@ def masked_decode(
         bias: [D] or None. residual: [T, D] or None.
         mask_table, mask_row: see the module's docstring. A deleted code's weight becomes 0.
         reduce: "sum", or "mean", which divides by k whatever was deleted.
-        impl: "auto", "reference", "cpu" or "cuda".
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         y [T, D] in table's dtype.
@@ -345,7 +346,7 @@ def codebook_bottleneck(
         k: codes kept a token.
         weight: of a selected code: 1, 1 / k ("mean"), or relu(score).
         receipt: int64 [2], added to in place: T, and the codes that the mask took from these tokens; or None.
-        impl: "auto", "reference", "cpu" or "cuda".
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         y [T, D] in table's dtype.

@@ -1,4 +1,4 @@
-"""Who may import whom: cli -> {train, unlearn, verify, demo} -> hf -> nn -> ops -> {native, reference}. Never upward, never sideways."""
+"""Who may import whom: cli -> {train, unlearn, verify, demo} -> hf -> nn -> ops -> {native, reference, triton}. Never upward, never sideways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "_native": set(),
     "reference": set(),
     "_checks": set(),
-    "_impl": {"_native", "reference"},
+    "_impl": {"_native", "reference", "triton"},
     "ops": {"_checks", "_impl", "_native", "reference"},
     "masks": set(),
     "config": set(),
@@ -76,6 +76,11 @@ def test_every_import_follows_the_arrows():
     assert not any(wrong.values()), wrong
 
 
+def test_the_triton_kernels_know_nobody():
+    wrong = {path.name: imported(path) - {"triton"} for path in PACKAGE.glob("triton/*.py")}
+    assert wrong and not any(wrong.values()), wrong
+
+
 def test_only_hf_knows_transformers_models():
     knows = {path.stem for path in PACKAGE.glob("*.py") if "transformers.models" in path.read_text()}
     assert knows <= {"hf"}
@@ -88,6 +93,8 @@ def test_torch_headers_stop_at_the_host_files():
         *csrc.glob("cpu/*-inl.h"),
         *csrc.glob("cpu/*_avx*.cpp"),
         *csrc.glob("cpu/*_scalar.cpp"),
+        *csrc.glob("cuda/*.cu"),
+        *(path for path in csrc.glob("cuda/*.h") if path.name != "host.h"),
     ]:
         assert "torch/" not in path.read_text(), f"{path} includes a torch header"
 

@@ -1,0 +1,128 @@
+"""What the Triton kernels share: canonical scores, the total order as one integer, which codes are deleted.
+
+    dot(t, j) = 16 partials, l adds z[e] c[e] for e = l, l + 16, ... in order; then l with l + 8, l + 4, l + 2, l + 1
+
+A product is rounded, then the sum: every kernel is compiled with enable_fp_fusion=False. The tree is made of splits in
+a stated order, never of tl.sum, whose order is Triton's own.
+
+    key = [ score as a signed number that grows with it : 32 | 2^31 - 1 - id : 32 ], int64
+
+A better code has the larger key: higher score, then smaller id. Scores in keys are finite, and never -0.0. Keys below
+EMPTY + 2^32 are places that no code has taken; a list's may differ from each other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EMPTY = tl.constexpr(-(2**63))
+FIRST_KEY = tl.constexpr(-(2**63) + 2**32)  # every key of a code is above
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) <= FLT_MAX
+
+
+@triton.jit
+def widened(pointers, inside):
+    """Entries of any dtype as fp32, zeros outside."""
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tree_sum(partial, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_T, BLOCK_C, 16] -> [BLOCK_T, BLOCK_C]: l with l + 8, then l + 4, l + 2, l + 1."""
+    low, high = tl.split(tl.permute(tl.reshape(partial, (BLOCK_T, BLOCK_C, 2, 8)), (0, 1, 3, 2)))
+    low, high = tl.split(tl.permute(tl.reshape(low + high, (BLOCK_T, BLOCK_C, 2, 4)), (0, 1, 3, 2)))
+    low, high = tl.split(tl.permute(tl.reshape(low + high, (BLOCK_T, BLOCK_C, 2, 2)), (0, 1, 3, 2)))
+    low, high = tl.split(low + high)
+    return low + high
+
+
+@triton.jit
+def canonical_dots(
+    z, z_stride, t, has_t, codes, code_stride, j, has_j, pre, E,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Of rows t [BLOCK_T] of z - pre and codes j [BLOCK_C]: dots [BLOCK_T, BLOCK_C], and which rows hold NaN or Inf."""
+    lane = tl.arange(0, 16)[None, None, :]
+    z_rows = z + t.to(tl.int64)[:, None, None] * z_stride
+    code_rows = codes + j.to(tl.int64)[None, :, None] * code_stride
+    has_z, has_code = has_t[:, None, None], has_j[None, :, None]
+    partial = tl.zeros([BLOCK_T, BLOCK_C, 16], tl.float32)
+    faulty = tl.zeros([BLOCK_T, 1, 16], tl.int32)
+    for first in range(0, E, 16 * UNROLL):
+        for step in tl.static_range(UNROLL):
+            e = first + step * 16 + lane
+            row = widened(z_rows + e, has_z & (e < E))
+            if pre is not None:
+                row = row - tl.load(pre + e, mask=e < E, other=0.0)
+            code = widened(code_rows + e, has_code & (e < E))
+            faulty |= tl.where(is_finite(row), 0, 1)
+            partial += row * code
+    faulty = tl.max(tl.reshape(faulty, (BLOCK_T, 16)), 1)
+    return tree_sum(partial, BLOCK_T, BLOCK_C), faulty != 0
+
+
+@triton.jit
+def ordered(x):
+    """fp32 as int32 that grows with it: no NaN, no -0.0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_ordered(x):
+    return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_of(dots, j, has_j, inv_norm, bias):
+    """Keys of codes j [BLOCK_C] from their dots [BLOCK_T, BLOCK_C]; EMPTY where a score is not finite."""
+    scores = dots
+    if inv_norm is not None:
+        scores = scores * tl.load(inv_norm + j, mask=has_j, other=0.0)[None, :]
+    if bias is not None:
+        scores = scores + tl.load(bias + j, mask=has_j, other=0.0)[None, :]
+    scores = tl.where(scores == 0, 0.0, scores)  # -0.0 becomes +0.0
+    keys = (ordered(scores).to(tl.int64) << 32) | (0x7FFFFFFF - j).to(tl.int64)[None, :]
+    return tl.where(has_j[None, :] & is_finite(scores), keys, EMPTY)
+
+
+@triton.jit
+def score_of(key):
+    return from_ordered((key >> 32).to(tl.int32))
+
+
+@triton.jit
+def id_of(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def mask_rows(mask_row, t, has_t, U):
+    """The mask table's row of tokens t, -1 where nothing is deleted, and whether it exists."""
+    row, exists = tl.where(has_t, -1, -1), has_t
+    if mask_row is not None:
+        given = tl.load(mask_row + t, mask=has_t, other=-1)
+        exists = (given >= -1) & (given < U)
+        row = tl.where(exists, given, -1)
+    return row, exists
+
+
+@triton.jit
+def is_deleted(mask_table, words, row, j, wanted):
+    """Whether codes j are deleted by rows of the table; row, j and wanted of one shape, or broadcast to it."""
+    word = tl.load(mask_table + row.to(tl.int64) * words + j // 32, mask=wanted & (row >= 0), other=0)
+    return ((word >> (j % 32)) & 1) != 0
+
+
+@triton.jit
+def rounded_bf16(x):
+    """fp32 to the bits of bf16, to nearest, ties to even; int16. The interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, near).to(tl.int16)

@@ -1,0 +1,208 @@
+"""How the Triton kernels are cut: pure, printable choices by architecture and shape. No result depends on them.
+
+There is no autotuning: a choice is a row of TABLE, which was compiled for every architecture before it was shipped
+(tests/test_triton_kernels.py), plus the rules of :func:`choose` and :func:`plan`. No row was measured yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The architectures that a row was chosen for, and the shared memory that a program may have there, in bytes. Others take
+# the row of the one before them in this order, AMD's that of gfx942.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+
+# Codes kept in registers by a program of score_codes: the smallest that k fits into; a larger k goes through memory.
+LISTS = (16, 64, 256)
+MAX_SCAN_K = LISTS[-1]
+
+
+class Config(NamedTuple):
+    """Of a kernel: its tiles, by the names of its parameters, and what Triton is told."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int = 2
+
+    def block(self, name: str) -> int:
+        """BLOCK_T by "T"; others by their name."""
+        return dict(self.blocks)[_parameter(name)]
+
+
+class Tuning(NamedTuple):
+    """Sizes that a GPU should be kept busy with; tests take smaller ones, to walk every path."""
+
+    chunk: int = 256  # tokens that go through the scan together
+    candidates: int = 8192  # places for a row's candidates; what does not fit is scored exactly
+    sample_share: int = 16  # one tile of codes in so many gives the first threshold
+    scan_start: float = 60.0  # microseconds that the scan's kernels take to start
+    keys: int = 1 << 22  # kept in memory at a time where k is too large for a list
+
+
+TUNING = Tuning()
+
+
+class Plan(NamedTuple):
+    """A selection: tokens at a time, parts of the codes that score_codes takes, and the scan's share of it."""
+
+    scans: bool
+    chunk: int
+    parts: int
+    part_codes: int
+    score_parts: int
+    sample_tiles: int
+    candidates: int
+
+
+def _parameter(name: str) -> str:
+    return f"BLOCK_{name}" if len(name) == 1 else name
+
+
+def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
+    return Config(tuple((_parameter(name), size) for name, size in blocks.items()), num_warps, num_stages)
+
+
+# By kernel, then by what it is chosen for: of "many gfx942" and "many" the first, where its architecture is in the name.
+TABLE = {
+    "score_codes": {
+        "one": _config(4, T=1, C=64, UNROLL=8),
+        "few": _config(4, T=4, C=64, UNROLL=4),
+        "many": _config(8, T=16, C=64, UNROLL=2),
+        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+    },
+    "encode_tile": {
+        "one": _config(4, T=1, C=64, UNROLL=8),
+        "few": _config(4, T=4, C=64, UNROLL=4),
+        "many": _config(8, T=16, C=64, UNROLL=2),
+        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+    },
+    "finish": {"small": _config(4, N=1024), "large": _config(8, N=4096)},
+    "scan_rows": {"all": _config(4, E=1024, STEP=64)},
+    "scan_codes": {
+        "few": _config(4, 4, T=16, C=128, E=64),
+        "many": _config(8, 4, T=64, C=128, E=64),
+        "many sm_100": _config(8, 4, T=32, C=128, E=64),
+        "many gfx942": _config(8, 2, T=64, C=128, E=64),
+    },
+    "scan_threshold": {"all": _config(4, N=2048)},
+    "narrow": {"all": _config(8, N=2048)},
+    "score_candidates": {"all": _config(4, C=32, UNROLL=8)},
+    "gather_sum": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
+}
+
+
+def family(arch: str) -> str:
+    """The architecture of SHARED_MEMORY whose rows another one takes."""
+    if not arch.startswith("sm_"):
+        return "gfx942"
+    number = int(arch[3:])
+    return max((known for known in SHARED_MEMORY if known[:3] == "sm_" and int(known[3:]) <= number),
+               key=lambda known: int(known[3:]), default="sm_80")  # fmt: skip
+
+
+def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.dtype) -> Config:
+    """The tiles of a kernel for T tokens, C codes of width E (D for gather_sum), k codes kept.
+
+    arch: "sm_90", "gfx942", ... dtype: of the codes, or the table.
+    """
+    if kernel in ("score_codes", "encode_tile"):
+        name = "one" if T == 1 else "few" if T <= 4 else "many"
+    elif kernel == "scan_codes":
+        name = "few" if T <= 16 else "many"
+    elif kernel == "finish":
+        name = "small" if T > 64 and k <= LISTS[-1] else "large"
+    elif kernel == "gather_sum":
+        name = "wide" if E > 1024 else "narrow"
+    else:
+        name = "all"
+    rows = TABLE[kernel]
+    row = rows.get(f"{name} {family(arch)}", rows[name])
+    return _with_list(row, next((n for n in LISTS if k <= n), 0)) if kernel == "score_codes" else row
+
+
+def _with_list(row: Config, keep: int) -> Config:
+    T = min(row.block("T"), 8) if keep == LISTS[-1] else row.block("T")  # more would spill
+    return row._replace(blocks=(("BLOCK_T", T), *row.blocks[1:], ("BLOCK_K", keep)))
+
+
+def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
+    """How a selection is cut. The scan reads a byte an entry, but starts more kernels: by rates of an H100, unmeasured."""
+    entries = C * E
+    code_bytes = 2 if dtype in (torch.float16, torch.bfloat16) else 4
+    exact = max(entries * code_bytes / 3e6, T * entries / 8e6)
+    scan = TUNING.scan_start + max(entries / 3e6, T * entries / 300e6)
+    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan < exact
+    tile = choose("score_codes", arch, T, E, C, k, dtype)
+    if scans:
+        chunk = min(T, TUNING.chunk)
+    elif tile.block("K") > 0:
+        chunk = min(T, 1 << 16)
+    else:
+        chunk = min(T, max(TUNING.keys // C, 1))
+    chunk = max(chunk, 1)
+    parts = max(1, min(_ceil(2 * multiprocessors, _ceil(chunk, tile.block("T"))), _ceil(C, tile.block("C"))))
+    part_codes = _ceil(_ceil(C, parts), tile.block("C")) * tile.block("C")
+    width = choose("scan_codes", arch, T, E, C, k, dtype).block("C")
+    sample = max(_ceil(_ceil(C, width), TUNING.sample_share), _ceil(16 * k, width))
+    score_parts = max(1, min(16, 2 * multiprocessors // chunk))
+    return Plan(
+        scans, chunk, _ceil(C, part_codes), part_codes, score_parts, min(sample, _ceil(C, width)), TUNING.candidates
+    )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def configurations() -> Iterator[tuple[str, str, Config]]:
+    """Every configuration that ships: kernel, what it is chosen for, tiles."""
+    for kernel, rows in TABLE.items():
+        for name, row in rows.items():
+            if kernel == "score_codes":
+                for keep in (*LISTS, 0):
+                    yield kernel, f"{name}, list of {keep}", _with_list(row, keep)
+            else:
+                yield kernel, name, row
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942"; of a CPU, where the interpreter runs, "sm_80"."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """While it lasts, launches go to the device of a tensor."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def options(config: Config) -> dict:
+    """What Triton's compiler is told. Products and sums are never fused: canonical scores are defined that way."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+
+
+def start(kernel, programs: int, config: Config, **arguments) -> None:
+    """Start a kernel."""
+    kernel[(programs,)](**arguments, **dict(config.blocks), **options(config))
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix, copied if its rows are not contiguous."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """A vector as contiguous fp32, or None."""
+    return None if x is None else x.float().contiguous()
