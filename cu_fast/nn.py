@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cu_fast import ops, reference
+from cu_fast._autograd import gather_dot
+from cu_fast._nn_training import TrainingPath
 from cu_fast.config import BottleneckConfig
 
 # A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
-SEED_ROWS = 20_000  # tokens that an encoder's start is computed from
 FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
 
 
@@ -85,12 +86,12 @@ class Codebook(nn.Module):
         return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
 
     def similarities(self, z: Tensor, ids: Tensor) -> Tensor:
-        """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]."""
-        codes = F.embedding(ids.clamp(min=0), self.codes)
-        scores = torch.einsum("te,tke->tk", z, codes)
-        if self.similarity == "cosine":
-            return scores / codes.norm(dim=-1).clamp(min=1e-12)
-        return scores - 0.5 * codes.square().sum(-1) if self.similarity == "l2" else scores
+        """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]; id -1 scores 0."""
+        scores = gather_dot(ids, z, self.codes)
+        if self.similarity == "dot":
+            return scores
+        norms = gather_dot(ids, z.new_ones(len(z), 1), self.codes.norm(dim=-1, keepdim=True))
+        return scores / norms.clamp(min=1e-12) if self.similarity == "cosine" else scores - 0.5 * norms.square()
 
     def usage(self) -> dict[str, float]:
         """How the codes were used since ``reset_usage()``.
@@ -128,7 +129,7 @@ class Codebook(nn.Module):
         return len(dead)
 
 
-class CodebookBottleneck(nn.Module):
+class CodebookBottleneck(TrainingPath):
     """x [..., D] -> y [..., D], through the k codes most similar to each token.
 
     ``impl`` is handed to every operator, ``scan`` to ``ops.pack_codes`` (after changing it, call ``fold()``);
@@ -154,10 +155,6 @@ class CodebookBottleneck(nn.Module):
             self.register_buffer(f"folded_{name}", None, persistent=False)
         self._folded_version: tuple | None = None
         self._sha256: tuple[tuple, str] | None = None
-        self._last_z: Tensor | None = None
-        self.losses: dict[str, Tensor] = {}
-        # Training only: which positions of the batch are tokens, bool [...]; the rest, padding, is left out.
-        self.token_mask: Tensor | None = None
         self.register_load_state_dict_post_hook(_fold_loaded)
 
     def forward(self, x: Tensor, mask_table: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
@@ -352,107 +349,6 @@ class CodebookBottleneck(nn.Module):
         self.train(self.training)
         return kept
 
-    # -- training --------------------------------------------------------------------------------------------
-
-    def _forward_training(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.config.d_model).float()
-        real = None
-        if self.token_mask is not None and self.token_mask.shape == x.shape[:-1]:
-            real = self.token_mask.flatten().nonzero()[:, 0]
-            whole, flat = flat, flat[real]
-        if self.config.normalize:
-            self._update_rms(flat.detach())
-        x_scaled = flat / self.rms
-        z = x_scaled if self.autoencoder is None else self.autoencoder.encode(x_scaled)
-        ids, weights = self._select_training(z)
-        codes = self.codebook.codes
-        q = F.embedding_bag(ids, codes, per_sample_weights=weights, mode="sum")
-        used = q
-        if self.config.code_dropout:
-            alive = torch.rand(len(codes), device=z.device) >= self.config.code_dropout
-            used = F.embedding_bag(ids, codes, per_sample_weights=weights * alive[ids], mode="sum")
-        # Straight-through: the value is q's; z receives q's gradient, and so do the codes that make it up.
-        through = used + (z - z.detach())
-        y = through if self.autoencoder is None else self.autoencoder.decode(through)
-        x_scale, z_scale = _variance(x_scaled), _variance(z)
-        self.losses = {
-            "reconstruction": (y - x_scaled.detach()).square().mean() / x_scale,
-            "commitment": (z - q.detach()).square().mean() / z_scale,
-            "codebook": (q - z.detach()).square().mean() / z_scale,
-            "l1": self.codebook.codes.abs().mean(),
-        }
-        y = y * self.rms
-        if real is not None:
-            y = whole.index_copy(0, real, y)
-        return y.to(x.dtype).reshape(x.shape)
-
-    def _select_training(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The exact selection of evaluation: z [T, E] -> ids int64 [T, k] and differentiable weights [T, k]."""
-        book = self.codebook
-        self._last_z = z.detach()
-        ids = ops.codebook_quantize(self._last_z, book.pack(self.scan), k=self.config.k, impl=self.impl).ids.long()
-        kept = ids >= 0
-        ids = ids.clamp(min=0)
-        book.counts.scatter_add_(0, ids.flatten(), kept.flatten().long())
-        weights = kept.to(z.dtype)
-        if self.config.weight == "mean":
-            weights = weights / self.config.k
-        elif self.config.weight == "score":
-            weights = weights * torch.relu(book.similarities(z, ids))
-        return ids, weights
-
-    @torch.no_grad()
-    def _update_rms(self, x: Tensor) -> None:
-        # A plain mean over the first hundred steps, an exponential one after that.
-        self.rms_steps += 1
-        momentum = (1.0 / self.rms_steps).clamp(min=0.01)
-        self.rms.copy_(torch.lerp(self.rms.square(), x.square().mean(), momentum.float()).sqrt().clamp(min=1e-6))
-
-    def auxiliary_loss(self) -> Tensor:
-        """The weighted sum of ``losses`` of the last training forward: a scalar to add to the task's loss.
-
-        Reconstruction is a squared error relative to x's variance, commitment and codebook to z's.
-
-        Raises:
-            RuntimeError: no training forward has run.
-        """
-        if not self.losses:
-            raise RuntimeError("no auxiliary loss yet; run a forward pass in training mode first")
-        return sum(getattr(self.config, f"{name}_weight") * loss for name, loss in self.losses.items())
-
-    def usage(self) -> dict[str, float]:
-        return self.codebook.usage()
-
-    @torch.no_grad()
-    def seed_codes(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the scale, the encoder and the codes from data: x [..., D] is a sample of the layer's output.
-
-        An encoder narrower than the model starts at the sample's first right singular vectors, and the decoder at
-        their transpose. Each code becomes the z of a random token, divided by k where k codes are summed.
-        """
-        flat = x.detach().reshape(-1, self.config.d_model).float()
-        if self.config.normalize:
-            self._update_rms(flat)
-        z, sae = flat / self.rms, self.autoencoder
-        if sae is not None:
-            if self.config.code_dim < self.config.d_model:
-                rows = torch.randperm(len(z), generator=generator)[:SEED_ROWS].to(z.device)
-                axes = torch.linalg.svd(z[rows], full_matrices=False).Vh[: self.config.code_dim]
-                sae.W_enc[: len(axes)] = axes  # fewer rows than code_dim give fewer axes
-                sae.W_dec.copy_(sae.W_enc.T)
-            z = sae.encode(z)
-        rows = torch.randint(len(z), (self.config.num_codes,), generator=generator).to(z.device)
-        share = self.config.k if self.config.weight == "one" else 1
-        self.codebook.codes.copy_(z[rows] / share)
-
-    def reseed_dead(self, generator: torch.Generator | None = None) -> int:
-        """Move the codes not kept since the last call onto tokens of the last batch; returns how many."""
-        if self._last_z is None:
-            raise RuntimeError("no tokens to seed from yet; run a forward pass in training mode first")
-        moved = self.codebook.reseed_dead(self._last_z, generator)
-        self.codebook.reset_usage()
-        return moved
-
 
 class _NoGradient(torch.autograd.Function):
     """Evaluation has no gradient; asking for one is an error, not a zero."""
@@ -470,12 +366,6 @@ class _NoGradient(torch.autograd.Function):
 
 def _fold_loaded(bottleneck: CodebookBottleneck, _) -> None:
     bottleneck.train(bottleneck.training)
-
-
-def _variance(x: Tensor) -> Tensor:
-    """Mean squared distance from the mean row, without a gradient: what an error is measured against."""
-    x = x.detach()
-    return (x - x.mean(0)).square().mean().clamp(min=1e-12)
 
 
 def _tensor_version(tensor: Tensor) -> tuple[int, int]:

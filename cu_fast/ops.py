@@ -122,7 +122,7 @@ def pack_codes(
     codes = codes.contiguous()
     inv_norm = reference.inverse_norm(codes) if similarity == "cosine" else None
     if similarity == "l2":
-        bias = -0.5 * reference.canonical_dot(codes, codes)
+        bias = -0.5 * reference.squared_norm(codes)
     elif bias is not None:
         bias = bias.float().contiguous()
     return PackedCodes(codes, similarity, inv_norm, bias, _pack_scan(codes, inv_norm, scan))

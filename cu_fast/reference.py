@@ -16,6 +16,7 @@ from torch import Tensor
 LANES = 16  # partial sums of the canonical dot product
 BLOCK_C = 1024  # codes a tile
 PACK_CODES = 4096  # codes that pack_scan widens at a time
+NORM_CODES = 512  # codes that squared_norm reads at a time
 BLOCK_T = 64  # tokens a tile: bounds the scratch at BLOCK_T * BLOCK_C * LANES floats
 
 
@@ -25,9 +26,9 @@ def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
     16 partial sums, then a tree; multiply, then add, never fused. a [..., E] and b [..., E] broadcast against
     each other and are widened to fp32. Returns fp32 [...].
     """
-    pad = -a.shape[-1] % LANES
-    a = torch.nn.functional.pad(a.float(), (0, pad))
-    b = torch.nn.functional.pad(b.float(), (0, pad))
+    a, b = a.float(), b.float()
+    if pad := -a.shape[-1] % LANES:
+        a, b = torch.nn.functional.pad(a, (0, pad)), torch.nn.functional.pad(b, (0, pad))
     partial = torch.zeros_like(a[..., :LANES] * b[..., :LANES])
     for e in range(0, a.shape[-1], LANES):
         partial += a[..., e : e + LANES] * b[..., e : e + LANES]
@@ -38,9 +39,16 @@ def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
     return partial[..., 0]
 
 
+def squared_norm(codes: Tensor) -> Tensor:
+    """canonical(c, c): codes [C, E] -> fp32 [C]. On a CPU as many at a time as its cache holds."""
+    at_once = codes.device.type != "cpu" or torch.compiler.is_compiling()
+    chunk = len(codes) if at_once else NORM_CODES
+    return torch.cat([canonical_dot(some, some) for some in codes.split(chunk)])
+
+
 def inverse_norm(codes: Tensor) -> Tensor:
     """1 / sqrt(canonical(c, c)), each step rounded to fp32; 0 for a zero code. codes [C, E] -> fp32 [C]."""
-    squared = canonical_dot(codes, codes)
+    squared = squared_norm(codes)
     return torch.where(squared == 0, 0.0, 1.0 / torch.sqrt(squared))
 
 

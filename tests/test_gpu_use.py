@@ -203,6 +203,22 @@ def llama(impl: str):
     return attachment, given, used
 
 
+def test_training_has_the_same_gradient_in_every_run():
+    torch.manual_seed(0)
+    config = BottleneckConfig(d_model=D, code_dim=E, num_codes=2000, k=K, code_dropout=0.1, weight="score")
+    module, x = CodebookBottleneck(config).train().to(DEVICE), torch.randn(500, D, device=DEVICE)
+    x[100:300] = x[0]  # so that some codes have many places
+    module.rms_steps.fill_(10**6)
+    seen = []
+    for _ in range(3):
+        module.zero_grad()
+        module.rms.fill_(1.0)
+        torch.manual_seed(1)
+        module(x).square().sum().backward()
+        seen.append([parameter.grad for parameter in module.parameters()])
+    assert all(identical(tuple(again), tuple(seen[0])) for again in seen[1:])
+
+
 @pytest.mark.parametrize("mask_mode", ["ablate", "reselect"])
 def test_deleted_codes_bite_in_a_model(mask_mode):
     attachment, given, used = llama("auto")
