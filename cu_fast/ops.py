@@ -164,7 +164,7 @@ def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane |
     if codes.device.type == "cuda" and (failure is None or impl_failure("triton", codes.device) is None):
         return ScanPlane(*reference.pack_scan(codes, inv_norm))
     if scan == "int8":
-        raise RuntimeError(f"scan='int8' is for the native kernels, which cannot run: {failure or codes.device}")
+        raise RuntimeError(f"scan='int8' needs kernels for {codes.device} tensors: {failure or 'there are none'}")
     return None
 
 
