@@ -51,6 +51,11 @@ def place_tile(memory, b, begin, along_k, along_columns):
             memory[at] = b[column, k].view(np.uint8)
 
 
+def wrapped(x):
+    """int64 modulo 2^32, as int32."""
+    return x.astype(np.uint64).astype(np.uint32).view(np.int32)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "first, second, along_k, along_columns",
@@ -75,7 +80,6 @@ def test_multiply(machine, seed, groups, first, second, along_k, along_columns):
         a0, a1 = a[:, group].astype(np.int64)
         b0, b1 = b.astype(np.int64)
         before, other = matrix_of_d(d[0, mine]), matrix_of_d(d[3, mine])
-        wrapped = lambda x: x.astype(np.uint64).astype(np.uint32).view(np.int32)  # noqa: E731
         assert np.array_equal(matrix_of_d(out[0, mine]), before), "nothing may be seen before wait_multiplies"
         assert np.array_equal(matrix_of_d(out[1, mine]), wrapped(before + a0 @ b0.T))
         assert np.array_equal(matrix_of_d(out[2, mine]), wrapped(before + a0 @ b0.T + a1 @ b1.T))
