@@ -1,0 +1,179 @@
+"""How much a model knows of what it was asked: per-answer scores, and what unlearning studies make of them.
+
+Whoever wants a masked model's figures calls these inside ``attachment.unlearn(...)``. Every metric is a field's own:
+TOFU's (Maini et al., arXiv 2401.06121: probability, truth ratio, model utility, forget quality), OpenUnlearning's
+extraction strength (Dorna et al., arXiv 2506.12618), ROUGE (rouge-score), BLEU (sacrebleu), METEOR (nltk), the area
+under the ROC curve (scikit-learn), Kolmogorov and Smirnov's test and the bootstrap (scipy). ``pip install
+'cu-fast[eval]'`` brings those libraries.
+
+A row is a dict: {"prompt", "completion"} for a causal model, {"source", "target"} for a sequence-to-sequence one, as
+in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from cu_fast._rows import Collator, encode_row
+
+BATCH_TOKENS = 8192  # positions of a forward pass, padding included
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerScores:
+    """How a model takes given answers, one forward pass, each token given the true ones before it. float64 [N] each.
+
+    log_prob: of the whole answer, nats. tokens: its length, the end mark included. right_prefix: tokens before the
+    first that the model would not have chosen greedily. right_suffix: tokens after the last such.
+    """
+
+    log_prob: np.ndarray
+    tokens: np.ndarray
+    right_prefix: np.ndarray
+    right_suffix: np.ndarray
+
+    @property
+    def probability(self) -> np.ndarray:
+        """P(answer)^(1 / length), what TOFU calls the probability."""
+        return np.exp(self.log_prob / self.tokens)
+
+    @property
+    def extraction_strength(self) -> np.ndarray:
+        """The largest share of an answer that the model completes word for word, given what stands before it."""
+        return self.right_suffix / self.tokens
+
+    @property
+    def kept_share(self) -> np.ndarray:
+        """The share of an answer that greedy generation gets right before it leaves it: 1 = known by heart."""
+        return self.right_prefix / self.tokens
+
+
+@torch.inference_mode()
+def score_answers(model, tokenizer, rows: Sequence[Mapping[str, str]], max_length: int = 512) -> AnswerScores:
+    """Score the completions (or targets) of rows. Raises ValueError for rows with other keys, or none."""
+    if not rows:
+        raise ValueError("rows is empty; give at least one")
+    encoded = [encode_row(tokenizer, row, 0.0, max_length) for row in rows]
+    seq2seq, collate = model.config.is_encoder_decoder, Collator(tokenizer.pad_token_id)
+    figures = np.zeros((4, len(rows)))
+    for batch in _batches([len(row["input_ids"]) + seq2seq * len(row["labels"]) for row in encoded]):
+        inputs = collate([encoded[i] for i in batch])
+        weights = inputs.pop("loss_weights")
+        labels = inputs["labels"] if seq2seq else inputs.pop("labels")
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        logits = model(**inputs).logits.float().cpu()
+        if not seq2seq:
+            logits, labels, weights = logits[:, :-1], labels[:, 1:], weights[:, 1:]
+        counts = weights > 0
+        log_probs = -F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+        wrong = (logits.argmax(-1) != labels) & counts
+        for n, i in enumerate(batch):
+            missed = wrong[n][counts[n]].nonzero()[:, 0]
+            length = int(counts[n].sum())
+            figures[:, i] = (
+                log_probs[n][counts[n]].double().sum(), length,
+                missed[0] if len(missed) else length, length - 1 - missed[-1] if len(missed) else length,
+            )  # fmt: skip
+    return AnswerScores(*figures)
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, rows: Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> list[str]:
+    """Greedy answers to the prompts (or sources) of rows. A causal model's tokenizer has to pad on the left."""
+    seq2seq = model.config.is_encoder_decoder
+    end = tokenizer.eos_token if seq2seq and tokenizer.eos_token else ""
+    texts = [row["source"] + end if seq2seq else row["prompt"] for row in rows]
+    answers = [""] * len(rows)
+    for batch in _batches([len(ids) + max_new_tokens for ids in tokenizer(texts)["input_ids"]], 4 * BATCH_TOKENS):
+        inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=not seq2seq)
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        out = out if seq2seq else out[:, inputs["input_ids"].shape[1] :]
+        for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True)):
+            answers[i] = text.strip()
+    return answers
+
+
+def _batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices by length, in batches of at most ``tokens`` positions; one that is longer goes alone."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+# -- figures of single answers -------------------------------------------------------------------------------------
+
+
+def rouge_l(answers: Sequence[str], truths: Sequence[str], figure: str = "fmeasure") -> np.ndarray:
+    """ROUGE-L of each answer (rouge-score, no stemming): "fmeasure", or "recall", as TOFU counts. float64 [N]."""
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    return np.array([getattr(scorer.score(t, a)["rougeL"], figure) for a, t in zip(answers, truths)])
+
+
+def truth_ratio(paraphrased: AnswerScores, perturbed: AnswerScores) -> np.ndarray:
+    """TOFU's R: the mean probability of a question's wrong answers over that of the right one. float64 [N].
+
+    paraphrased: N answers. perturbed: of each question in turn the same number of wrong ones. Far below 1: known.
+    """
+    wrong = perturbed.probability.reshape(len(paraphrased.tokens), -1).mean(1)
+    return wrong / paraphrased.probability
+
+
+# -- figures of a set ----------------------------------------------------------------------------------------------
+
+
+def model_utility(figures: Sequence[float]) -> float:
+    """TOFU's: the harmonic mean of figures in [0, 1]; 0 where one of them is."""
+    return statistics.harmonic_mean(figures)
+
+
+def forget_quality(ratios: np.ndarray, gold: np.ndarray) -> float:
+    """TOFU's: p of Kolmogorov and Smirnov's test that a model's truth ratios, on what it should have forgotten, and
+    those of a model that never saw it have one distribution. Above 0.05: told apart no better than by chance."""
+    return float(stats.ks_2samp(ratios, gold).pvalue)
+
+
+def membership_auc(members: AnswerScores, others: AnswerScores) -> float:
+    """The area under the ROC curve of an attack that takes answers with a small loss for training data.
+
+    0.5: no better than chance. A model that never saw the members gives what the two sets differ by anyway.
+    """
+    loss = np.concatenate([-s.log_prob / s.tokens for s in (members, others)])
+    seen = np.r_[np.ones(len(members.tokens)), np.zeros(len(others.tokens))]
+    return float(_library("sklearn.metrics").roc_auc_score(seen, -loss))
+
+
+def bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
+    """Corpus BLEU (sacrebleu's defaults), in [0, 1]."""
+    return _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score / 100
+
+
+def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of a mean (percentiles, 2,000 resamples). values float64 [N]; equal values: their own."""
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, confidence_level=level, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeError(f"{name} cannot be imported ({error}); run: pip install 'cu-fast[eval]'") from error
