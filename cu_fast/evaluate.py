@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from tqdm.auto import tqdm
 
 from cu_fast._rows import Collator, encode_row
 
@@ -177,3 +178,64 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise RuntimeError(f"{name} cannot be imported ({error}); run: pip install 'cu-fast[eval]'") from error
+
+
+# -- a model with and without its masks ----------------------------------------------------------------------------
+
+METRICS = ("rouge_l", "probability", "extraction_strength", "kept_share")
+
+
+def compare(
+    attachment, tokenizer, sets: Mapping[str, Sequence[Mapping[str, str]]], masks: Sequence[str], progress: bool = True
+) -> list[dict[str, Any]]:
+    """Measure sets of rows without masks, then under each mask alone.
+
+    Returns a dict for each set and mask: set, mask ("" = none), rows; for each of METRICS its mean and the ends of its
+    bootstrap interval (``rouge_l``, ``rouge_l_low``, ``rouge_l_high``); bleu of the whole set; and answers, the greedy ones.
+    """
+    results = []
+    pairs = [(name, mask) for name in sets for mask in ("", *masks)]
+    for name, mask in tqdm(pairs, desc="evaluate", disable=None if progress else True):
+        rows = sets[name]
+        with attachment.unlearn(mask or None):
+            scores = score_answers(attachment.model, tokenizer, rows)
+            answers = generate(attachment.model, tokenizer, rows)
+        truths = [truth_of(row) for row in rows]
+        result: dict[str, Any] = {"set": name, "mask": mask, "rows": len(rows)}
+        for metric in METRICS:
+            values = rouge_l(answers, truths) if metric == "rouge_l" else getattr(scores, metric)
+            low, high = interval(values)
+            result |= {metric: float(values.mean()), f"{metric}_low": low, f"{metric}_high": high}
+        results.append(result | {"bleu": bleu(answers, truths), "answers": answers})
+    return results
+
+
+def truth_of(row: Mapping[str, str]) -> str:
+    return (row["target"] if "target" in row else row["completion"]).strip()
+
+
+def report(
+    results: Sequence[Mapping[str, Any]], sets: Mapping[str, Sequence[Mapping[str, str]]], examples: int = 3
+) -> str:
+    """What :func:`compare` found, as Markdown: a table, and the first answers of each set side by side."""
+    lines = [f"| set | mask | rows | {' | '.join(METRICS)} | bleu |", "|---" * (4 + len(METRICS)) + "|"]
+    for result in results:
+        cells = [f"{result[m]:.3f} ({result[f'{m}_low']:.3f} to {result[f'{m}_high']:.3f})" for m in METRICS]
+        lines.append(
+            f"| {result['set']} | {result['mask'] or '-'} | {result['rows']} | {' | '.join(cells)} | {result['bleu']:.3f} |"
+        )
+    lines.append("\nMeans, and 95 % bootstrap intervals over rows.")
+    for name, rows in sets.items():
+        for i, row in enumerate(rows[:examples]):
+            asked = row["source"] if "source" in row else row["prompt"]
+            lines += ["", f"**{name}, {i + 1}**: {_one_line(asked)}", "", f"- truth: {_one_line(truth_of(row))}"]
+            lines += [
+                f"- {result['mask'] or 'no mask'}: {_one_line(result['answers'][i])}"
+                for result in results
+                if result["set"] == name
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

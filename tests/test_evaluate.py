@@ -11,6 +11,7 @@ import torch
 from conftest import WORDS
 from tiny_models import build
 
+import cu_fast
 from cu_fast import evaluate as ev
 
 PAIRS = [{"prompt": " ".join(WORDS[:n]), "completion": " ".join(WORDS[n : 3 * n])} for n in (1, 4, 2, 5)]
@@ -139,3 +140,34 @@ def test_a_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(RuntimeError, match=r"sacrebleu cannot be imported .* pip install 'cu-fast\[eval\]'"):
         ev.bleu(["a"], ["a"])
+
+
+def test_compare_and_report(attachment, tokenizer):
+    (bottleneck,) = attachment.bottlenecks.values()
+    sha = bottleneck.codebook_sha256()
+    attachment.add_mask(cu_fast.Mask.from_ids(range(0, 300, 2), num_codes=300, codebook_sha256=sha, topic="even"))
+    results = ev.compare(attachment, tokenizer, {"a": PAIRS[:2], "b": PAIRS}, ["even"], progress=False)
+    assert [(r["set"], r["mask"], r["rows"]) for r in results] == [
+        ("a", "", 2),
+        ("a", "even", 2),
+        ("b", "", 4),
+        ("b", "even", 4),
+    ]
+    for result in results:
+        with attachment.unlearn(result["mask"] or None):
+            rows = PAIRS[: result["rows"]]
+            want, answers = (
+                ev.score_answers(attachment.model, tokenizer, rows),
+                ev.generate(attachment.model, tokenizer, rows),
+            )
+        assert result["answers"] == answers
+        assert result["probability"] == pytest.approx(want.probability.mean())
+        assert result["probability_low"] <= result["probability"] <= result["probability_high"]
+        assert result["rouge_l"] == pytest.approx(ev.rouge_l(answers, [r["completion"] for r in rows]).mean())
+    assert results[2]["probability"] != results[3]["probability"]
+
+    text = ev.report(results, {"a": PAIRS[:2], "b": PAIRS}, examples=1)
+    assert f"| b | even | 4 | {results[3]['rouge_l']:.3f} (" in text
+    assert text.count("- truth: ") == 2 and f"- even: {' '.join(results[3]['answers'][0].split())}" in text
+    with pytest.raises(ValueError, match="there is no mask 'odd'"):
+        ev.compare(attachment, tokenizer, {"a": PAIRS}, ["odd"], progress=False)

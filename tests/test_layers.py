@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "unlearn": {"masks"},
     "_rows": set(),
     "evaluate": {"_rows"},
+    "strength": {"evaluate", "masks"},
     "train": {"_rows", "config", "hf"},
     "verify": {"checkpoint", "hf", "masks", "ops"},
     "demo": {"checkpoint", "hf", "masks", "unlearn"},
