@@ -302,8 +302,9 @@ class TestLoading:
         # A copy of the package as it is where nothing could be compiled.
         package = tmp_path / "cu_fast"
         package.mkdir()
-        for name in ("_checks.py", "_impl.py", "_native.py", "ops.py", "reference.py"):
+        for name in ("_checks.py", "_fakes.py", "_impl.py", "_native.py", "ops.py", "reference.py"):
             shutil.copy(Path(_native.__file__).with_name(name), package)
+        shutil.copytree(Path(_native.__file__).with_name("triton"), package / "triton")
         (package / "__init__.py").touch()
         code = (
             "import torch\nfrom cu_fast import _native, ops\nassert not _native.available()\n"

@@ -356,11 +356,12 @@ CASES = {
 }
 
 
-if __name__ == "__main__":
+def report(cases: dict[str, tuple]) -> None:
+    """Runs the cases that the command line names, or all."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of the NaN and Inf that are meant
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or CASES:
-        run, *arguments = CASES[name]
+    for name in sys.argv[1:] or cases:
+        run, *arguments = cases[name]
         begin = time.process_time()
         try:
             run(*arguments)
@@ -370,3 +371,7 @@ if __name__ == "__main__":
         print(
             json.dumps({"case": name, "failure": failure, "seconds": round(time.process_time() - begin, 2)}), flush=True
         )
+
+
+if __name__ == "__main__":
+    report(CASES)
