@@ -72,6 +72,8 @@ def cuda_failure(device: torch.device | int | None = None) -> str | None:
     """
     if _failure is not None:
         return _failure
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} was built for AMD GPUs, the CUDA kernels are for NVIDIA's"
     built = cuda_build()
     if not built:
         return (
