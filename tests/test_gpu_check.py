@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cu_fast import bench
+from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -264,6 +265,9 @@ def test_the_plans_are_sound_and_the_first_is_the_most_telling(cells):
     assert {(cell.T, cell.mask) for cell in first} == {(1, "none"), (16, "none"), (1, "50%"), (16, "50%")}
     assert {(cell.E, cell.C, cell.k, cell.dtype) for cell in first} == {(2048, 65_536, 64, "bf16")}
     assert all("cu_fast" in plan.providers for plan in plans), "a ratio needs this package in the cell"
+    compiling = [any("compile" in name or "triton" in name for name in plan.providers) for plan in plans]
+    assert not any(compiling[:4]), "what compiles takes the time of the others"
+    assert {plan.op for plan in plans if "cu_fast_triton" in plan.providers} == set(GPU_PROVIDERS)
 
 
 def row(**changes):
