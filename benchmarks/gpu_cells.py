@@ -20,8 +20,13 @@ from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
 
 LARGE, WIDE, SMALL = (2048, 65_536, 64), (512, 65_536, 64), (768, 10_000, 8)
 NARROW = ((512, 25_000, 8), (512, 25_000, 64))
-EAGER = {op: tuple(name for name in known if "compile" not in name) for op, known in GPU_PROVIDERS.items()}
-COMPILED = ("cu_fast", "torch_bf16", "torch_compile_bf16")  # compiling takes most of a minute
+# Compiling takes most of a minute, and so may what Triton compiles: both have parts of their own.
+COMPILED = ("cu_fast", "torch_bf16", "torch_compile_bf16")
+TRITON = ("cu_fast", "cu_fast_triton", "torch_bf16")
+EAGER = {
+    op: tuple(name for name in known if "compile" not in name and "triton" not in name)
+    for op, known in GPU_PROVIDERS.items()
+}
 
 
 def plan(op: str, tokens: tuple[int, ...], *shapes: tuple[int, int, int], **options: Any) -> bench.Plan:
@@ -35,6 +40,8 @@ def plans() -> list[bench.Plan]:
         plan("bottleneck", (1,), SMALL),
         plan("codebook_quantize", (2048,), LARGE),
         plan("codebook_quantize", (2048,), WIDE),
+        plan("codebook_quantize", (2048, 16), LARGE, providers=TRITON),
+        plan("bottleneck", (1,), SMALL, providers=TRITON),
         plan("codebook_quantize", (1, 8, 64, 512), *NARROW),
         plan("masked_decode", (1, 64, 2048), SMALL, LARGE),
         plan("codebook_quantize", (2048,), LARGE, masks=("50%", "rows")),
@@ -49,6 +56,9 @@ def plans() -> list[bench.Plan]:
         plan("sae_encode", (1, 64, 2048), (2048, 2048, 1)),
         plan("codebook_quantize", (512,), NARROW[0], data=("outliers", "clusters20", "equal")),
         plan("codebook_quantize", (2048,), LARGE, providers=COMPILED),
+        plan("masked_decode", (2048,), LARGE, providers=TRITON),
+        plan("sae_encode", (1, 2048), (2048, 2048, 1), providers=TRITON),
+        plan("sae_encode_topk", (64,), (768, 24_576, 32), providers=TRITON),
     ]
 
 

@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PASSED, FAILED, NO_GPU, INCOMPLETE = 0, 1, 3, 4
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Of the tests with the Triton kernels: each dtype and option is compiled anew, and all would take a thousand kernels.
+TRITON = "equals_the_reference or scan_cannot or batch or repetitions or exist or 2_to_the or graph or waits or streams or module"
 GRACE = 5  # seconds that a step has to end itself
 QUERY = [
     "nvidia-smi",
@@ -112,6 +114,8 @@ def steps(output: Path, arch: str) -> list[Step]:
         # The scan that other GPUs run, on Hopper.
         Step("older-scan", [*pytest, "-k", "scan", "tests/test_gpu.py"], 60, 10, log="tests.log",
              environment=on_cuda | {"CU_FAST_WGMMA": "0"}),
+        Step("triton", [*pytest, "--durations=15", "-k", TRITON, "tests/test_gpu_triton.py", "tests/test_gpu.py",
+                        "tests/test_gpu_use.py"], 150, 30, environment=on_cuda | {"CU_FAST_TEST_GPU_IMPL": "triton"}),
         *(
             Step(tool, [*sanitizer, "--tool", tool, python, "tests/gpu_small.py"], 60, 10, log="sanitizer.log",
                  environment=checked, needs="compute-sanitizer")

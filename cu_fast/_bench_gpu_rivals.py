@@ -65,6 +65,7 @@ def _faiss_gpu(inputs: Inputs) -> Job:
 _EVERYWHERE: dict[str, Builder] = {
     "cu_fast": ours("native", "auto"),
     "cu_fast_fp32": ours("native", "fp32"),
+    "cu_fast_triton": ours("triton", "auto"),
     "torch_fp32": eager(torch.float32),
     "torch_bf16": eager(torch.bfloat16),
     "torch_compile": eager(torch.float32, **COMPILED),

@@ -12,6 +12,9 @@ from cu_fast import _native, reference, triton
 
 logger = logging.getLogger("cu_fast")
 
+# The kernels that "auto" takes, by device, the first that can run. Not Triton's on a CPU, where they are interpreted.
+BY_DEVICE = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
+
 
 def available_impls() -> dict[str, str | None]:
     """Every implementation and why it cannot run here, None where it can."""
@@ -68,17 +71,25 @@ def _auto(device_type: str, index: int | None) -> str:
 
 @functools.cache
 def _announced(device_type: str, index: int | None) -> str:
-    native = "cuda" if device_type == "cuda" else "cpu"
-    if device_type not in ("cpu", "cuda", "meta"):
-        reason = "there are no native kernels for it"
-    else:
-        reason = failure(native, torch.device(device_type, index))
-    if reason is None:
-        what = _native.simd_level() if native == "cpu" else torch.cuda.get_device_name(index)
-        logger.info("on %s: impl %r (%s)", device_type, native, what)
-        return native
-    logger.warning("on %s: impl 'reference', exact but slow, because %s", device_type, reason)
-    return "reference"
+    impl, reason = kernels(torch.device(device_type, index))
+    if impl is None:
+        why = reason or "there are no kernels for it"
+        logger.warning("on %s: impl 'reference', exact but slow, because %s", device_type, why)
+        return "reference"
+    what = _native.simd_level() if impl == "cpu" else torch.cuda.get_device_name(index)
+    logger.info("on %s: impl %r (%s)%s", device_type, impl, what, f", because {reason}" if reason else "")
+    return impl
+
+
+def kernels(device: torch.device) -> tuple[str | None, str]:
+    """The kernels that "auto" takes on a device, None where it takes none; and why those before them cannot run, or ""."""
+    reasons = []
+    for impl in BY_DEVICE.get(device.type, ()):
+        reason = failure(impl, device)
+        if reason is None:
+            return impl, "; ".join(reasons)
+        reasons.append(f"{impl!r} cannot run: {reason}")
+    return None, "; ".join(reasons)
 
 
 def choose(op: str, impl: str, device: torch.device):

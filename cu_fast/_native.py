@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from cu_fast import _fakes
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -71,6 +72,8 @@ def cuda_failure(device: torch.device | int | None = None) -> str | None:
     """
     if _failure is not None:
         return _failure
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} was built for AMD GPUs, the CUDA kernels are for NVIDIA's"
     built = cuda_build()
     if not built:
         return (
@@ -104,94 +107,8 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     return have <= want and (ptx is not None or have[0] == major)
 
 
-def _register_fakes() -> None:
-    # What the operators return, without data: what torch.compile and meta tensors need.
-
-    @torch.library.register_fake("cu_fast::codebook_quantize")
-    def codebook_quantize(
-        z: Tensor,
-        codes: Tensor,
-        inv_norm: Tensor | None,
-        bias: Tensor | None,
-        k: int,
-        mask_table: Tensor | None,
-        mask_row: Tensor | None,
-        return_hits: bool,
-        scan_plane: Tensor | None,
-        scan_terms: Tensor | None,
-        scan_mean: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, ids = _selection(z, k)
-        return scores, ids, ids.new_empty(z.shape[0] if return_hits else 0)
-
-    @torch.library.register_fake("cu_fast::sae_encode")
-    def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
-        return x.new_empty((x.shape[0], W_enc.shape[0]), dtype=torch.float32)
-
-    @torch.library.register_fake("cu_fast::sae_encode_topk")
-    def sae_encode_topk(
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor | None,
-        b_pre: Tensor | None,
-        k: int,
-        mask_table: Tensor | None,
-        mask_row: Tensor | None,
-        relu: bool,
-        scan_plane: Tensor | None,
-        scan_terms: Tensor | None,
-        scan_mean: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return _selection(x, k)
-
-    @torch.library.register_fake("cu_fast::codebook_bottleneck")
-    def codebook_bottleneck(
-        x: Tensor,
-        W_enc: Tensor | None,
-        b_enc: Tensor | None,
-        b_pre: Tensor | None,
-        relu: bool,
-        codes: Tensor,
-        inv_norm: Tensor | None,
-        bias: Tensor | None,
-        k: int,
-        mask_table: Tensor | None,
-        mask_row: Tensor | None,
-        reselect: bool,
-        scan_plane: Tensor | None,
-        scan_terms: Tensor | None,
-        scan_mean: Tensor | None,
-        table: Tensor,
-        b_dec: Tensor | None,
-        score_weights: bool,
-        mean: bool,
-        receipt: Tensor | None,
-    ) -> Tensor:
-        return table.new_empty((x.shape[0], table.shape[1]))
-
-    @torch.library.register_fake("cu_fast::pack_scan")
-    def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        (C, E), floats = codes.shape, {"dtype": torch.float32}
-        plane = codes.new_empty(((C + 63) // 64, (E + 3) // 4, 64, 4), dtype=torch.uint8)
-        return plane, codes.new_empty(((C + 63) // 64, 196), **floats), codes.new_empty(E, **floats)
-
-    @torch.library.register_fake("cu_fast::masked_decode")
-    def masked_decode(
-        ids: Tensor,
-        weights: Tensor | None,
-        table: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask_table: Tensor | None,
-        mask_row: Tensor | None,
-        mean: bool,
-    ) -> Tensor:
-        return table.new_empty((ids.shape[0], table.shape[1]))
-
-    def _selection(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        shape = (z.shape[0], k)
-        return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.int32)
-
-
 if _failure is None:
-    _register_fakes()
+    for _op in (
+        "codebook_quantize", "sae_encode", "sae_encode_topk", "codebook_bottleneck", "pack_scan", "masked_decode",
+    ):  # fmt: skip
+        torch.library.register_fake(f"cu_fast::{_op}", getattr(_fakes, _op))

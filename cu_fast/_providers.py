@@ -79,7 +79,7 @@ Ours = tuple[Callable[..., Any], Callable[[Any], Answer], str]
 
 
 def ours(which: str, scan: str) -> Builder:
-    """This package: "reference", or "native", the kernels for where the inputs are."""
+    """This package: "reference", "triton", or "native", the library's kernels for where the inputs are."""
 
     def build(inputs: Inputs) -> Job:
         cell, impl = inputs.cell, inputs.x.device.type if which == "native" else which

@@ -12,10 +12,11 @@ contiguous is copied; outputs never alias inputs, and inputs are never written t
 A mask is ``mask_table``, int32 [U, ceil(C/32)] (bit j % 32 of word j // 32 set = code j deleted), with
 ``mask_row``, int32 [T]: the row that holds for each token, -1 = nothing deleted. Give both or neither.
 
-``impl`` is "auto", "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels), or "triton", which
-"auto" does not take. An explicit choice never falls back. On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs:
-a mask_row that is no row of the table, or an id beyond it, makes the token's row NaN instead of raising. All operators
-are for inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
+``impl`` is "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels), "triton", or "auto": the kernels
+for the device, on a GPU "cuda" before "triton", and "reference" where none can run. An explicit choice never falls back.
+On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs: a mask_row that is no
+row of the table, or an id beyond it, makes the token's row NaN instead of raising. All operators are for inference: an
+input that requires grad raises; ``cu_fast.nn`` holds the training path.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ from cu_fast._checks import (
     shape,
 )
 from cu_fast._impl import available_impls as available_impls
-from cu_fast._impl import choose, choose_scanning
-from cu_fast._impl import failure as impl_failure
+from cu_fast._impl import choose, choose_scanning, kernels
 from cu_fast._impl import resolve as resolve
 
 Similarity = Literal["cosine", "dot", "l2"]
@@ -49,7 +49,7 @@ SCAN_WIDTHS = (32, 32768)
 
 
 class ScanPlane(NamedTuple):
-    """Codes in int8 for the certified scan of the native kernels, with what bounds its error (``csrc/core/scan.h``).
+    """Codes in int8 for the certified scan of the kernels, with what bounds its error (``csrc/core/scan.h``).
 
     plane uint8 [ceil(C/64), ceil(E/4), 64, 4]; terms fp32 [ceil(C/64), 196]; mean fp32 [E], 0: not centred.
     About C * E bytes: a quarter of fp32 codes.
@@ -99,7 +99,7 @@ def pack_codes(
         similarity: "cosine" scores z.c / ||c|| (||z|| does not change the order, so it is left out);
             "dot" z.c; "l2" z.c - 0.5 ||c||^2, which orders like -||z - c||.
         bias: [C], added to each score, or None. Not with "l2", whose norm term takes its place.
-        scan: "int8" adds the plane that the native kernels scan instead of the codes, several times faster and just
+        scan: "int8" adds the plane that the kernels scan instead of the codes, several times faster and just
             as exact; "fp32" leaves it out; "auto" decides by :func:`choose_scan`.
 
     Returns:
@@ -158,13 +158,13 @@ def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane |
         raise ValueError(f"scan is {scan!r}; it should be 'auto', 'int8' or 'fp32'")
     if scan == "fp32" or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
         return None
-    failure = impl_failure("cuda" if codes.device.type == "cuda" else "cpu", codes.device)
-    if failure is None and codes.device.type == "cpu":
+    impl, reason = kernels(codes.device)
+    if impl == "cpu" and codes.device.type == "cpu":
         return ScanPlane(*torch.ops.cu_fast.pack_scan(codes, inv_norm))
-    if codes.device.type == "cuda" and (failure is None or impl_failure("triton", codes.device) is None):
+    if impl in ("cuda", "triton"):
         return ScanPlane(*reference.pack_scan(codes, inv_norm))
     if scan == "int8":
-        raise RuntimeError(f"scan='int8' needs kernels for {codes.device} tensors: {failure or 'there are none'}")
+        raise RuntimeError(f"scan='int8' needs kernels for {codes.device} tensors: {reason or 'there are none'}")
     return None
 
 

@@ -62,7 +62,7 @@ def _implementations_agree() -> str:
             row = torch.randint(-1, 2, (TOKENS,), generator=generator, dtype=torch.int32)
             results = []
             for impl in impls:
-                device = "cuda" if impl == "cuda" else "cpu"
+                device = "cuda" if impl in ("cuda", "triton") else "cpu"
                 packed = ops.pack_codes(codes.to(device), similarity)
                 arguments = dict(k=k, mask_table=table.to(device), mask_row=row.to(device), return_hits=True, impl=impl)
                 result = ops.codebook_quantize(z.to(device), packed, **arguments)

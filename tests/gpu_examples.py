@@ -2,6 +2,7 @@
 
 CU_FAST_TEST_GPU_ON=cpu runs the same files on the CPU's kernels: it shows that the tests hold together, not the GPU.
 CU_FAST_TEST_GPU_ON=cuda makes it an error, not a skipped test, that the GPU cannot be used.
+CU_FAST_TEST_GPU_IMPL=triton tests the Triton kernels instead; on the CPU that needs TRITON_INTERPRET=1, and patience.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import hurtful
 import torch
 from torch import Tensor
 
-from cu_fast import _native, ops
+from cu_fast import _native, ops, triton
 
-DEVICE = os.environ.get("CU_FAST_TEST_GPU_ON", "cuda")  # also the name of the implementation
+DEVICE = os.environ.get("CU_FAST_TEST_GPU_ON", "cuda")  # also the name of its native kernels
 DRY = DEVICE == "cpu"
+CHOSEN = os.environ.get("CU_FAST_TEST_GPU_IMPL", "auto")  # what a model is told
+IMPL = DEVICE if CHOSEN == "auto" else CHOSEN
 REFERENCE_LIMIT = 2e7  # multiply-adds; more takes the reference seconds
 SIMILARITIES = ("cosine", "dot", "l2")
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33, 64, 65, 100, 130, 257, 300)
@@ -28,23 +31,26 @@ CODES = (1, 2, 31, 32, 33, 64, 65, 100, 255, 256, 257, 400, 700, 1500)
 KEPT = (1, 2, 5, 8, 20, 32, 33, 64, 100)
 
 
-def why_not() -> str | None:
+def why_not(impl: str = IMPL) -> str | None:
     """Why the tests cannot run here, None where they can. Where somebody asked for a device, that is an error."""
-    reason = _native.failure() if DRY else _native.cuda_failure()
+    if impl == "triton":
+        reason = _native.failure() or triton.failure(torch.device(DEVICE))
+    else:
+        reason = _native.failure() if DRY else _native.cuda_failure()
     if reason is not None and "CU_FAST_TEST_GPU_ON" in os.environ:
-        raise RuntimeError(f"CU_FAST_TEST_GPU_ON is {DEVICE!r}, which cannot run here: {reason}")
+        raise RuntimeError(f"CU_FAST_TEST_GPU_ON is {DEVICE!r}, where {impl!r} cannot run: {reason}")
     return reason
 
 
-def on(value: Any) -> Any:
+def on(value: Any, device: str = DEVICE) -> Any:
     """Tensors to the device, in tuples too; strides survive."""
     if isinstance(value, Tensor):
-        like = {"dtype": value.dtype, "device": DEVICE}
+        like = {"dtype": value.dtype, "device": device}
         return torch.empty_strided(value.shape, value.stride(), **like).copy_(value)
     if isinstance(value, tuple):
-        return tuple(map(on, value))
+        return tuple(on(part, device) for part in value)
     if isinstance(value, dict):
-        return {name: on(part) for name, part in value.items()}
+        return {name: on(part, device) for name, part in value.items()}
     return value
 
 

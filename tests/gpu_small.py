@@ -1,4 +1,4 @@
-"""Every CUDA kernel on small inputs, for compute-sanitizer: python tests/gpu_small.py. Not a pytest file.
+"""Every kernel on small inputs, for compute-sanitizer: python tests/gpu_small.py. Not a pytest file.
 
 All that is not a kernel of this package happens on the CPU, packing included: instrumented kernels are slow. The
 answers are compared with the CPU's, so that a kernel that a tool made do nothing is noticed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gpu_examples as gpu
 import hurtful
 import torch
-from gpu_examples import DEVICE, identical, on
+from gpu_examples import DEVICE, IMPL, identical, on
 
 from cu_fast import ops
 
@@ -40,7 +40,7 @@ def selections() -> None:
         options = {"k": k, "mask_table": table, "mask_row": row, "return_hits": share is not None}
         packed = ops.pack_codes(codes, scan="int8" if scans else "fp32")
         want = ops.codebook_quantize(z, packed, **options, impl="cpu")
-        got = ops.codebook_quantize(on(z), moved(packed), **on(options), impl=DEVICE)
+        got = ops.codebook_quantize(on(z), moved(packed), **on(options), impl=IMPL)
         require(identical(got, want), f"codebook_quantize at T={T} E={E} C={C} k={k}")
 
 
@@ -56,7 +56,7 @@ def encoders() -> None:
         masks = dict(zip(("mask_table", "mask_row"), hurtful.masks(T, E, 0.5, 4)))
         for options in ({}, {"k": 9, **masks}):
             want = ops.sae_encode(x, W_enc, b_enc, b_pre, **options, impl="cpu")
-            got = ops.sae_encode(*on((x, W_enc, b_enc, b_pre)), **on(options), impl=DEVICE)
+            got = ops.sae_encode(*on((x, W_enc, b_enc, b_pre)), **on(options), impl=IMPL)
             require(identical(got, want), f"sae_encode at T={T} D={D} E={E}")
 
 
@@ -67,7 +67,7 @@ def decoders() -> None:
         rest = (hurtful.matrix(300, D, "gaussian", dtype, 2), hurtful.matrix(1, D, "gaussian", fp32, 3)[0],
                 hurtful.matrix(T, D, "gaussian", dtype, 4), *hurtful.masks(T, 300, 0.4, 5))  # fmt: skip
         want = ops.masked_decode(ids, weights, *rest, impl="cpu")
-        require(identical(ops.masked_decode(*on((ids, weights, *rest)), impl=DEVICE), want), f"masked_decode at T={T}")
+        require(identical(ops.masked_decode(*on((ids, weights, *rest)), impl=IMPL), want), f"masked_decode at T={T}")
 
 
 def bottlenecks() -> None:
@@ -85,7 +85,7 @@ def bottlenecks() -> None:
             )
             got = ops.codebook_bottleneck(
                 on(x), on((W_enc, None, None)), moved(packed), on(table), None, *on(mask), k=8, receipt=there, **options,
-                impl=DEVICE,
+                impl=IMPL,
             )  # fmt: skip
             require(identical((got, there), (want, receipt)), f"codebook_bottleneck at T={T}")
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from cu_fast import _bench_gpu, bench
+from cu_fast import _bench_gpu, bench, triton
 from cu_fast._bench_data import Cell, make_inputs, moved
 from cu_fast._bench_gpu import GraphClock
 from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
@@ -84,7 +89,7 @@ def cuda(monkeypatch):
 
 
 def run(op, output=None, **options):
-    quick = tuple(name for name in providers_of(op, "cuda") if "compile" not in name)
+    quick = tuple(name for name in providers_of(op, "cuda") if "compile" not in name and name != "cu_fast_triton")
     return bench.run(bench.Plan(op, device="cuda", providers=options.pop("providers", quick), **TINY | options), output)
 
 
@@ -103,6 +108,32 @@ def test_every_row_is_whole_and_right(op, cuda):
         if row["kernel_provider"].startswith("cu_fast"):
             assert row["match"] == row["identical"] == 1.0
     assert cuda.replays > 0
+
+
+def triton_rows():
+    """Prints rows of the Triton kernels and the operators that ran; for a process of its own, as the interpreter wants."""
+    rows, called, operator = [], set(), triton.operator
+    bench.GraphClock = lambda: GraphClock(Cuda(), "cpu")
+    triton.operator = lambda name: called.add(name) or operator(name)
+    for op in GPU_PROVIDERS:
+        mask = "none" if op == "sae_encode" else "rows"
+        rows += run(op, dtypes=("bf16",), masks=(mask,), providers=("cu_fast", "cu_fast_triton"))
+    print(json.dumps({"rows": rows, "called": sorted(called)}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_rows_of_the_triton_kernels_are_right():
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_bench_gpu; test_bench_gpu.triton_rows()"], cwd=Path(__file__).parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["called"]) == set(triton.HOME)
+    ours = [row for row in found["rows"] if row["kernel_provider"] == "cu_fast_triton"]
+    assert [row["kernel_name"] for row in ours] == list(GPU_PROVIDERS)
+    for row in ours:
+        assert row["status"] == "ok" and row["match"] == row["identical"] == 1.0 and row["ratio"] > 0, row
 
 
 def test_the_stand_in_has_nothing_that_torch_lacks():

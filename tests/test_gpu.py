@@ -1,6 +1,6 @@
-"""The CUDA kernels on a GPU: every operator against the CPU, bit for bit. Skipped without one; see docs/gpu.md.
+"""The kernels on a GPU: every operator against the CPU, bit for bit. Skipped without one; see docs/gpu.md.
 
-CU_FAST_TEST_GPU_ON=cpu runs this file on the CPU's kernels (gpu_examples.py).
+The CUDA kernels, the Triton kernels, or, as a rehearsal, the CPU's: gpu_examples.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gpu_examples as gpu
 import hurtful
 import pytest
 import torch
-from gpu_examples import DEVICE, DRY, identical, on
+from gpu_examples import DEVICE, DRY, IMPL, identical, on
 
 from cu_fast import ops
 
@@ -22,7 +22,7 @@ SHARED = {"similarity": "cosine", "bias": None, "mask": (None, None), "hits": Fa
 
 def agree(run, example, work):
     """The GPU's answer is the CPU's."""
-    assert identical(run(**on(example), impl=DEVICE), run(**example, impl=gpu.oracle(work)))
+    assert identical(run(**on(example), impl=IMPL), run(**example, impl=gpu.oracle(work)))
 
 
 # -- many small hurtful examples -----------------------------------------------------------------------------------
@@ -81,11 +81,11 @@ def test_memory_that_is_not_aligned(dtype):
     )
     for scan in ("int8", "fp32"):
         want = gpu.select(z, codes, k=9, scan=scan, **SHARED, impl="cpu")
-        got = gpu.select(z_there, codes_there, k=9, scan=scan, **SHARED, impl=DEVICE)
+        got = gpu.select(z_there, codes_there, k=9, scan=scan, **SHARED, impl=IMPL)
         assert identical(got, want)
     weights = torch.rand(20, 9)
     want = ops.masked_decode(want.ids, weights, table, impl="cpu")
-    assert identical(ops.masked_decode(got.ids, on(weights), table_there, impl=DEVICE), want)
+    assert identical(ops.masked_decode(got.ids, on(weights), table_there, impl=IMPL), want)
 
 
 @pytest.mark.parametrize("T", [0, 1])
@@ -129,7 +129,7 @@ def test_real_sizes(T, E, C, k, dtype, kind, code_kind, share):
     want = gpu.select(**example, scan="fp32" if T < 20 else "int8", impl="cpu")
     there = on(example)
     for scan in ("int8", "fp32"):
-        assert identical(gpu.select(**there, scan=scan, impl=DEVICE), want), scan
+        assert identical(gpu.select(**there, scan=scan, impl=IMPL), want), scan
 
 
 @pytest.mark.parametrize("T, D, E", [(1, 768, 3072), (33, 4096, 2048), (4096, 512, 1024)])
@@ -204,18 +204,18 @@ def test_a_mask_row_or_an_id_that_does_not_exist_makes_the_row_nan(T, scan):
     wrong[[1, 3, 4]] = True
     mask = on((table, row))
     packed = ops.pack_codes(example["codes"], scan=scan)
-    free = ops.codebook_quantize(example["x"], packed, k=8, impl=DEVICE)
-    got = ops.codebook_quantize(example["x"], packed, k=8, mask_table=mask[0], mask_row=mask[1], impl=DEVICE)
+    free = ops.codebook_quantize(example["x"], packed, k=8, impl=IMPL)
+    got = ops.codebook_quantize(example["x"], packed, k=8, mask_table=mask[0], mask_row=mask[1], impl=IMPL)
     assert bool(got.scores.cpu()[wrong].isnan().all()) and bool((got.ids.cpu()[wrong] == -1).all())
     assert not bool(got.scores.cpu()[~wrong].isnan().any())
-    decoded = ops.masked_decode(free.ids, None, example["table"], None, None, *mask, impl=DEVICE)
+    decoded = ops.masked_decode(free.ids, None, example["table"], None, None, *mask, impl=IMPL)
     for mask_mode in ("ablate", "reselect"):
-        y = gpu.through(**example | {"mask": mask, "mask_mode": mask_mode}, impl=DEVICE)[0]
+        y = gpu.through(**example | {"mask": mask, "mask_mode": mask_mode}, impl=IMPL)[0]
         for rows in (y, decoded):
             assert torch.equal(rows.cpu().isnan().all(1), wrong) and torch.equal(rows.cpu().isnan().any(1), wrong)
     ids = free.ids.clone()
     ids[0, 3], ids[2, 0] = C, 2**31 - 1
-    rows = ops.masked_decode(ids, None, example["table"], impl=DEVICE).cpu().isnan().all(1)
+    rows = ops.masked_decode(ids, None, example["table"], impl=IMPL).cpu().isnan().all(1)
     assert rows.nonzero()[:, 0].tolist() == [0, 2]
 
 
@@ -231,7 +231,7 @@ def test_a_row_does_not_depend_on_its_batch(scan):
 
     def run(rows):
         masks = {"mask_table": table, "mask_row": row[rows]}
-        return ops.codebook_quantize(z[rows], packed, k=20, **masks, return_hits=True, impl=DEVICE)
+        return ops.codebook_quantize(z[rows], packed, k=20, **masks, return_hits=True, impl=IMPL)
 
     together = run(torch.arange(520, device=DEVICE))
     order = torch.randperm(520, generator=torch.Generator().manual_seed(4))
@@ -246,7 +246,7 @@ def test_a_hundred_repetitions_give_the_same_bits(T):
     example = on(SHARED | dict(z=z, codes=codes, k=30, mask=hurtful.masks(T, 20_000, 0.3, 3), hits=True))
     packed = ops.pack_codes(example["codes"], scan="int8")
     table, row = example["mask"]
-    options = dict(k=30, mask_table=table, mask_row=row, return_hits=True, impl=DEVICE)
+    options = dict(k=30, mask_table=table, mask_row=row, return_hits=True, impl=IMPL)
     first = ops.codebook_quantize(example["z"], packed, **options)
     differs = torch.zeros((), dtype=torch.bool, device=DEVICE)
     for _ in range(2 if DRY else 100):
@@ -277,7 +277,7 @@ def test_more_than_2_to_the_31_entries_of_codes(scan):
 
     def run(codes, table):
         packed = ops.pack_codes(codes, "dot", scan=scan)
-        found = ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, impl=DEVICE)
+        found = ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, impl=IMPL)
         return found.scores.cpu(), found.ids.cpu().long()
 
     assert DRY or C * E > 2**31
@@ -302,20 +302,20 @@ def test_more_than_2_to_the_31_scores(scan):
     rows = torch.cat([torch.arange(40), torch.arange(T - 200, T)])
     example = SHARED | dict(z=z, codes=codes, k=5, mask=(table, row), hits=True)
     want = gpu.select(**example | dict(z=z[rows], mask=(table, row[rows])), scan="int8", impl="cpu")
-    got = gpu.select(**on(example), scan=scan, impl=DEVICE)
+    got = gpu.select(**on(example), scan=scan, impl=IMPL)
     assert identical(tuple(part.cpu()[rows] for part in got), want)
 
 
 def test_more_than_2_to_the_31_entries_of_an_output():
     T, E, D = scaled(70_000, 500), scaled(32_768, 300), 16
     x, W_enc = hurtful.matrix(T, D, "gaussian", bf16, 1), hurtful.matrix(E, D, "gaussian", bf16, 2)
-    got = ops.sae_encode(on(x), on(W_enc), impl=DEVICE)[-100:].cpu()
+    got = ops.sae_encode(on(x), on(W_enc), impl=IMPL)[-100:].cpu()
     assert identical(got, ops.sae_encode(x[-100:], W_enc, impl="cpu"))
 
     T, D = scaled(550_000, 500), 4096
     ids = torch.randint(0, 100, (T, 4), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
     table = hurtful.matrix(100, D, "gaussian", bf16, 4)
-    got = ops.masked_decode(on(ids), None, on(table), impl=DEVICE)[-100:].cpu()
+    got = ops.masked_decode(on(ids), None, on(table), impl=IMPL)[-100:].cpu()
     assert identical(got, ops.masked_decode(ids[-100:], None, table, impl="cpu"))
 
 
@@ -324,6 +324,6 @@ def test_more_tokens_than_a_grid_is_tall():
     x, W_enc = hurtful.matrix(T, E, "gaussian", bf16, 1), hurtful.matrix(40, E, "gaussian", bf16, 2)
     rows = slice(T - 3000, T)
     want = ops.sae_encode(x[rows], W_enc, k=3, impl="cpu")
-    got = ops.sae_encode(on(x), on(W_enc), k=3, impl=DEVICE)
+    got = ops.sae_encode(on(x), on(W_enc), k=3, impl=IMPL)
     assert identical((got.scores[rows], got.ids[rows]), want[:2])
-    assert identical(ops.sae_encode(on(x), on(W_enc), impl=DEVICE)[rows], ops.sae_encode(x[rows], W_enc, impl="cpu"))
+    assert identical(ops.sae_encode(on(x), on(W_enc), impl=IMPL)[rows], ops.sae_encode(x[rows], W_enc, impl="cpu"))

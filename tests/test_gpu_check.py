@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cu_fast import bench
+from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -183,16 +184,27 @@ def test_an_unknown_step_is_named(check, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         main(check, monkeypatch, "--only", "build,bogus")
     assert exit.value.code == 2
-    assert "'bogus' is no step; steps are machine, build, tests, older-scan, memcheck" in capsys.readouterr().err
+    assert "'bogus' is no step; steps are machine, build, tests, older-scan, triton, mem" in capsys.readouterr().err
 
 
 def test_the_steps_call_files_that_exist_within_the_budget(check):
     known = check.steps(check.output, "90a")
-    assert [step.name for step in known] == ["machine", "build", "tests", "older-scan", *check.TOOLS, "benchmark"]
+    names = ["machine", "build", "tests", "older-scan", "triton", *check.TOOLS, "benchmark"]
+    assert [step.name for step in known] == names
     named = [part for step in known for part in step.command if part.endswith(".py")]
     assert named and all((check.ROOT / name).is_file() for name in named)
     assert sum(step.least for step in known) < 480 / 2
     assert len({step.log_name for step in known}) + 2 <= 8  # summary and figures beside them: few files to carry home
+
+
+def test_each_word_of_the_triton_step_chooses_tests(check):
+    (step,) = (step for step in check.steps(check.output, "90a") if step.name == "triton")
+    assert step.environment == {"CU_FAST_TEST_GPU_ON": "cuda", "CU_FAST_TEST_GPU_IMPL": "triton"}
+    done = subprocess.run([*step.command, "--collect-only"], cwd=check.ROOT, capture_output=True, text=True)
+    chosen = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {line.split("::")[0] for line in chosen} == {part for part in step.command if part.endswith(".py")}
+    words = check.TRITON.split(" or ")
+    assert [word for word in words if not any(word in line for line in chosen)] == []
 
 
 def test_the_machine_is_described_where_tools_are_missing(check):
@@ -264,6 +276,9 @@ def test_the_plans_are_sound_and_the_first_is_the_most_telling(cells):
     assert {(cell.T, cell.mask) for cell in first} == {(1, "none"), (16, "none"), (1, "50%"), (16, "50%")}
     assert {(cell.E, cell.C, cell.k, cell.dtype) for cell in first} == {(2048, 65_536, 64, "bf16")}
     assert all("cu_fast" in plan.providers for plan in plans), "a ratio needs this package in the cell"
+    compiling = [any("compile" in name or "triton" in name for name in plan.providers) for plan in plans]
+    assert not any(compiling[:4]), "what compiles takes the time of the others"
+    assert {plan.op for plan in plans if "cu_fast_triton" in plan.providers} == set(GPU_PROVIDERS)
 
 
 def row(**changes):

@@ -1,4 +1,4 @@
-"""The native library itself: how it is built, loaded and chosen, and that nothing about the machine changes a bit."""
+"""The native library itself: how it is built and loaded, and that nothing about the machine changes a bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import hurtful
 import pytest
 import torch
 
-from cu_fast import _impl, _native, ops, reference
+from cu_fast import _native, reference
 
 # Only a library that was never built is an excuse; one that does not load fails every test.
 native = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
@@ -302,8 +302,9 @@ class TestLoading:
         # A copy of the package as it is where nothing could be compiled.
         package = tmp_path / "cu_fast"
         package.mkdir()
-        for name in ("_checks.py", "_impl.py", "_native.py", "ops.py", "reference.py"):
+        for name in ("_checks.py", "_fakes.py", "_impl.py", "_native.py", "ops.py", "reference.py"):
             shutil.copy(Path(_native.__file__).with_name(name), package)
+        shutil.copytree(Path(_native.__file__).with_name("triton"), package / "triton")
         (package / "__init__.py").touch()
         code = (
             "import torch\nfrom cu_fast import _native, ops\nassert not _native.available()\n"
@@ -352,6 +353,13 @@ class TestCudaFailure:
         monkeypatch.setattr(torch.version, "cuda", None)
         assert _native.cuda_failure().startswith(f"torch {torch.__version__} was built without CUDA; install")
 
+    def test_torch_for_amd(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert _native.cuda_failure() == (
+            f"torch {torch.__version__} was built for AMD GPUs, the CUDA kernels are for NVIDIA's"
+        )
+
     def test_no_gpu(self, gpu, monkeypatch):
         gpu()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -398,28 +406,3 @@ class TestCudaFailure:
         assert _native.cuda_build() == OPS.cuda_build()
         if not torch.cuda.is_available():
             assert _native.cuda_failure() is not None
-
-
-class TestChoice:
-    """What impl= means: ops.resolve."""
-
-    def test_cuda_says_why_it_cannot_run(self):
-        reason = ops.available_impls()["cuda"]
-        if reason is None:
-            pytest.skip("the CUDA kernels can run here")
-        with pytest.raises(RuntimeError) as caught:
-            ops.codebook_quantize(torch.ones(2, 8), ops.pack_codes(torch.ones(64, 8)), k=4, impl="cuda")
-        assert str(caught.value) == f"impl='cuda' is not available: {reason}"
-
-    @pytest.mark.parametrize("impl, device", [("cuda", "cpu"), ("cpu", "cuda")])
-    def test_tensors_elsewhere(self, impl, device, monkeypatch):
-        monkeypatch.setattr(_impl, "failure", lambda *_: None)
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' needs {impl.upper()} tensors, these are on {device}"):
-            ops.resolve(impl, torch.device(device))
-
-    def test_auto_on_a_gpu_without_its_kernels_is_the_reference(self, monkeypatch, caplog):
-        monkeypatch.setattr(_impl, "failure", lambda *_: "it is too old")
-        _impl._announced.cache_clear()
-        assert ops.resolve("auto", torch.device("cuda", 0)) == "reference"
-        assert "exact but slow, because it is too old" in caplog.text
-        _impl._announced.cache_clear()

@@ -1,6 +1,7 @@
 """The Triton kernels: their answers under Triton's interpreter, their machine code compiled ahead of time; no GPU.
 
-Interpreter and compiler cannot share a process, so each runs in its own: triton_interpreted.py and triton_compiled.py.
+Interpreter and compiler cannot share a process, so each runs in its own: triton_interpreted.py and triton_operators.py,
+triton_compiled.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreted
+import triton_operators
 
+from cu_fast import _native
 from cu_fast import triton as kernels
 from cu_fast.triton import _launch
 
@@ -44,11 +47,33 @@ def lines(script: str, *arguments: str, **environment: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def passed(script: str, case: str) -> None:
+    failures = {line["case"]: line["failure"] for line in lines(script, TRITON_INTERPRET="1")}
+    assert failures[case] is None, failures[case]
+
+
 @needs_triton
 @pytest.mark.parametrize("name", triton_interpreted.CASES)
 def test_equals_the_reference(name):
-    failures = {line["case"]: line["failure"] for line in lines("triton_interpreted.py", TRITON_INTERPRET="1")}
-    assert failures[name] is None, failures[name]
+    passed("triton_interpreted.py", name)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", triton_operators.CASES)
+def test_is_an_operator_that_can_be_compiled(name):
+    passed("triton_operators.py", name)
+
+
+@pytest.mark.skipif(not _native.available(), reason=str(_native.failure()))
+@pytest.mark.parametrize("name", kernels.HOME)
+def test_schemas_are_those_of_the_native_operators(name):
+    ours, theirs = kernels.operator(name)._schema, getattr(torch.ops.cu_fast, name).default._schema
+
+    def arguments(schema):
+        return [(a.name, str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments]
+
+    assert arguments(ours) == arguments(theirs)
+    assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns]
 
 
 def compiled(arch: str) -> list[dict]:

@@ -1,22 +1,27 @@
 """The Triton kernels under Triton's interpreter, against the reference: TRITON_INTERPRET=1 python tests/triton_interpreted.py
 
-Prints a line of JSON for each case of CASES. In a process of its own: the interpreter cannot be left again.
+Without TRITON_INTERPRET on a GPU. Prints a line of JSON for each case of CASES. In a process of its own: the interpreter
+cannot be left again, nor what a kernel did to a GPU's context.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 import time
 import traceback
 import warnings
 from typing import NamedTuple
 
+import gpu_examples
 import hurtful
 import torch
 
 from cu_fast import reference
 
+on = functools.partial(gpu_examples.on, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -111,6 +116,7 @@ class Watch:
 
 def same(got, want) -> None:
     for name, a, b in zip(("first", "second", "third"), got, want):
+        a, b = a.cpu(), b.cpu()
         if not hurtful.equal(a, b):
             raise AssertionError(f"the {name} result differs: {a.flatten()[:6]} is not {b.flatten()[:6]}")
 
@@ -139,7 +145,7 @@ def selection(case: Quantize) -> None:
     arguments = (z, codes, inv_norm, bias, case.k, *masks, case.hits)
     _launch.TUNING = _launch.Tuning(scan_start=-1)._replace(**(case.tuning or {}))
     with Watch(codebook_quantize) as watch:
-        got = codebook_quantize.codebook_quantize(*arguments, *plane)
+        got = codebook_quantize.codebook_quantize(*on((*arguments, *plane)))
     same(got, reference.codebook_quantize(*arguments))
     assert ("scan_codes" in watch.kernels) == case.scan, watch.kernels
     if case.scan:
@@ -158,7 +164,7 @@ def wrong_mask_row(scan: bool) -> None:
     scores, ids, hits = reference.codebook_quantize(z, codes, None, None, 5, table, row, True)
     row[2], row[4] = 3, -2
     plane = reference.pack_scan(codes, None) if scan else (None, None, None)
-    got = codebook_quantize.codebook_quantize(z, codes, None, None, 5, table, row, True, *plane)
+    got = codebook_quantize.codebook_quantize(*on((z, codes, None, None, 5, table, row, True, *plane)))
     for t in (2, 4):
         scores[t], ids[t], hits[t] = torch.nan, -1, 0
     same(got, (scores, ids, hits))
@@ -170,7 +176,8 @@ def no_masks_in_the_table() -> None:
     z, codes = hurtful.matrix(3, 20, "gaussian", fp32, 1), hurtful.matrix(70, 20, "gaussian", fp32, 2)
     masks = torch.zeros(0, 3, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
     want = reference.codebook_quantize(z, codes, None, None, 5, None, None, True)
-    same(codebook_quantize.codebook_quantize(z, codes, None, None, 5, *masks, True, None, None, None), want)
+    given = z, codes, None, None, 5, *masks, True, None, None, None
+    same(codebook_quantize.codebook_quantize(*on(given)), want)
 
 
 def needs_its_bound(term: str) -> None:
@@ -200,7 +207,7 @@ def needs_its_bound(term: str) -> None:
     want = reference.codebook_quantize(*arguments)
     plane = reference.pack_scan(codes, None)
     assert not plane[2].any()
-    same(codebook_quantize.codebook_quantize(*arguments, *plane), want)
+    same(codebook_quantize.codebook_quantize(*on((*arguments, *plane))), want)
 
 
 def encode(T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, layout: str) -> None:
@@ -209,7 +216,8 @@ def encode(T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, 
     x, W_enc = hurtful.matrix(T, D, kind, dtype, 1), hurtful.matrix(E, D, "gaussian", dtype, 2)
     x, W_enc = hurtful.strided(x, layout), hurtful.strided(W_enc, layout)
     b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (E, D))
-    same([sae_encode.sae_encode(x, W_enc, b_enc, b_pre, relu)], [reference.sae_encode(x, W_enc, b_enc, b_pre, relu)])
+    arguments = x, W_enc, b_enc, b_pre, relu
+    same([sae_encode.sae_encode(*on(arguments))], [reference.sae_encode(*arguments)])
 
 
 def encode_topk(T: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, scan: bool) -> None:
@@ -222,7 +230,7 @@ def encode_topk(T: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool,
     arguments = (x, W_enc, b_enc, b_pre, 9, *hurtful.masks(T, 200, 0.3, 4), relu)
     plane = reference.pack_scan(W_enc, None) if scan else (None, None, None)
     with Watch(codebook_quantize) as watch:
-        got = sae_encode.sae_encode_topk(*arguments, *plane)
+        got = sae_encode.sae_encode_topk(*on((*arguments, *plane)))
     same(got, reference.sae_encode_topk(*arguments))
     assert ("scan_codes" in watch.kernels) == scan
 
@@ -280,7 +288,7 @@ def decode(case: Decode) -> None:
         rest = table, bias, residual, table_of_masks, torch.where(row.clamp(-1, 2) == row, row, -1), case.mean
         want = reference.masked_decode(ids.clamp(-1, C - 1), weights, *rest)
         want[2:6] = torch.nan
-    got = masked_decode.masked_decode(ids, weights, table, bias, residual, table_of_masks, row, case.mean)
+    got = masked_decode.masked_decode(*on((ids, weights, table, bias, residual, table_of_masks, row, case.mean)))
     same([got], [want])
 
 
@@ -293,8 +301,8 @@ def ties_of_bf16() -> None:
     )
     residual = torch.cat([bits.int().view(fp32), -bits.int().view(fp32)])[None]
     ids, table = torch.full((1, 1), -1, dtype=torch.int32), torch.zeros(1, 16, dtype=bf16)
-    got = masked_decode.masked_decode(ids, None, table, None, residual, None, None, False)
-    assert torch.equal(got.view(torch.int16), residual.bfloat16().view(torch.int16)), got
+    got = masked_decode.masked_decode(*on((ids, None, table, None, residual, None, None, False)))
+    assert torch.equal(got.cpu().view(torch.int16), residual.bfloat16().view(torch.int16)), got
 
 
 def does_not_depend_on_the_tiles() -> None:
@@ -309,7 +317,8 @@ def does_not_depend_on_the_tiles() -> None:
         for arch in ("sm_100", "gfx942"):
             _launch.arch_of = lambda device, arch=arch: arch
             for given in (plane, (None, None, None)):
-                same(codebook_quantize.codebook_quantize(z, codes, None, None, 5, None, None, False, *given), want)
+                arguments = z, codes, None, None, 5, None, None, False, *given
+                same(codebook_quantize.codebook_quantize(*on(arguments)), want)
     finally:
         _launch.arch_of = arch_of
 
@@ -321,14 +330,14 @@ def through_ops(mask_mode: str, encode: bool) -> None:
     T, D, E, C, k = 6, 20, 16, 70, 5
     x, codes = hurtful.matrix(T, D if encode else E, "mixed", fp32, 1), hurtful.matrix(C, E, "tied", fp32, 2)
     encoder = (hurtful.matrix(E, D, "gaussian", fp32, 3), None, None) if encode else None
-    packed, table = ops.pack_codes(codes), hurtful.matrix(C, D, "gaussian", bf16, 4)
-    masks = hurtful.masks(T, C, 0.4, 5)
+    table, masks = hurtful.matrix(C, D, "gaussian", bf16, 4), hurtful.masks(T, C, 0.4, 5)
     for given in (masks, (None, None)):
-        results = []
-        for impl in ("triton", "reference"):
-            receipt = torch.zeros(2, dtype=torch.int64)
-            options = dict(mask_mode=mask_mode, weight="score", receipt=receipt, impl=impl)
-            results.append((ops.codebook_bottleneck(x, encoder, packed, table, None, *given, k=k, **options), receipt))
+        arguments, results = (x, encoder, codes, table, given, torch.zeros(2, dtype=torch.int64)), []
+        for impl, tensors in (("triton", on(arguments)), ("reference", arguments)):
+            x, encoder, codes, table, mask, receipt = tensors
+            options = dict(k=k, mask_mode=mask_mode, weight="score", receipt=receipt, impl=impl)
+            y = ops.codebook_bottleneck(x, encoder, ops.pack_codes(codes), table, None, *mask, **options)
+            results.append((y, receipt))
         same(*results)
 
 
@@ -356,11 +365,12 @@ CASES = {
 }
 
 
-if __name__ == "__main__":
+def report(cases: dict[str, tuple]) -> None:
+    """Runs the cases that the command line names, or all."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of the NaN and Inf that are meant
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or CASES:
-        run, *arguments = CASES[name]
+    for name in sys.argv[1:] or cases:
+        run, *arguments = cases[name]
         begin = time.process_time()
         try:
             run(*arguments)
@@ -370,3 +380,7 @@ if __name__ == "__main__":
         print(
             json.dumps({"case": name, "failure": failure, "seconds": round(time.process_time() - begin, 2)}), flush=True
         )
+
+
+if __name__ == "__main__":
+    report(CASES)

@@ -1,16 +1,20 @@
 """The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
 
-They take the arguments of the native operators (``csrc/ops.cpp``). Importing this package needs no Triton; :func:`failure` says why the kernels cannot run on
-a device. Which tiles a kernel is cut into: ``_launch.py``.
+They take the arguments of the native operators (``csrc/ops.cpp``), and importing this package registers them as
+``torch.ops.cu_fast_triton.*``. Triton itself is imported by the first call; :func:`failure` says why the kernels cannot
+run on a device. Which tiles a kernel is cut into: ``_launch.py``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
 
 import torch
+
+from cu_fast import _fakes
 
 HOME = {
     "codebook_quantize": "codebook_quantize",
@@ -21,9 +25,30 @@ HOME = {
 }
 
 
-def operator(name: str) -> Callable:
-    """An operator by its name. Imports Triton: ask :func:`failure` first."""
+def operator(name: str) -> torch._ops.OpOverload:
+    """An operator by its name. Its first call imports Triton: ask :func:`failure` before."""
+    return getattr(torch.ops.cu_fast_triton, name).default
+
+
+@functools.cache
+def _kernels(name: str) -> Callable:
     return getattr(importlib.import_module(f"cu_fast.triton.{HOME[name]}"), name)
+
+
+def _register() -> torch.library.Library:
+    # Not by torch.library.custom_op, which takes longer to call.
+    library = torch.library.Library("cu_fast_triton", "DEF")
+    for name in HOME:
+        fake = getattr(_fakes, name)
+        written = ("receipt",) if name == "codebook_bottleneck" else ()
+        library.define(name + torch.library.infer_schema(fake, mutates_args=written))
+        for device in ("CPU", "CUDA"):  # a CPU's tensors for the interpreter; AMD GPUs are "CUDA" too
+            library.impl(name, lambda *arguments, name=name: _kernels(name)(*arguments), device)
+        torch.library.register_fake(f"cu_fast_triton::{name}", fake, lib=library)
+    return library
+
+
+_library = _register()  # while it lives, the operators do
 
 
 def failure(device: torch.device) -> str | None:
