@@ -1,7 +1,8 @@
 """The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
 
-They take the arguments of the native operators (``csrc/ops.cpp``). Importing this package needs no Triton; :func:`failure` says why the kernels cannot run on
-a device. Which tiles a kernel is cut into: ``_launch.py``.
+They take the arguments of the native operators (``csrc/ops.cpp``); gather_dot and scatter_sum, which training alone needs
+and the native library lacks, those of ``_autograd.py``. Importing this package needs no Triton; :func:`failure` says why
+the kernels cannot run on a device. Which tiles a kernel is cut into: ``_launch.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ HOME = {
     "sae_encode_topk": "sae_encode",
     "masked_decode": "masked_decode",
     "codebook_bottleneck": "codebook_bottleneck",
+    "gather_dot": "gather_dot",
+    "scatter_sum": "scatter_sum",
 }
 
 
