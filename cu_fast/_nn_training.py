@@ -63,7 +63,7 @@ class TrainingPath(nn.Module):
         if self.config.weight == "mean":
             weights = weights / self.config.k
         elif self.config.weight == "score":
-            weights = weights * torch.relu(book.similarities(z, ids))
+            weights = weights * torch.relu(book.similarities(z, ids, self.impl))
         return ids, weights
 
     def _sums(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

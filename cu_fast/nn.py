@@ -85,12 +85,12 @@ class Codebook(nn.Module):
     def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
         return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
 
-    def similarities(self, z: Tensor, ids: Tensor) -> Tensor:
+    def similarities(self, z: Tensor, ids: Tensor, impl: str = "auto") -> Tensor:
         """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]; id -1 scores 0."""
-        scores = gather_dot(ids, z, self.codes)
+        scores = gather_dot(ids, z, self.codes, impl)
         if self.similarity == "dot":
             return scores
-        norms = gather_dot(ids, z.new_ones(len(z), 1), self.codes.norm(dim=-1, keepdim=True))
+        norms = gather_dot(ids, z.new_ones(len(z), 1), self.codes.norm(dim=-1, keepdim=True), impl)
         return scores / norms.clamp(min=1e-12) if self.similarity == "cosine" else scores - 0.5 * norms.square()
 
     def usage(self) -> dict[str, float]:

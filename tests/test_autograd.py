@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def plain_sum(ids, weights, codes, impl="auto"):
     return F.embedding_bag(ids.long().clamp(min=0), codes, per_sample_weights=weights, mode="sum")
 
 
-def plain_dot(ids, g, codes):
+def plain_dot(ids, g, codes, impl="auto"):
     rows = F.embedding(ids.long().clamp(min=0), codes)
     return torch.where(ids < 0, 0.0, torch.einsum("te,tke->tk", g, rows))
 
@@ -170,6 +171,55 @@ def test_an_id_beyond_the_codes_is_an_error(op):
     factors = {gather_sum: (weights, codes), gather_dot: (g, codes), scatter_sum: (weights, g, C)}[op]
     with pytest.raises(ValueError, match="ids holds 7"):
         op(IDS + 2, *factors)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda weights, g, codes: gather_dot(IDS, g[:, 1:], codes),
+    lambda weights, g, codes: gather_dot(IDS, g[1:], codes),
+    lambda weights, g, codes: scatter_sum(IDS, weights, g[1:], C),
+    lambda weights, g, codes: scatter_sum(IDS, weights[:, 1:], g, C),
+])  # fmt: skip
+def test_a_wrong_shape_is_an_error(wrong):
+    """A kernel would read beyond the end."""
+    with pytest.raises(ValueError, match=r"(g|weights) has shape .* should be"):
+        wrong(*operands(requires_grad=False))
+
+
+@pytest.mark.parametrize("impl, device, dtype, reason, triton", [
+    ("auto", "cuda", torch.float32, None, True), ("cuda", "cuda", torch.bfloat16, None, True),
+    ("triton", "cuda", torch.float16, None, True), ("triton", "cpu", torch.float32, None, True),
+    ("auto", "cuda", torch.float32, "too old", False), ("reference", "cuda", torch.float32, None, False),
+    ("triton", "cuda", torch.float64, None, False), ("auto", "cpu", torch.float32, None, False),
+    ("cpu", "cpu", torch.float32, None, False),
+])  # fmt: skip
+def test_where_triton_finds_gradients(monkeypatch, impl, device, dtype, reason, triton):
+    monkeypatch.setattr(_autograd, "resolve", lambda impl, device: {"auto": device.type}.get(impl, impl))
+    monkeypatch.setattr(_autograd, "failure", lambda impl, device: reason)
+    monkeypatch.setattr(_autograd.triton, "kernels", lambda op: op)
+    factors = [SimpleNamespace(device=torch.device(device), dtype=dtype) for dtype in (torch.float32, dtype)]
+    assert _autograd._kernels("gather_dot", impl, *factors) == ("gather_dot" if triton else None)
+
+
+def test_triton_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weights, g, codes = operands(torch.float32, requires_grad=False)
+    for run in (lambda: gather_dot(IDS, g, codes, "triton"), lambda: scatter_sum(IDS, weights, g, C, "triton")):
+        with pytest.raises(RuntimeError, match="impl='triton' is not available"):
+            run()
+    assert gather_dot(IDS, g.double(), codes.double(), "triton").dtype == torch.float64
+
+
+def test_the_gradients_have_the_sums_impl(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_autograd, "_kernels", lambda op, impl, *factors: asked.append((op, impl)))
+    weights, g, codes = operands(torch.float32)
+    gather_sum(IDS, weights, codes, "reference").sum().backward()
+    gather_dot(IDS, g, codes, "cpu").sum().backward()
+    every = [("gather_dot", "reference"), ("scatter_sum", "reference"), ("gather_dot", "cpu"), ("scatter_sum", "cpu")]
+    assert asked == every
+    asked.clear()
+    step(made_by("topk_sae", "reference"), torch.randn(9, 24), torch.randn(9, 24))
+    assert set(asked) == set(every[:2])
 
 
 # -- the bottleneck ------------------------------------------------------------------------------------------

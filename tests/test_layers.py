@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": {"_checks", "_impl", "_native", "reference"},
     "masks": set(),
     "config": set(),
-    "_autograd": {"_checks", "ops"},
+    "_autograd": {"_checks", "_impl", "ops", "triton"},
     "_nn_training": {"_autograd", "ops"},
     "nn": {"_autograd", "_nn_training", "config", "ops", "reference"},
     "_topics": {"masks", "nn"},

@@ -30,7 +30,10 @@ HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed; pip install triton")
 EVERY = ("sm_90", "gfx942")  # compiled with every configuration that they take, the others with the main ones
-SCORES = {"score_codes", "score_candidates", "encode_tile", "gather_sum"}  # whose products and sums are defined
+# Whose products and sums are defined.
+SCORES = {
+    "score_codes", "score_candidates", "encode_tile", "gather_sum", "dot_slots", "sum_pieces", "sum_codes",
+}  # fmt: skip
 # What the tiles were chosen with. Older ones (torch 2.11 brings 3.6) spill a little, and on sm_100 use older matrix units.
 TUNED_FOR = (3, 9)
 OLDER = HAS_TRITON and kernels.version(importlib.metadata.version("triton")) < TUNED_FOR

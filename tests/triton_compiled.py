@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cu_fast.triton import _launch, codebook_quantize, masked_decode, sae_encode
+from cu_fast.triton import _launch, codebook_quantize, gather_dot, masked_decode, sae_encode, scatter_sum
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -48,6 +48,8 @@ EVERY = [
     (512, 515, 25_003, 64, fp32, True, False),
 ]
 MAIN = [EVERY[0], EVERY[9], EVERY[13]]
+# T, E, k, dtype; the last has too few places for a piece
+TRAINING = [(64, 512, 8, bf16), (64, 4096, 64, fp32), (64, 515, 9, fp16), (9, 512, 9, fp32)]
 
 
 def written_down(arch: str, every: bool) -> list[tuple]:
@@ -60,7 +62,7 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         )
 
     _launch.arch_of, _launch.multiprocessors_of = (lambda device: arch), (lambda device: 132)
-    for module in (codebook_quantize, sae_encode, masked_decode):
+    for module in (codebook_quantize, sae_encode, masked_decode, gather_dot, scatter_sum):
         module.start = start
     for T, E, C, k, dtype, scan, rich in EVERY if every else MAIN:
         _launch.TUNING = _launch.Tuning(scan_start=-1 if scan else 1e9)
@@ -83,6 +85,11 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         )
         masks = (torch.empty(3, 32, dtype=torch.int32), torch.empty(64, dtype=torch.int32))
         masked_decode.masked_decode(ids, weights, table, torch.empty(D), torch.empty(64, D, dtype=dtype), *masks, mean)
+    for T, E, k, dtype in TRAINING if every else TRAINING[:1]:
+        ids, weights = torch.zeros(T, k, dtype=torch.int32), torch.empty(T, k, dtype=dtype)
+        g, codes = torch.empty(T, E, dtype=dtype), torch.empty(1000, E, dtype=dtype)
+        gather_dot.gather_dot(ids, g, codes)
+        scatter_sum.scatter_sum(ids, weights, g, 1000)
     return list(launches.values())
 
 

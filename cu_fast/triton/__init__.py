@@ -1,8 +1,9 @@
 """The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
 
 They take the arguments of the native operators (``csrc/ops.cpp``), and importing this package registers them as
-``torch.ops.cu_fast_triton.*``. Triton itself is imported by the first call; :func:`failure` says why the kernels cannot
-run on a device. Which tiles a kernel is cut into: ``_launch.py``.
+``torch.ops.cu_fast_triton.*``. gather_dot and scatter_sum, which training alone needs and the native library lacks, take
+those of ``_autograd.py``, where they are registered. Triton itself is imported by the first call; :func:`failure` says
+why the kernels cannot run on a device. Which tiles a kernel is cut into: ``_launch.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from cu_fast import _fakes
 
-HOME = {
+HOME = {  # of what is registered, the file
     "codebook_quantize": "codebook_quantize",
     "sae_encode": "sae_encode",
     "sae_encode_topk": "sae_encode",
@@ -31,8 +32,9 @@ def operator(name: str) -> torch._ops.OpOverload:
 
 
 @functools.cache
-def _kernels(name: str) -> Callable:
-    return getattr(importlib.import_module(f"cu_fast.triton.{HOME[name]}"), name)
+def kernels(name: str) -> Callable:
+    """What runs as an operator, or as a gradient, not registered; importing it imports Triton."""
+    return getattr(importlib.import_module(f"cu_fast.triton.{HOME.get(name, name)}"), name)
 
 
 def _register() -> torch.library.Library:
@@ -43,7 +45,7 @@ def _register() -> torch.library.Library:
         written = ("receipt",) if name == "codebook_bottleneck" else ()
         library.define(name + torch.library.infer_schema(fake, mutates_args=written))
         for device in ("CPU", "CUDA"):  # a CPU's tensors for the interpreter; AMD GPUs are "CUDA" too
-            library.impl(name, lambda *arguments, name=name: _kernels(name)(*arguments), device)
+            library.impl(name, lambda *arguments, name=name: kernels(name)(*arguments), device)
         torch.library.register_fake(f"cu_fast_triton::{name}", fake, lib=library)
     return library
 

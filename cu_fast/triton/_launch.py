@@ -93,6 +93,9 @@ TABLE = {
     "narrow": {"all": _config(8, N=2048)},
     "score_candidates": {"all": _config(4, C=32, UNROLL=8)},
     "gather_sum": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
+    "dot_slots": {"few": _config(1, C=8, UNROLL=8), "many": _config(4, C=32, UNROLL=8)},
+    "sum_pieces": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
+    "sum_codes": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
 }
 
 
@@ -116,8 +119,10 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
         name = "few" if T <= 16 else "many"
     elif kernel == "finish":
         name = "small" if T > 64 and k <= LISTS[-1] else "large"
-    elif kernel == "gather_sum":
+    elif kernel in ("gather_sum", "sum_pieces", "sum_codes"):
         name = "wide" if E > 1024 else "narrow"
+    elif kernel == "dot_slots":
+        name = "few" if k <= 8 else "many"
     else:
         name = "all"
     rows = TABLE[kernel]
