@@ -201,10 +201,8 @@ def test_the_rates_of_the_model_are_found_again(rates):
 
 def test_rates_that_choose_worse_than_those_that_ship_are_not_kept():
     cells = cells_of(_launch.TUNING)
-    cells[-1]["exact_us"] = 0.001 * cells[-1]["scan_us"]  # one cell, from which the rates come, that fits no model
-    shipped = {name: getattr(_launch.TUNING, name) for name in _launch.MEASURED}
-    found = tune.fit(cells)
-    assert tune.lost(cells, 2, found) <= tune.lost(cells, 2, shipped)
+    cells[0]["scan_us"] = 1e4  # a hiccup, in the cell that the start comes from
+    assert tune.fit(cells) == {name: getattr(_launch.TUNING, name) for name in _launch.MEASURED}
 
 
 def test_measured_rates_decide_whether_a_selection_scans(monkeypatch):
