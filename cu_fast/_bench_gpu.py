@@ -9,6 +9,7 @@ What cannot be captured, since it waits for the device, is launched eagerly, and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ WARM_CALLS = 3  # untimed calls before a timed one, where the cache is to be war
 
 
 class GraphClock:
-    """CUDA events around replays of a graph. ``cuda`` and ``place_on`` are for tests, which have no GPU."""
+    """CUDA events around replays of a graph. ``cuda`` and ``place_on`` are for tests, which have no GPU.
 
-    def __init__(self, cuda: Any = torch.cuda, place_on: str = "cuda") -> None:
-        if cuda is torch.cuda and (reason := _native.cuda_failure()) is not None:
+    failure: why what is to be measured cannot run, None where it can; default: of the native kernels.
+    """
+
+    def __init__(
+        self, cuda: Any = torch.cuda, place_on: str = "cuda", failure: Callable[[], str | None] | None = None
+    ) -> None:
+        if cuda is torch.cuda and (reason := (failure or _native.cuda_failure)()) is not None:
             raise RuntimeError(f"device is 'cuda', on which nothing can be measured here: {reason}")
         self._cuda, self._place_on = cuda, place_on
         self.device = cuda.get_device_name()

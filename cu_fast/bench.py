@@ -113,7 +113,7 @@ def measure_cell(
             del answer
             times[name] = [clock.time(job)]  # which counts where it is too slow to be called more often
             jobs[name] = job
-    _take_turns(jobs, times, plan, clock)
+    take_turns(jobs, times, plan, clock)
     for name, taken in times.items():
         p20, p50, p80 = (1e3 * t / jobs[name].divide for t in np.percentile(taken, (20, 50, 80)))
         rows[name] |= {"status": "ok", "rounds": len(taken), "tokens_per_second": _round(1e3 * cell.T / p50)}
@@ -132,7 +132,7 @@ def _prepare(cell: Cell, plan: Plan, clock: HostClock | GraphClock) -> tuple[Any
     return clock.place(inputs), Truth(inputs)
 
 
-def _take_turns(
+def take_turns(
     jobs: Mapping[str, Job], times: dict[str, list[float]], plan: Plan, clock: HostClock | GraphClock
 ) -> None:
     """Call the jobs in rounds, in an order drawn for each, until the time is used and enough rounds are done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import cu_fast
+from cu_fast._cli_tables import evidence_table, pairs, show_step, shown_table, study_table, tuned_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +59,7 @@ def env(as_json: Json = False) -> None:
         if as_json:
             print(json.dumps(facts, indent=2))
         else:
-            console.print(_pairs(facts, "environment"))
+            console.print(pairs(facts, "environment"))
 
 
 def environment() -> dict[str, Any]:
@@ -79,8 +81,21 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.is_available(),
         "built for": _native.cuda_build() or None,
         **{f"impl {name!r}": state for name, state in impls.items()},
+        **_triton_table(impls["triton"]),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("CU_FAST_")},
     }
+
+
+def _triton_table(state: str) -> dict[str, str]:
+    """Which tiles the Triton kernels take, where they run; a broken table is a fact about the machine."""
+    if state != "available" and os.environ.get("TRITON_INTERPRET") != "1":
+        return {}
+    from cu_fast import tune
+
+    try:
+        return {"triton table": tune.table_in_force(tune.arch_here())}
+    except ValueError as error:
+        return {"triton table": f"error: {error}"}
 
 
 @app.command()
@@ -102,10 +117,10 @@ def demo(
             print(json.dumps(names) if as_json else "\n".join(names))
         elif study:
             results = [f.to_dict() for f in show.study_many(bundle, study, seed, progress=not as_json)]
-            print(json.dumps(results, indent=2)) if as_json else console.print(_study_table(results))
+            print(json.dumps(results, indent=2)) if as_json else console.print(study_table(results))
         else:
             chosen = bundle.author(author) if author else bundle.authors[-1]
-            figures = show.run(bundle, chosen, _ignore if as_json else _show_step)
+            figures = show.run(bundle, chosen, _ignore if as_json else functools.partial(show_step, console))
             if as_json:
                 print(json.dumps(figures, indent=2))
 
@@ -151,7 +166,7 @@ def train(
             codebook_learning_rate=codebook_learning_rate, resume=resume,
         )  # fmt: skip
         save_model(attachment, tokenizer, output / "model")
-        console.print(_pairs(figures, f"trained; saved to {output / 'model'}"))
+        console.print(pairs(figures, f"trained; saved to {output / 'model'}"))
 
 
 @app.command()
@@ -198,7 +213,7 @@ def unlearn(
         if as_json:
             print(json.dumps(finding.to_dict() | {"path": str(where) if finding.mask.num_deleted else None}, indent=2))
         else:
-            console.print(_evidence_table(finding))
+            console.print(evidence_table(finding))
             if finding.mask.num_deleted:
                 console.print(f"mask saved to {where}", highlight=False)
         if not finding.mask.num_deleted:
@@ -257,7 +272,7 @@ def verify(
                     "[green]pass" if check["passed"] else "[bold red]FAIL",
                     escape(check["figure"]),
                 )
-            console.print(_pairs(environment(), "environment"), table)
+            console.print(pairs(environment(), "environment"), table)
         if not all(check["passed"] for check in checks):
             raise typer.Exit(1)
 
@@ -292,6 +307,26 @@ def bench(
         print(text) if text is not None else console.print(*benchmark.tables(rows))
 
 
+@app.command()
+def tune(
+    output: Annotated[Path | None, typer.Option(help="The table's file; default: where this package looks.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds; what was not reached by then is said.")] = 120,
+    kernels: Annotated[str | None, typer.Option(help="a,b; default all. A wrong one lists them.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Measure nothing; print the table in force.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure which tiles of the Triton kernels are fastest on this GPU, and keep them for later processes."""
+    with errors_are_messages():
+        from cu_fast import tune as tuning
+
+        names = kernels.split(",") if kernels else None
+        found = tuning.show() if show else tuning.run(output, budget, names, progress=not as_json)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            console.print(*(shown_table(found) if show else tuned_table(found)), highlight=False)
+
+
 def _model_folder(name: str) -> Path:
     from cu_fast.demo import BUNDLE
 
@@ -312,89 +347,6 @@ def _quiet_transformers() -> None:
 
 def _ignore(name: str, figures: Any) -> None:
     pass
-
-
-def _pairs(values: dict[str, Any], title: str) -> Table:
-    table = Table(title=title, show_header=False)
-    for name, value in values.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
-    return table
-
-
-def _evidence_table(finding) -> Table:
-    mask = finding.mask
-    title = f"{mask.topic}: {mask.num_deleted} of {mask.num_codes} codes, {finding.seconds:.1f} s"
-    table = Table("code", "bits", "q", "target", "control", "where it fired", title=title)
-    for code in finding.codes[:20]:
-        example = " | ".join(" ".join(text.split()) for text in code.examples)
-        table.add_row(
-            str(code.code), f"{code.enrichment:.1f}", f"{code.q:.1e}", str(code.target_count),
-            str(code.control_count), escape(example[:120]),
-        )  # fmt: skip
-    if len(finding.codes) > 20:
-        table.add_row("...", "", "", "", "", f"{len(finding.codes) - 20} more; --json prints all")
-    return table
-
-
-def _answers_table(title: str, answers: list[dict[str, str]]) -> Table:
-    table = Table("question", "without mask", "with mask", title=title, show_lines=True)
-    for row in answers:
-        table.add_row(*(escape(row[key]) for key in ("question", "before", "after")))
-    return table
-
-
-def _study_table(results: list[dict[str, Any]]) -> Table:
-    held = sum(r["holds"] for r in results)
-    table = Table(
-        "author", "codes", "seconds", "forgotten", "others", "random deletion", "holds",
-        title=f"ROUGE-L before -> after; {held} of {len(results)} hold",
-        caption="holds: forgotten >= 0.95 -> <= 0.25, others fall <= 0.05, random deletion >= 0.90, <= 5 s",
-    )  # fmt: skip
-    for r in results:
-        table.add_row(
-            r["author"], f"{r['codes_deleted']} ({100 * r['share_deleted']:.2f} %)", f"{r['seconds']:.1f}",
-            f"{r['forgotten_before']:.2f} -> {r['forgotten_after']:.2f}",
-            f"{r['others_before']:.3f} -> {r['others_after']:.3f}", f"{r['forgotten_random']:.2f}",
-            "yes" if r["holds"] else "[red]no",
-        )  # fmt: skip
-    return table
-
-
-def _report_table(layers: list[dict[str, Any]]) -> Table:
-    table = Table("layer", "impl", "codes", "k", "mode", "tokens", "deletions that bit", "masks", title="report")
-    for layer in layers:
-        masks = ", ".join(f"{m['name']} ({m['deleted']}, {m['digest'][:8]})" for m in layer["masks"])
-        table.add_row(
-            layer["layer"], layer["impl"], str(layer["codes"]), str(layer["k"]), layer["mask_mode"],
-            str(layer["tokens"]), str(layer["hits"]), masks,
-        )  # fmt: skip
-    return table
-
-
-def _show_step(name: str, figures: Any) -> None:
-    if name == "model":
-        console.print(f"A small model that knows {figures['authors']} invented authors (TOFU), with a codebook in its")
-        console.print(f"middle. Ready masks: {', '.join(figures['ready_masks'])}.\n")
-    elif name == "ready mask":
-        title = f"with the ready mask {figures['mask']!r}; {figures['kept']} is kept"
-        console.print(_answers_table(title, figures["answers"]))
-    elif name == "corpus":
-        console.print(
-            f"the codes of all {figures['tokens']} tokens, counted once for all topics: {figures['seconds']:.1f} s"
-        )
-    elif name == "unlearned live":
-        console.print(_answers_table(f"{figures['author']}, unlearned just now", figures["answers"]))
-        console.print(_study_table([figures]))
-    elif name == "one batch":
-        table = Table("mask", "question", "answer", title="one batch, a mask for each sequence", show_lines=True)
-        for row in figures:
-            mask = " + ".join(row["mask"]) if isinstance(row["mask"], list) else row["mask"] or "none"
-            table.add_row(mask, escape(row["question"]), escape(row["answer"]))
-        console.print(table)
-    elif name == "tokens per second":
-        console.print(_pairs(figures, "tokens per second, one sequence"))
-    elif name == "report":
-        console.print(_report_table(figures))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CU_FAST_TRITON_TABLE"] = "shipped"  # not what was once measured on this machine
 
 import pytest
 import torch

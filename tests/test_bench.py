@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
 def test_a_slow_provider_is_called_once_and_the_rest_in_rounds():
     fast, slow = _providers.Job(lambda: None), _providers.Job(lambda: None)
     times = {"fast": [0.001], "slow": [2.0]}
-    bench._take_turns({"fast": fast, "slow": slow}, times, bench.Plan(seconds=0.01, rounds=3), _bench_clock.HostClock())
+    bench.take_turns({"fast": fast, "slow": slow}, times, bench.Plan(seconds=0.01, rounds=3), _bench_clock.HostClock())
     assert times["slow"] == [2.0] and len(times["fast"]) >= 3 and 0.001 not in times["fast"]
 
 
@@ -187,7 +187,7 @@ def test_cache_decides_whether_an_untimed_call_comes_first(cache, calls, monkeyp
     monkeypatch.setattr(_bench_clock, "WARM", 0.0)  # one untimed call, however short
     made = []
     times, plan = {"one": [0.0]}, bench.Plan(seconds=1e-9, rounds=3, cache=cache)
-    bench._take_turns({"one": _providers.Job(lambda: made.append(1))}, times, plan, _bench_clock.HostClock())
+    bench.take_turns({"one": _providers.Job(lambda: made.append(1))}, times, plan, _bench_clock.HostClock())
     assert len(made) == calls and len(times["one"]) == 3
 
 

@@ -266,3 +266,8 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     with pytest.raises(RuntimeError, match="device is 'cuda', on which nothing can be measured here: "):
         run("codebook_quantize", tmp_path / "rows.csv")
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_the_clock_of_other_kernels_has_other_reasons():
+    with pytest.raises(RuntimeError, match="nothing can be measured here: no Triton"):
+        GraphClock(failure=lambda: "no Triton")

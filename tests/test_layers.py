@@ -58,7 +58,22 @@ MAY_IMPORT = {
         "_bench_truth",
         "_providers",
     },
-    "cli": {"_native", "bench", "checkpoint", "config", "demo", "ops", "train", "unlearn", "verify"},
+    "_tune_grid": {"_bench_data", "triton"},
+    "tune": {"_bench_data", "_bench_gpu", "_bench_machine", "_providers", "_tune_grid", "bench", "ops", "triton"},
+    "_cli_tables": set(),
+    "cli": {
+        "_cli_tables",
+        "_native",
+        "bench",
+        "checkpoint",
+        "config",
+        "demo",
+        "ops",
+        "train",
+        "tune",
+        "unlearn",
+        "verify",
+    },
 }
 
 

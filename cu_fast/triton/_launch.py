@@ -1,17 +1,23 @@
 """How the Triton kernels are cut: pure, printable choices by architecture and shape. No result depends on them.
 
-There is no autotuning: a choice is a row of TABLE, which was compiled for every architecture before it was shipped
-(tests/test_triton_kernels.py), plus the rules of :func:`choose` and :func:`plan`. No row was measured yet.
+Nothing is tuned while a program runs: a choice is a row of TABLE, which was compiled for every architecture before it was
+shipped (tests/test_triton_kernels.py), plus the rules of :func:`choose` and :func:`plan`. No row of TABLE was measured.
+``cu-fast tune`` measures rows on a user's GPU and keeps them in a file (_table.py), which is laid over TABLE when an
+architecture is first asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cu_fast.triton import _table
+from cu_fast.triton._table import Config, Table
+from cu_fast.triton._table import config as _config
 
 # The architectures that a row was chosen for, and the shared memory that a program may have there, in bytes. Others take
 # the row of the one before them in this order, AMD's that of gfx942.
@@ -22,29 +28,21 @@ LISTS = (16, 64, 256)
 MAX_SCAN_K = LISTS[-1]
 
 
-class Config(NamedTuple):
-    """Of a kernel: its tiles, by the names of its parameters, and what Triton is told."""
-
-    blocks: tuple[tuple[str, int], ...]
-    num_warps: int
-    num_stages: int = 2
-
-    def block(self, name: str) -> int:
-        """BLOCK_T by "T"; others by their name."""
-        return dict(self.blocks)[_parameter(name)]
-
-
 class Tuning(NamedTuple):
-    """Sizes that a GPU should be kept busy with; tests take smaller ones, to walk every path."""
+    """Sizes that a GPU should be kept busy with; tests take smaller ones, to walk every path. MEASURED: by `tune`."""
 
     chunk: int = 256  # tokens that go through the scan together
     candidates: int = 8192  # places for a row's candidates; what does not fit is scored exactly
     sample_share: int = 16  # one tile of codes in so many gives the first threshold
     scan_start: float = 60.0  # microseconds that the scan's kernels take to start
+    read_rate: float = 3e6  # bytes a microsecond, from memory; this and the next two are guesses about an H100
+    exact_rate: float = 8e6  # products a microsecond, every code scored
+    scan_rate: float = 300e6  # products a microsecond, scanned
     keys: int = 1 << 22  # kept in memory at a time where k is too large for a list
 
 
 TUNING = Tuning()
+MEASURED = ("scan_start", "read_rate", "exact_rate", "scan_rate")
 
 
 class Plan(NamedTuple):
@@ -55,19 +53,12 @@ class Plan(NamedTuple):
     parts: int
     part_codes: int
     score_parts: int
-    sample_tiles: int
+    sample_codes: int
     candidates: int
 
 
-def _parameter(name: str) -> str:
-    return f"BLOCK_{name}" if len(name) == 1 else name
-
-
-def _config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
-    return Config(tuple((_parameter(name), size) for name, size in blocks.items()), num_warps, num_stages)
-
-
 # By kernel, then by what it is chosen for: of "many gfx942" and "many" the first, where its architecture is in the name.
+# None was measured.
 TABLE = {
     "score_codes": {
         "one": _config(4, T=1, C=64, UNROLL=8),
@@ -108,6 +99,44 @@ def family(arch: str) -> str:
                key=lambda known: int(known[3:]), default="sm_80")  # fmt: skip
 
 
+def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
+    """Why a kernel cannot be cut so, None if it may. Of the shared memory only what is known without compiling."""
+    for name, size in row.blocks:
+        if not 0 < size <= 1 << 16 or size & (size - 1):
+            return f"{name} is {size}; it should be a power of two, at most 65536"
+        # The kernels of a scan share the steps: other ones would leave entries out.
+        if (name == "STEP" or (kernel, name) == ("scan_codes", "BLOCK_E")) and size != dict(shipped.blocks)[name]:
+            return f"{name} is {size}; it should be {dict(shipped.blocks)[name]}, as in the other kernels of the scan"
+    if row.num_warps not in (1, 2, 4, 8, 16):
+        return f"num_warps is {row.num_warps}; it should be 1, 2, 4, 8 or 16"
+    if not 1 <= row.num_stages <= 8:
+        return f"num_stages is {row.num_stages}; it should be between 1 and 8"
+    if kernel == "scan_rows" and row.block("E") < row.block("STEP"):
+        return f"BLOCK_E is {row.block('E')}; it should be at least STEP, {row.block('STEP')}"
+    if kernel == "scan_codes":
+        least = (row.num_stages - 1) * (row.block("C") + row.block("T")) * row.block("E")
+        if least > SHARED_MEMORY[family(arch)]:
+            return f"its bytes on the way take {least} B of shared memory; {SHARED_MEMORY[family(arch)]} are there"
+    return None
+
+
+RULES = _table.Rules(TABLE, MEASURED, fault)
+# By architecture, read at first use; cu_fast.tune puts in what it tries.
+IN_FORCE: dict[str, Table] = {}
+
+
+def in_force(arch: str) -> Table:
+    """The table in force on an architecture: a user's over TABLE. Raises ValueError where the user's is broken."""
+    if arch not in IN_FORCE:
+        IN_FORCE[arch] = _table.find(arch, RULES)
+    return IN_FORCE[arch]
+
+
+def key_of(rows: Iterable[str], name: str, arch: str) -> str:
+    """Of the keys of a kernel's rows the one that holds for a name."""
+    return next(key for key in (f"{name} {arch}", f"{name} {family(arch)}", name) if key in rows)
+
+
 def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.dtype) -> Config:
     """The tiles of a kernel for T tokens, C codes of width E (D for gather_sum), k codes kept.
 
@@ -125,8 +154,8 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
         name = "few" if k <= 8 else "many"
     else:
         name = "all"
-    rows = TABLE[kernel]
-    row = rows.get(f"{name} {family(arch)}", rows[name])
+    rows = in_force(arch).rows[kernel]
+    row = rows[key_of(rows, name, arch)]
     return _with_list(row, next((n for n in LISTS if k <= n), 0)) if kernel == "score_codes" else row
 
 
@@ -135,29 +164,34 @@ def _with_list(row: Config, keep: int) -> Config:
     return row._replace(blocks=(("BLOCK_T", T), *row.blocks[1:], ("BLOCK_K", keep)))
 
 
+def tuning_of(arch: str) -> Tuning:
+    return TUNING._replace(**in_force(arch).tuning)
+
+
+def scan_is_faster(T: int, entries: int, code_bytes: int, tuning: Tuning) -> bool:
+    """The scan reads a byte an entry and multiplies on matrix units, but starts more kernels."""
+    exact = max(entries * code_bytes / tuning.read_rate, T * entries / tuning.exact_rate)
+    return tuning.scan_start + max(entries / tuning.read_rate, T * entries / tuning.scan_rate) < exact
+
+
 def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
-    """How a selection is cut. The scan reads a byte an entry, but starts more kernels: by rates of an H100, unmeasured."""
-    entries = C * E
+    """How a selection is cut. Whether it scans: :func:`scan_is_faster`."""
+    tuning = tuning_of(arch)
     code_bytes = 2 if dtype in (torch.float16, torch.bfloat16) else 4
-    exact = max(entries * code_bytes / 3e6, T * entries / 8e6)
-    scan = TUNING.scan_start + max(entries / 3e6, T * entries / 300e6)
-    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan < exact
+    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan_is_faster(T, C * E, code_bytes, tuning)
     tile = choose("score_codes", arch, T, E, C, k, dtype)
     if scans:
-        chunk = min(T, TUNING.chunk)
+        chunk = min(T, tuning.chunk)
     elif tile.block("K") > 0:
         chunk = min(T, 1 << 16)
     else:
-        chunk = min(T, max(TUNING.keys // C, 1))
+        chunk = min(T, max(tuning.keys // C, 1))
     chunk = max(chunk, 1)
     parts = max(1, min(_ceil(2 * multiprocessors, _ceil(chunk, tile.block("T"))), _ceil(C, tile.block("C"))))
     part_codes = _ceil(_ceil(C, parts), tile.block("C")) * tile.block("C")
-    width = choose("scan_codes", arch, T, E, C, k, dtype).block("C")
-    sample = max(_ceil(_ceil(C, width), TUNING.sample_share), _ceil(16 * k, width))
+    sample = max(_ceil(C, tuning.sample_share), 16 * k)
     score_parts = max(1, min(16, 2 * multiprocessors // chunk))
-    return Plan(
-        scans, chunk, _ceil(C, part_codes), part_codes, score_parts, min(sample, _ceil(C, width)), TUNING.candidates
-    )
+    return Plan(scans, chunk, _ceil(C, part_codes), part_codes, score_parts, min(sample, C), tuning.candidates)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -166,7 +166,7 @@ def scan(job: Job, plan: _launch.Plan, work: Work, plane: tuple[Tensor, Tensor, 
     )  # fmt: skip
     tile = job.choose("scan_codes")
     tiles = -(-C // tile.block("C"))
-    sampled = min(plan.sample_tiles, tiles)
+    sampled = -(-plan.sample_codes // tile.block("C"))
     maxima = torch.empty(T, sampled * tile.block("C") // 4, device=z.device)
     for sample, visited in ((True, sampled), (False, tiles)):
         if not sample:
