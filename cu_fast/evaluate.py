@@ -2,8 +2,8 @@
 
 Whoever wants a masked model's figures calls these inside ``attachment.unlearn(...)``. Every metric is a field's own:
 TOFU's (Maini et al., arXiv 2401.06121: probability, truth ratio, model utility, forget quality), OpenUnlearning's
-extraction strength (Dorna et al., arXiv 2506.12618), ROUGE (rouge-score), BLEU (sacrebleu), METEOR (nltk), the area
-under the ROC curve (scikit-learn), Kolmogorov and Smirnov's test and the bootstrap (scipy). ``pip install
+extraction strength (Dorna et al., arXiv 2506.12618), ROUGE (rouge-score), BLEU and chrF (sacrebleu), METEOR (nltk), the
+area under the ROC curve (scikit-learn), Kolmogorov and Smirnov's test and the bootstrap (scipy). ``pip install
 'cu-fast[eval]'`` brings those libraries.
 
 A row is a dict: {"prompt", "completion"} for a causal model, {"source", "target"} for a sequence-to-sequence one, as
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cu_fast._rows import Collator, encode_row
@@ -122,6 +124,37 @@ def rouge_l(answers: Sequence[str], truths: Sequence[str], figure: str = "fmeasu
     return np.array([getattr(scorer.score(t, a)["rougeL"], figure) for a, t in zip(answers, truths)])
 
 
+def chrf(answers: Sequence[str], truths: Sequence[str]) -> np.ndarray:
+    """chrF of each answer (sacrebleu's defaults), in [0, 1]. float64 [N]."""
+    sacrebleu = _library("sacrebleu")
+    return np.array([sacrebleu.sentence_chrf(a, [t]).score / 100 for a, t in zip(answers, truths)])
+
+
+def meteor(answers: Sequence[str], truths: Sequence[str], language: str = "english") -> np.ndarray:
+    """METEOR of each answer (nltk's defaults), by words and their Snowball stems; no synonyms. float64 [N]."""
+    single, split = _library("nltk.translate.meteor_score").single_meteor_score, _library("nltk").wordpunct_tokenize
+    stemmer = _library("nltk.stem").SnowballStemmer(language)
+    no_synonyms = types.SimpleNamespace(synsets=lambda word: [])
+    return np.array([single(split(t), split(a), stemmer=stemmer, wordnet=no_synonyms) for a, t in zip(answers, truths)])
+
+
+def match_states(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """BERTScore's matching (Zhang et al., arXiv 1904.09675): precision, recall and F of each answer, float64 [N].
+
+    Texts are given as a model's hidden states at their tokens, [tokens, D] each. Every token is matched with the one of
+    the other text whose cosine is highest; precision is the mean over the answer's tokens, recall over the truth's. No
+    idf weights, no rescaling. A text without tokens: 0.
+    """
+    means = np.zeros((2, len(answers)))
+    for i, (answer, truth) in enumerate(zip(answers, truths)):
+        if len(answer) and len(truth):
+            cosines = F.normalize(answer.double(), dim=-1) @ F.normalize(truth.double(), dim=-1).T
+            means[:, i] = float(cosines.amax(1).mean()), float(cosines.amax(0).mean())
+    precision, recall = means
+    total = precision + recall
+    return precision, recall, np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total != 0)
+
+
 def truth_ratio(paraphrased: AnswerScores, perturbed: AnswerScores) -> np.ndarray:
     """TOFU's R: the mean probability of a question's wrong answers over that of the right one. float64 [N].
 
@@ -158,6 +191,36 @@ def membership_auc(members: AnswerScores, others: AnswerScores) -> float:
 def bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
     """Corpus BLEU (sacrebleu's defaults), in [0, 1]."""
     return _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score / 100
+
+
+def bleu_counts(answers: Sequence[str], truths: Sequence[str]) -> np.ndarray:
+    """What BLEU counts of each answer, so that any set's can be added up: float64 [N, 10].
+
+    Matches and n-grams of one to four words, and the words of the answer and of the truth.
+    """
+    sacrebleu = _library("sacrebleu")
+    scores = [sacrebleu.sentence_bleu(a, [t]) for a, t in zip(answers, truths)]
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=float).reshape(-1, 10)
+
+
+def bleu_of(counts: np.ndarray) -> float:
+    """:func:`bleu` of the answers whose rows of :func:`bleu_counts` are given: [n, 10]."""
+    *grams, words, truth_words = (int(n) for n in counts.sum(0))
+    compute = _library("sacrebleu.metrics").BLEU.compute_bleu
+    return compute(grams[:4], grams[4:], words, truth_words, smooth_method="exp").score / 100
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], rows: int, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval (percentiles) of any statistic of a set of rows.
+
+    statistic: indices of rows, drawn with replacement, int64 [resamples, rows] -> [resamples]. Paired, where it looks the
+    same rows up in the figures of several models.
+    """
+    draws = np.random.default_rng(seed).integers(rows, size=(resamples, rows))
+    low, high = np.percentile(statistic(draws), [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
 
 
 def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:

@@ -129,6 +129,41 @@ def test_figures_of_sets():
     np.testing.assert_allclose(ev.rouge_l(["a b"], ["a b c d"]), [2 / 3])
 
 
+def test_figures_of_translations():
+    truths = ["Le chat est assis.", "Il aime les chiens noirs et blancs de Paris."]
+    answers = ["le chat est assis .", "Il aimait un chien."]
+    one, other = ev.chrf(answers, truths)
+    assert ev.chrf(truths, truths).tolist() == [1, 1] and 0 < other < one < 1
+    for i in (0, 1):
+        assert ev.bleu_of(ev.bleu_counts(answers[i:], truths[i:])) == pytest.approx(ev.bleu(answers[i:], truths[i:]))
+    assert ev.bleu_counts([], []).shape == (0, 10)
+
+
+def test_meteor():
+    # nltk's: F = 10 P R / (R + 9 P), less 0.5 (chunks / matches)^3
+    truths, answers = ["a b c d"] * 4, ["a b c d", "a b", "c d a b", "x y"]
+    want = [1 - 0.5 / 64, 5 / 9.5 * (1 - 0.5 / 8), 1 - 0.5 / 8, 0]
+    np.testing.assert_allclose(ev.meteor(answers, truths), want)
+    assert ev.meteor(["aimait", "", "chat"], ["aimer", "aimer", "aimer"], "french").tolist() == [0.5, 0, 0]
+
+
+def test_matching_of_states():
+    x, y, z = torch.eye(3)
+    answers = [torch.stack([x, y]), torch.stack([2 * x]), torch.empty(0, 3), torch.stack([x])]
+    truths = [torch.stack([y, 3 * x]), torch.stack([x, z]), torch.stack([x]), torch.stack([z])]
+    precision, recall, f = ev.match_states(answers, truths)
+    np.testing.assert_allclose(precision, [1, 1, 0, 0])
+    np.testing.assert_allclose(recall, [1, 0.5, 0, 0])
+    np.testing.assert_allclose(f, [1, 2 / 3, 0, 0])
+
+
+def test_bootstrap():
+    values = np.arange(100) / 99
+    low, high = ev.bootstrap(lambda rows: values[rows].mean(1), 100)
+    assert 0.42 < low < 0.46 and 0.54 < high < 0.58
+    assert ev.bootstrap(lambda rows: (values[rows] - values[rows]).sum(1), 100) == (0, 0)
+
+
 def test_interval():
     assert ev.interval(np.full(5, 0.25)) == (0.25, 0.25)
     low, high = ev.interval(np.arange(100) / 99)

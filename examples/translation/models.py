@@ -1,0 +1,191 @@
+"""Trains the translators that the study compares: python examples/translation/models.py DATA --output runs/translation
+
+DATA holds train.tsv, valid.tsv and test.tsv, a line a pair: story<TAB>english<TAB>french. One seed's folder gets
+
+base            a small encoder-decoder of T5's architecture, English to French, trained from scratch.
+RECIPE          base with a codebook bottleneck behind its third encoder layer, trained further by that recipe.
+RECIPE_plain    its twin: base, trained further just so, without the bottleneck. What the bottleneck costs is counted
+                from here.
+
+RECIPE is "frozen_below" or, with --recipe joint, the paper's "joint". Of the checkpoints of a training the one with the
+best BLEU on validation sentences is kept. What is there already is kept; a training that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+from corpus import TOPICS, Pair, deal, read, rows
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cu_fast import attach
+from cu_fast import evaluate as ev
+from cu_fast._rows import Collator, encode_row
+from cu_fast.checkpoint import read_model, save_model
+from cu_fast.config import BottleneckConfig
+from cu_fast.train import freeze_below, train
+
+VOCABULARY = 4096
+SHAPE = dict(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_decoder_layers=4, num_heads=4, dropout_rate=0.1)
+LAYER = "encoder.block.2"
+BOTTLENECK = BottleneckConfig(d_model=256, code_dim=64, num_codes=25_000, k=8, activation="none", code_dropout=0.05)
+BASE = dict(
+    num_train_epochs=20, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500, weight_decay=0.01
+)
+SECOND = dict(
+    num_train_epochs=8, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
+)
+CODEBOOK_RATE = 3e-3
+SAVED = dict(save_steps=500, save_total_limit=6)  # of which one is chosen
+MAX_LENGTH = 128  # tokens of a sentence, for training and in translations
+VALIDATED = 300  # validation sentences that a checkpoint is chosen by
+
+
+def autocast() -> torch.autocast:
+    """All models alike, in training and in measurement."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def make_tokenizer(pairs: Sequence[Pair]) -> transformers.PreTrainedTokenizerFast:
+    """One byte-level BPE for both languages."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        (text for pair in pairs for text in (pair.english, pair.french)),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<pad>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_model(tokenizer, seed: int) -> transformers.T5ForConditionalGeneration:
+    torch.manual_seed(seed)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=len(tokenizer), pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, **SHAPE
+        )
+    )
+
+
+def arguments(folder: Path, seed: int, **settings) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        lr_scheduler_type="cosine",
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        seed=seed,
+        logging_steps=100,
+        report_to=[],
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=True,
+        train_sampling_strategy="group_by_length",
+        **SAVED | settings,
+    )
+
+
+def fit(model, tokenizer, split, folder: Path, seed: int, settings: dict, bottlenecks=None, **options):
+    """Train, go on if it was begun, and keep the best checkpoint. Returns the attachment."""
+    training = folder / "training"
+    attachment, figures = train(
+        model, tokenizer, rows(split["train"]), bottlenecks, arguments(training, seed, **settings),
+        max_length=MAX_LENGTH, resume=any(training.glob("checkpoint-*")), **options,
+    )  # fmt: skip
+    print(figures, flush=True)
+    keep_best(model, tokenizer, split["valid"][:VALIDATED], training)
+    return attachment
+
+
+def keep_best(model, tokenizer, pairs: Sequence[Pair], training: Path) -> None:
+    """Load the checkpoint that translates the pairs best, by BLEU."""
+    checkpoints = sorted(training.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    best = (-1.0, checkpoints[-1])
+    for checkpoint in checkpoints:
+        load(model, checkpoint)
+        with autocast():
+            answers = ev.generate(model, tokenizer, rows(pairs), MAX_LENGTH)
+            scores = ev.score_answers(model, tokenizer, rows(pairs), MAX_LENGTH)
+        bleu = ev.bleu(answers, [pair.french for pair in pairs])
+        loss = -scores.log_prob.sum() / scores.tokens.sum()
+        print(f"{checkpoint.name}: validation BLEU {100 * bleu:.2f}, {loss:.3f} nats a token", flush=True)
+        best = max(best, (bleu, checkpoint), key=lambda pair: pair[0])
+    load(model, best[1])
+
+
+def load(model, checkpoint: Path) -> None:
+    # Tied weights are in the file once, so names may be missing; none may be unknown.
+    unknown = model.load_state_dict(safetensors.torch.load_file(checkpoint / "model.safetensors"), strict=False)[1]
+    if unknown:
+        raise ValueError(f"{checkpoint} holds {unknown[:3]}, which the model does not have")
+    model.eval()
+
+
+def train_base(split, folder: Path, seed: int) -> None:
+    tokenizer = make_tokenizer(split["train"])
+    model = make_model(tokenizer, seed)
+    fit(model, tokenizer, split, folder, seed, BASE)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_codebook(split, base: Path, folder: Path, seed: int, recipe: str) -> None:
+    model, tokenizer = read_model(base)
+    attachment = fit(
+        model, tokenizer, split, folder, seed, SECOND, {LAYER: BOTTLENECK},
+        recipe=recipe, codebook_learning_rate=CODEBOOK_RATE,
+    )  # fmt: skip
+    save_model(attachment, tokenizer, folder)
+
+
+def train_plain(split, base: Path, folder: Path, seed: int, recipe: str) -> None:
+    model, tokenizer = read_model(base)
+    if recipe == "frozen_below":  # just the parameters that are frozen in the other
+        attachment = attach(model, {LAYER: BOTTLENECK})
+        batch = [encode_row(tokenizer, row, 1.0, MAX_LENGTH) for row in rows(split["train"][:1])]
+        freeze_below(attachment, Collator(tokenizer.pad_token_id)(batch))
+        attachment.detach()
+    fit(model, tokenizer, split, folder, seed, SECOND)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of train.tsv, valid.tsv and test.tsv")
+    parser.add_argument("--output", type=Path, default=Path("runs/translation"))
+    parser.add_argument("--recipe", choices=("frozen_below", "joint"), default="frozen_below")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    split = deal(read(options.data), TOPICS.values())
+    print({name: len(pairs) for name, pairs in split.items()}, flush=True)
+    folder, recipe, seed = options.output / f"seed-{options.seed}", options.recipe, options.seed
+    base, plain, codebook = folder / "base", folder / f"{recipe}_plain", folder / recipe
+    for place, done, step in (
+        (base, base / "tokenizer.json", lambda: train_base(split, base, seed)),
+        (codebook, codebook / "codebook", lambda: train_codebook(split, base, codebook, seed, recipe)),
+        (plain, plain / "tokenizer.json", lambda: train_plain(split, base, plain, seed, recipe)),
+    ):
+        if done.exists():
+            print(f"{place.name}: done before", flush=True)
+            continue
+        started = time.perf_counter()
+        step()
+        shutil.rmtree(place / "training")
+        print(f"{place.name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Unlearns each topic in every way and measures it: python examples/translation/study.py DATA --models runs/translation/seed-0
+
+The codes of a topic are found from training sentences that hold one of its words, against
+
+replaced        the same sentences with the topic's words replaced (the paper's control), or
+others          all other training sentences,
+
+at each depth S', by
+
+paper           R > 0 and p < 0.05, uncorrected;
+corrected       R > 2 and q < 0.05 (Benjamini-Hochberg);
+budget          corrected, and more codes for as long as validation sentences without the topic stay as likely,
+
+and deleted in both mask modes; beside each mask of the first control, in mode ablate, as many random codes of the same
+frequency. Measured
+on test sentences of stories that no model was trained on: "topic", all that hold one of its words; "near", those with a
+synonym only; "rest", a sample of those without its words. The figures: figures.py.
+
+results.csv takes a row a figure, as they come, and the study goes on where it was interrupted. models.csv holds the
+models themselves, on all test sentences. report.py makes tables and pictures of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import TOPICS, Pair, Topic, counterparts, deal, read
+from figures import NAMES, Figures, Judge, compare, log_likelihood, measure, translate, value
+from models import autocast
+
+from cu_fast.checkpoint import load_model, read_model
+from cu_fast.masks import Mask
+from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask, replace_words
+
+DEPTHS = (8, 16, 32, 64, 104)
+CONTROLS = ("replaced", "others")
+RULES: dict[str, dict[str, Any]] = {
+    "paper": dict(min_enrichment=0.0, alpha=0.05, test="chi2", correction="none"),
+    "corrected": dict(min_enrichment=2.0, alpha=0.05),
+    "budget": dict(min_enrichment=2.0, alpha=0.05),
+}
+MODES = ("ablate", "reselect")
+REST = 300  # test sentences without the topic
+BUDGET, BUDGET_ROWS = 0.01, 200
+CELL = ("topic", "control", "rule", "depth", "mode", "codes")  # codes: "found" or "random"
+COLUMNS = (*CELL, "deleted", "seconds", "group", "metric", "sentences", "zero", "before", "after", "drop", "drop_low",
+           "drop_high", "raw_drop")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Study:
+    """What all topics share: models, sentences, and what is said of them before anything is deleted."""
+
+    model: Any
+    tokenizer: Any
+    attachment: Any
+    judge: Judge
+    split: dict[str, list[Pair]]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.test, (self.layer,) = self.split["test"], self.attachment.bottlenecks
+        self.corpus: dict[int, CodeCounts] = {}
+
+    def say(self, pairs: Sequence[Pair]) -> tuple[list[str], np.ndarray]:
+        """Translations, and the references' log-likelihood, under what is deleted now."""
+        with autocast():
+            return (
+                translate(self.model, self.tokenizer, pairs),
+                log_likelihood(self.model, self.tokenizer, pairs),
+            )
+
+    def figures(self, pairs, translations, reference, words=()) -> Figures:
+        with autocast():
+            return measure(pairs, translations, reference, self.judge, words)
+
+    def count(self, texts: Sequence[str], depth: int) -> CodeCounts:
+        """Of English sentences as the encoder reads them."""
+        ended = [text + self.tokenizer.eos_token for text in texts]
+        with autocast():
+            return count_codes(self.attachment, self.tokenizer, ended, layer=self.layer, depth=depth, examples=0)
+
+    def all_counts(self, depth: int) -> CodeCounts:
+        if depth not in self.corpus:
+            self.corpus = {depth: self.count([pair.english for pair in self.split["train"]], depth)}
+        return self.corpus[depth]
+
+
+@contextlib.contextmanager
+def deleted(attachment, mask: Mask, mode: str = "ablate") -> Iterator[None]:
+    attachment.mask_mode = mode
+    name = attachment.add_mask(mask, "the study's mask")
+    try:
+        with attachment.unlearn(name):
+            yield
+    finally:
+        attachment.remove_mask(name)
+        attachment.mask_mode = "ablate"
+
+
+def within_budget(study: Study, topic: Topic) -> Callable[[list[Mask]], int]:
+    """What find_mask asks for the strength: the strongest mask that costs validation sentences without the topic at
+    most BUDGET of a token's log-likelihood, in mode ablate; the weakest where none does."""
+    pairs = [pair for pair in study.split["valid"] if not topic.holds(pair.english)][:BUDGET_ROWS]
+
+    def likelihood() -> float:
+        with autocast():
+            return float(log_likelihood(study.model, study.tokenizer, pairs).mean())
+
+    def choose(masks: list[Mask]) -> int:
+        least = (1 + BUDGET) * likelihood()  # of a negative number
+        kept = 0
+        for i, mask in enumerate(masks):
+            with deleted(study.attachment, mask):
+                if likelihood() < least:
+                    break
+            kept = i
+        return kept
+
+    return choose
+
+
+def find(study: Study, topic: Topic, control: str, rule: str, depth: int) -> tuple[Mask, float]:
+    """The mask, and the seconds that it took, the corpus counted."""
+    corpus = study.all_counts(depth)
+    started = time.perf_counter()
+    english = [pair.english for pair in study.split["train"]]
+    target = [text for text in english if topic.holds(text)]
+    counts = study.count(target, depth)
+    against = corpus - counts
+    if control == "replaced":
+        against = study.count(list(replace_words(target, topic.words, english)), depth)
+    options = RULES[rule] | ({"choose": within_budget(study, topic)} if rule == "budget" else {})
+    found = find_mask(
+        study.attachment, study.tokenizer, counts, against, topic=topic.name, depth=depth, progress=False, **options
+    )
+    return found.mask, time.perf_counter() - started
+
+
+def groups(test: Sequence[Pair], topic: Topic, seed: int = 0) -> dict[str, list[int]]:
+    """Which test sentences are measured."""
+    order = random.Random(seed).sample(range(len(test)), len(test))
+    return {
+        "topic": [i for i, pair in enumerate(test) if topic.holds(pair.english)],
+        "near": [i for i, pair in enumerate(test) if topic.is_near(pair.english)],
+        "rest": [i for i in order if not topic.holds(test[i].english)][:REST],
+    }
+
+
+def baselines(study: Study, pairs: Sequence[Pair], words: Sequence[str]) -> tuple[Figures, Figures]:
+    """The ends of the scale: who cannot translate at all, and the codebook model with nothing deleted.
+
+    Zero is the paper's zero-shot model; here the source, copied. The reference has no likelihood to a copier: zero is
+    its likelihood to the codebook model that has nothing to read. Copying earns no French words, names included.
+    """
+    unread = [pair._replace(english="") for pair in pairs]
+    with study.attachment.unlearn(None):
+        before = study.figures(pairs, *study.say(pairs), words)
+        with autocast():
+            reference = log_likelihood(study.model, study.tokenizer, unread)
+    zero = study.figures(pairs, [pair.english for pair in pairs], reference, words)
+    return zero | {"words": 0 * zero["words"]}, before
+
+
+def run(study: Study, topics: Sequence[Topic], depths: Sequence[int]) -> None:
+    table = study.folder / "results.csv"
+    done = finished(table)
+    scales: dict[str, tuple] = {}
+    said: dict[tuple[str, str, str], tuple[list[str], Figures]] = {}  # two rules may find the same mask
+    for depth, topic, control, rule in itertools.product(depths, topics, CONTROLS, RULES):
+        cells = [(topic.name, control, rule, depth, mode, "found") for mode in MODES]
+        if control == CONTROLS[0]:
+            cells.append((topic.name, control, rule, depth, "ablate", "random"))
+        if all(tuple(map(str, cell)) in done for cell in cells):
+            continue
+        if topic.name not in scales:
+            words = counterparts(topic, study.split["train"])
+            print(f"{topic.name}: {', '.join(words)}", flush=True)
+            places = groups(study.test, topic)
+            pairs = [study.test[i] for i in itertools.chain(*places.values())]
+            scales[topic.name] = words, places, pairs, *baselines(study, pairs, words)
+        words, places, pairs, zero, before = scales[topic.name]
+        mask, seconds = find(study, topic, control, rule, depth)
+        for cell in cells:
+            if tuple(map(str, cell)) in done:
+                continue
+            *_, mode, codes = cell
+            used = mask if codes == "found" else random_mask(mask, study.all_counts(depth))
+            if (key := (topic.name, mode, used.digest)) not in said:
+                with deleted(study.attachment, used, mode):
+                    translations, reference = study.say(pairs)
+                said[key] = translations, study.figures(pairs, translations, reference, words)
+            translations, after = said[key]
+            rows, start = [], 0
+            for group, indices in places.items():
+                part = slice(start, start := start + len(indices))
+                for name in NAMES if indices else ():
+                    scores = compare(name, *(figures[name][part] for figures in (zero, before, after)))
+                    rows.append(dict(zip(CELL, cell)) | scores | {
+                        "deleted": used.num_deleted, "seconds": round(seconds, 2), "group": group, "metric": name,
+                    })  # fmt: skip
+            append(table, rows)
+            kept = dict(zip(CELL, cell)) | {"translations": translations[: len(places["topic"])]}
+            with open(study.folder / "translations.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            print(*cell, used.num_deleted, "codes", flush=True)
+
+
+def finished(table: Path) -> set[tuple[str, ...]]:
+    if not table.exists():
+        return set()
+    with open(table, newline="", encoding="utf-8") as stream:
+        return {tuple(row[name] for name in CELL) for row in csv.DictReader(stream)}
+
+
+def append(table: Path, rows: list[dict], columns: Sequence[str] = COLUMNS) -> None:
+    """All rows of a cell in one write."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    if not table.exists():
+        writer.writeheader()
+    writer.writerows(
+        {name: f"{item:.6g}" if isinstance(item, float) else item for name, item in row.items()} for row in rows
+    )
+    with open(table, "a", newline="", encoding="utf-8") as stream:
+        stream.write(text.getvalue())
+
+
+def compare_models(study: Study, folder: Path, recipe: str) -> None:
+    """models.csv: the base, the twin without bottleneck, the codebook model and copying, on all test sentences."""
+    table, columns = study.folder / "models.csv", ("model", "sentences", *NAMES[:-1])
+    if table.exists():
+        return
+    base = read_model(folder / "base")[0].to(study.model.device)
+    every = {"base": base, f"{recipe}_plain": study.judge.model, recipe: study.model}
+    found = []
+    for name, model in every.items():
+        with autocast():
+            said = translate(model, study.tokenizer, study.test)
+            figures = study.figures(study.test, said, log_likelihood(model, study.tokenizer, study.test))
+        found.append((name, figures))
+    copied = [pair.english for pair in study.test]
+    found.append(("copy", study.figures(study.test, copied, np.full(len(study.test), np.nan))))
+    rows = [
+        {"model": m, "sentences": len(study.test)} | {n: float(value(n, f[n])) for n in columns[2:]} for m, f in found
+    ]
+    append(table, rows, columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of train.tsv, valid.tsv and test.tsv")
+    parser.add_argument("--models", type=Path, default=Path("runs/translation/seed-0"), help="what models.py made")
+    parser.add_argument("--recipe", choices=("frozen_below", "joint"), default="frozen_below")
+    parser.add_argument("--topics", default=",".join(TOPICS), help="which; all by default")
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="S', which; all by default")
+    options = parser.parse_args()
+    folder = options.models / f"{options.recipe}_study"
+    folder.mkdir(exist_ok=True)
+    split = deal(read(options.data), TOPICS.values())
+    model, tokenizer, attachment = load_model(options.models / options.recipe)
+    plain, _ = read_model(options.models / f"{options.recipe}_plain")
+    if torch.cuda.is_available():
+        model, plain = model.cuda(), plain.cuda()
+    study = Study(model, tokenizer, attachment, Judge(plain, tokenizer), split, folder)
+    compare_models(study, options.models, options.recipe)
+    topics, depths = options.topics.split(","), options.depths.split(",")
+    run(study, [TOPICS[name] for name in topics], [int(depth) for depth in depths])
+
+
+if __name__ == "__main__":
+    main()
