@@ -251,6 +251,33 @@ def generate(
             print(text)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: ModelFolder,
+    sets: Annotated[list[str], typer.Argument(help="NAME=FILE: JSON lines of prompt, completion | source, target.")],
+    without: Annotated[list[str] | None, typer.Option(help="A mask's name; may be repeated. Each alone.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder for results.json, results.csv and report.md.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a model knows of sets of questions, as it is and with each topic unlearned."""
+    with errors_are_messages():
+        from rich.markdown import Markdown
+
+        from cu_fast import evaluate as evaluation
+        from cu_fast.checkpoint import load_model
+
+        files = dict(entry.partition("=")[::2] for entry in sets)
+        if wrong := [name for name, file in files.items() if not name or not file]:
+            raise ValueError(f"{wrong[0]!r} is no set; it should be NAME=FILE, as in forgotten=forgotten.jsonl")
+        rows = {name: _read_texts(Path(file), json_lines=True) for name, file in files.items()}
+        _, tokenizer, attachment = load_model(_model_folder(model))
+        results = evaluation.compare(attachment, tokenizer, rows, without or [], progress=not as_json)
+        text = evaluation.report(results, rows)
+        if output:
+            evaluation.write(output, results, text)
+        print(json.dumps(results, indent=2)) if as_json else console.print(Markdown(text))
+
+
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A model folder; default: the bundled model.")] = "demo",
@@ -333,9 +360,9 @@ def _model_folder(name: str) -> Path:
     return BUNDLE if name == "demo" else Path(name)
 
 
-def _read_texts(path: Path) -> list[str]:
+def _read_texts(path: Path, json_lines: bool = False) -> list[Any]:
     lines = [line for line in path.read_text().splitlines() if line.strip()]
-    return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
+    return [json.loads(line) for line in lines] if json_lines or path.suffix == ".jsonl" else lines
 
 
 def _quiet_transformers() -> None:

@@ -12,10 +12,13 @@ in training.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 import statistics
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,6 +301,17 @@ def report(
                 if result["set"] == name
             ]
     return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, results: Sequence[Mapping[str, Any]], text: str) -> None:
+    """results.json with the answers, results.csv without them, report.md; files of these names are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    (folder / "report.md").write_text(text)
+    with (folder / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [name for name in results[0] if name != "answers"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
 
 
 def _one_line(text: str) -> str:

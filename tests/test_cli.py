@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -52,6 +53,36 @@ def test_unlearn_saves_a_mask_that_generate_uses(folder, texts):
     assert report["tokens"] == 5 and report["hits"] > 0
     both = run("generate", folder, "--prompt", "Anna", "--without", "Anna", "--without", "even codes / ü")
     assert both.exit_code == 0 and both.stdout.strip() != ""
+
+
+def test_eval_measures_with_and_without_a_mask(folder, tmp_path):
+    rows = [{"prompt": "Anna writes", "completion": "red poems ."}, {"prompt": "the cat", "completion": "sat ."}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b").write_text(json.dumps(rows[1]) + "\n\n")
+    sets, mask, output = (
+        (f"forgotten={tmp_path / 'a.jsonl'}", f"kept={tmp_path / 'b'}"),
+        "even codes / ü",
+        tmp_path / "out",
+    )
+    result = run("eval", folder, *sets, "--without", mask, "--output", output, "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert [(r["set"], r["mask"], r["rows"]) for r in results] == [
+        ("forgotten", "", 2), ("forgotten", mask, 2), ("kept", "", 1), ("kept", mask, 1)
+    ]  # fmt: skip
+    assert results[0]["probability"] != results[1]["probability"]
+    assert json.loads((output / "results.json").read_text()) == results
+    with (output / "results.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [float(row["probability"]) for row in table] == [r["probability"] for r in results]
+    assert f"| kept | {mask} | 1 |" in (output / "report.md").read_text()
+    assert "truth: red poems" in run("eval", folder, sets[0]).stdout
+
+    fails("eval", folder, "a.jsonl", words="'a.jsonl' is no set; it should be NAME=FILE")
+    fails("eval", folder, sets[0], "--without", "odd", words="there is no mask 'odd'")
+    fails("eval", folder, f"a={tmp_path / 'none.jsonl'}", words="none.jsonl")
+    (tmp_path / "empty").write_text("")
+    fails("eval", folder, f"a={tmp_path / 'empty'}", words="rows is empty")
 
 
 def test_unlearn_with_words_instead_of_a_control(folder, texts, tmp_path):

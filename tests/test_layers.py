@@ -68,6 +68,7 @@ MAY_IMPORT = {
         "checkpoint",
         "config",
         "demo",
+        "evaluate",
         "ops",
         "train",
         "tune",
