@@ -1,0 +1,237 @@
+"""Does it stay gone? python examples/tofu/persistence.py path/to/tofu --models runs/tofu --output runs/tofu/persistence.csv
+
+The model with forget01's codes deleted (at most 1 % validation loss), the models that gradient ascent, gradient difference and
+NPO unlearned, and those that never saw it, under what might bring knowledge back:
+
+plain           nothing
+paraphrased     the questions in other words
+8 bits, 4 bits  linear layers' and embeddings' weights rounded to so many bits, a scale for each row
+relearned       trained again on a tenth of the forgotten rows, and measured on the others; the codes are erased first
+perturbed       a random vector of some length, beside the residual's, added to what enters the bottleneck at every position: of
+                TRIES the one under which the answers are most probable
+undone          every author of forget05 deleted, one after the other, then given back in another order: the same bits?
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import methods
+import tofu
+import torch
+from models import LAYER, arguments, training_rows
+from study import OURS, Table, count, find_codes, gold_of, split_off_validation
+
+from cu_fast import evaluate as ev
+from cu_fast._rows import Collator, encode_row
+from cu_fast.checkpoint import load_model, read_model
+from cu_fast.hf import Attachment
+from cu_fast.strength import within_loss
+from cu_fast.train import CodebookTrainer
+
+SPLIT, DEPTH = "forget01", 16
+TRAINED = {
+    "gradient_ascent": (3e-5, 10),
+    "gradient_difference": (3e-5, 10),
+    "npo": (3e-5, 10),
+}  # rate, epochs: from results.csv
+TRIES = 16
+LENGTHS = (0.1, 0.3, 1.0)
+RELEARN_EPOCHS = (1, 5, 20)
+
+
+def figures(model, tokenizer, rows: list[dict], truths: list[str]) -> dict[str, float]:
+    with tofu.AUTOCAST():
+        scores, answers = ev.score_answers(model, tokenizer, rows), ev.generate(model, tokenizer, rows, tofu.NEW_TOKENS)
+    rouge = ev.rouge_l(answers, truths, "recall")
+    low, high = ev.interval(rouge)
+    return {
+        "rouge": float(rouge.mean()), "rouge_low": low, "rouge_high": high,
+        "probability": float(scores.probability.mean()),
+        "extraction_strength": float(scores.extraction_strength.mean()),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, bits: int) -> None:
+    """In place: weights of linear layers and embeddings to the nearest of 2^bits - 1 values, symmetric, a scale a row."""
+    most = 2 ** (bits - 1) - 1
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / most
+            module.weight.copy_((module.weight / scale).round().clamp(-most, most) * scale)
+
+
+class Subject(NamedTuple):
+    """A model that is to know nothing of the split; with codes deleted, the attachment, and the mask's name."""
+
+    model: Any
+    tokenizer: Any
+    attachment: Attachment | None = None
+    mask: str | None = None
+
+    def masked(self) -> contextlib.AbstractContextManager:
+        return self.attachment.unlearn(self.mask) if self.attachment else contextlib.nullcontext()
+
+
+def load(options: argparse.Namespace, method: str, retain: list[dict]) -> Subject:
+    """A fresh copy of the model that a method left."""
+    full, gold = (options.models / f"{name}-{options.seed}" for name in ("full", gold_of(SPLIT)))
+    if method in ("none", "retrained"):
+        return Subject(*read_model((full if method == "none" else gold) / "base"))
+    if method in TRAINED:
+        model, tokenizer = read_model(full / "base")
+        rate, epochs = TRAINED[method]
+        methods.unlearn(
+            model, tokenizer, method, tofu.rows(tofu.read(options.tofu, SPLIT)), retain,
+            learning_rate=rate, epochs=[epochs], seed=options.seed, measure=lambda *_: None,
+        )  # fmt: skip
+        return Subject(model, tokenizer)
+    model, tokenizer, attachment = load_model((gold if method == "retrained, with bottleneck" else full) / "bundle")
+    if method != "codeunlearn":
+        return Subject(model, tokenizer, attachment)
+    validation, control = split_off_validation(options.tofu, retain, options.seed)
+    mask = find_codes(
+        attachment, tokenizer, tofu.rows(tofu.read(options.tofu, SPLIT)), count(attachment, tokenizer, control, DEPTH),
+        DEPTH, SPLIT, OURS, within_loss(attachment, tokenizer, validation, 0.01),
+    )  # fmt: skip
+    return Subject(model, tokenizer, attachment, attachment.add_mask(mask))
+
+
+METHODS = ("none", "none, with bottleneck", "retrained", "retrained, with bottleneck", "codeunlearn", *TRAINED)
+
+
+def relearn(subject: Subject, rows: list[dict], folder: Path, seed: int) -> Iterator[int]:
+    """Train everything again on rows; yields after some epochs. What codes were deleted is erased from the weights first."""
+    model, tokenizer, attachment, mask = subject
+    if mask:
+        attachment.erase(mask)
+    encoded, done = [encode_row(tokenizer, row, 0.3, 512) for row in rows], 0
+    for end in RELEARN_EPOCHS:
+        settings = arguments(
+            folder, seed, num_train_epochs=end - done, per_device_train_batch_size=4, learning_rate=3e-4
+        )
+        settings.lr_scheduler_type, settings.save_strategy = "constant", "no"
+        settings.remove_unused_columns = False
+        CodebookTrainer(
+            attachment, None, model=model, args=settings, train_dataset=encoded,
+            data_collator=Collator(tokenizer.pad_token_id),
+        ).train()  # fmt: skip
+        model.eval()
+        done = end
+        yield end
+
+
+@contextlib.contextmanager
+def perturbed(model, layer: str, length: float, seed: int) -> Iterator[None]:
+    """Adds one random vector, of ``length`` beside the mean residual's, to what leaves the layer, before its bottleneck."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def add(module, args, output):
+        x = output if isinstance(output, torch.Tensor) else output[0]
+        direction = torch.randn(x.shape[-1], generator=generator.manual_seed(seed)).to(x)
+        x = x + direction * (length * x.norm(dim=-1).mean() / direction.norm())
+        return x if isinstance(output, torch.Tensor) else (x, *output[1:])
+
+    handle = model.get_submodule(layer).register_forward_hook(add, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def bits_after_undoing(subject: Subject, options: argparse.Namespace, retain: list[dict]) -> dict[str, float]:
+    """Delete forget05's authors one after the other, give them back in another order: differing logits, out of how many."""
+    model, tokenizer, attachment, _ = subject
+    rows = tofu.read(options.tofu, "forget05")
+    authors = [tofu.rows(rows[start : start + 20]) for start in range(0, len(rows), 20)]
+    others = count(attachment, tokenizer, retain, DEPTH)
+    for number, author in enumerate(authors):
+        mask = find_codes(attachment, tokenizer, author, others, DEPTH, f"author {number}", OURS)
+        attachment.add_mask(mask)
+    texts = [row["prompt"] + row["completion"] for author in authors for row in author[:2]]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+
+    @torch.inference_mode()
+    def logits(topics: set[str]) -> torch.Tensor:
+        with attachment.unlearn(topics or None):
+            return model(**inputs).logits
+
+    names = [f"author {number}" for number in range(len(authors))]
+    order = random.Random(options.seed).sample(names, len(names))
+    steps = [set(names[:n]) for n in range(len(names) + 1)]
+    on_the_way = [logits(step) for step in steps]
+    left = set(names)
+    for name in order:
+        left.remove(name)
+        last = logits(left)
+    again = [logits(step) for step in reversed(steps)][::-1]
+    differing = sum(int((a != b).sum()) for a, b in zip([*on_the_way, on_the_way[0]], [*again, last]))
+    moved = sum(int((step != on_the_way[0]).sum()) for step in on_the_way)
+    return {"differing": differing, "logits": sum(a.numel() for a in again), "moved_by_masks": moved}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tofu", type=Path, help="folder of TOFU's files")
+    parser.add_argument("--models", type=Path, default=Path("runs/tofu"), help="made by models.py")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/tofu/persistence.csv"))
+    options = parser.parse_args()
+    table, entries = Table(options.output), tofu.read(options.tofu, f"{SPLIT}_perturbed")
+    truths = [entry["answer"] for entry in entries]
+    asked, reworded = tofu.rows(entries), tofu.rows(entries, question="paraphrased_question")
+    retain = tofu.rows(training_rows(options.tofu, SPLIT))
+    random.Random(options.seed).shuffle(retain)
+    few = random.Random(options.seed).sample(range(len(asked)), len(asked) // 10)
+    rest = [i for i in range(len(asked)) if i not in few]
+
+    for method in options.methods.split(","):
+
+        def todo(test: str, method: str = method) -> bool:
+            return not table.has(method=method, test=test, seed=options.seed)
+
+        def record(test: str, values: dict, method: str = method) -> None:
+            table.add({"method": method, "test": test, "seed": options.seed} | values)
+
+        if todo("plain"):
+            subject = load(options, method, retain)
+            with subject.masked():
+                record("plain", figures(*subject[:2], asked, truths))
+                record("paraphrased", figures(*subject[:2], reworded, truths))
+        for bits in (8, 4):
+            if todo(f"{bits} bits"):
+                subject = load(options, method, retain)
+                round_weights(subject.model, bits)
+                with subject.masked():
+                    record(f"{bits} bits", figures(*subject[:2], asked, truths))
+        if any(todo(f"relearned, {epochs} epochs") for epochs in RELEARN_EPOCHS):
+            subject = load(options, method, retain)
+            for epochs in relearn(subject, [asked[i] for i in few], options.models / "relearn", options.seed):
+                record(
+                    f"relearned, {epochs} epochs",
+                    figures(*subject[:2], [asked[i] for i in rest], [truths[i] for i in rest]),
+                )
+        for length in LENGTHS:
+            if todo(f"perturbed, {length}"):
+                subject = load(options, method, retain)
+                best = None
+                with subject.masked():
+                    for seed in range(TRIES):
+                        with perturbed(subject.model, LAYER, length, seed):
+                            found = ev.score_answers(*subject[:2], asked).probability.mean()
+                            if best is None or found > best[0]:
+                                best = found, figures(*subject[:2], asked, truths)
+                record(f"perturbed, {length}", best[1])
+        if method == "codeunlearn" and todo("undone"):
+            print("undone", bits_after_undoing(load(options, "none, with bottleneck", retain), options, retain))
+
+
+if __name__ == "__main__":
+    main()

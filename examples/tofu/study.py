@@ -1,0 +1,218 @@
+"""The TOFU study: python examples/tofu/study.py path/to/tofu --models runs/tofu --split forget01 --output runs/tofu/results.csv
+
+Every method unlearns a split; every result is a row: what is left of the split, beside a model that never saw it, TOFU's
+model utility, and what it cost. Rows are added as they are measured; those that are there are not measured again.
+
+codeunlearn, random   masks on the model with bottleneck, by depth S', rule and mode, compared with that model's gold twin;
+                      "within 1%": the strongest that costs at most so much on validation rows (cu_fast.strength)
+gradient_ascent, ...  methods.py on the model without bottleneck, by rate and epochs; compared with its own gold twin
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import methods
+import tofu
+from models import GOLD, training_rows
+
+from cu_fast import Mask
+from cu_fast.checkpoint import load_model, read_model
+from cu_fast.hf import Attachment
+from cu_fast.strength import within_loss
+from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask
+
+MAX_LOSSES = (0.01, 0.02, 0.05)
+VALIDATION = 100  # rows that the rule looks at
+DEPTHS = (8, 16, 32, 64, 104)
+RATES = (1e-5, 3e-5, 1e-4)
+EPOCHS = (2, 5, 10)
+OURS = "R>2 BH"
+RULES = {
+    OURS: {"min_enrichment": 2.0, "alpha": 0.05, "correction": "bh"},
+    "R>0 p<0.05": {"min_enrichment": 0.0, "alpha": 0.05, "correction": "none"},  # the paper's
+}
+
+
+class Table:
+    """A CSV file that grows by a row at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = list(csv.DictReader(path.open())) if path.exists() else []
+
+    def has(self, **keys: object) -> bool:
+        return any(all(row[key] == str(value) for key, value in keys.items()) for row in self.rows)
+
+    def add(self, row: dict[str, object]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, row)
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append({key: str(value) for key, value in row.items()})
+        print(*(f"{key}={value:.3g}" if isinstance(value, float) else value for key, value in row.items()), flush=True)
+
+
+NOTHING = methods.Cost(0.0, 0, 0)
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model that is to forget a split, and what its gold twin makes of that split."""
+
+    model: Any
+    tokenizer: Any
+    gold: tofu.Figures
+    folder: Path
+    split: str
+    seed: int
+    table: Table
+
+    def todo(self, method: str, setting: str) -> bool:
+        return not self.table.has(split=self.split, seed=self.seed, method=method, setting=setting)
+
+    def record(self, method: str, setting: str, cost: methods.Cost = NOTHING, codes: int = 0) -> None:
+        """Measure the model as it is now, and add the row."""
+        forget = forget_figures(self.model, self.tokenizer, self.folder, self.split)
+        self.table.add(
+            {"split": self.split, "seed": self.seed, "method": method, "setting": setting, "codes": codes, **cost._asdict()}
+            | tofu.forgetting(forget, self.gold)
+            | tofu.utility(self.model, self.tokenizer, self.folder)
+        )  # fmt: skip
+
+
+def forget_figures(model, tokenizer, folder: Path, split: str) -> tofu.Figures:
+    return tofu.measure(model, tokenizer, tofu.read(folder, f"{split}_perturbed"))
+
+
+def study_training(options: argparse.Namespace, table: Table, retain: list[dict]) -> None:
+    """The methods that train, each on the model without bottleneck."""
+    full, gold_folder = (
+        options.models / f"{name}-{options.seed}" / "base" for name in ("full", gold_of(options.split))
+    )
+    gold, tokenizer = read_model(gold_folder)
+    figures = forget_figures(gold, tokenizer, options.tofu, options.split)
+    subject = Subject(gold, tokenizer, figures, options.tofu, options.split, options.seed, table)
+    if subject.todo("retrained", "without bottleneck"):
+        subject.record("retrained", "without bottleneck")
+    subject.model = read_model(full)[0]
+    if subject.todo("none", "without bottleneck"):
+        subject.record("none", "without bottleneck")
+    forget = tofu.rows(tofu.read(options.tofu, options.split))
+    for method, rate in itertools.product(methods.METHODS, RATES):
+        settings = {epoch: f"{rate:g}, {epoch} epochs" for epoch in EPOCHS}
+        wanted = {epoch: setting for epoch, setting in settings.items() if subject.todo(method, setting)}
+        if wanted:
+            subject.model = read_model(full)[0]
+            methods.unlearn(
+                subject.model, tokenizer, method, forget, retain, learning_rate=rate, epochs=list(wanted), seed=options.seed,
+                measure=lambda epoch, cost, m=method, w=wanted: subject.record(m, w[epoch], cost),
+            )  # fmt: skip
+
+
+def study_masks(options: argparse.Namespace, table: Table, retain: list[dict]) -> None:
+    """Masks, on the model with bottleneck."""
+    folders = (options.models / f"{name}-{options.seed}" / "bundle" for name in ("full", gold_of(options.split)))
+    (model, tokenizer, attachment), (gold, *_) = map(load_model, folders)
+    figures = forget_figures(gold, tokenizer, options.tofu, options.split)
+    subject = Subject(gold, tokenizer, figures, options.tofu, options.split, options.seed, table)
+    if subject.todo("retrained", "with bottleneck"):
+        subject.record("retrained", "with bottleneck")
+    subject.model = model
+    if subject.todo("none", "with bottleneck"):
+        subject.record("none", "with bottleneck")
+    target = tofu.rows(tofu.read(options.tofu, options.split))
+    validation, control = split_off_validation(options.tofu, retain, options.seed)
+
+    for depth in DEPTHS:
+        started = time.perf_counter()
+        others = count(attachment, tokenizer, control, depth)
+        print(f"counted the control {depth} deep: {time.perf_counter() - started:.1f} s", flush=True)
+
+        def find(rule: str, choose=None, depth=depth, others=others) -> Mask:
+            return find_codes(attachment, tokenizer, target, others, depth, options.split, rule, choose)
+
+        def try_mask(method: str, rule: str, mode: str, make: Callable[[], Mask], depth=depth) -> None:
+            setting = f"{depth} deep, {rule}, {mode}"
+            if not subject.todo(method, setting):
+                return
+            started = time.perf_counter()
+            mask = make()
+            seconds = time.perf_counter() - started
+            attachment.mask_mode = mode
+            name = attachment.add_mask(mask)
+            with attachment.unlearn(name):
+                subject.record(method, setting, methods.Cost(seconds, len(target), 0), mask.num_deleted)
+            attachment.remove_mask(name)
+
+        for rule, mode in itertools.product(RULES, ("ablate", "reselect")):
+            try_mask("codeunlearn", rule, mode, functools.partial(find, rule))
+        for max_loss in MAX_LOSSES:
+            choose = within_loss(attachment, tokenizer, validation, max_loss)
+            try_mask("codeunlearn", f"within {max_loss:.0%}", "ablate", functools.partial(find, OURS, choose))
+        try_mask("random", OURS, "ablate", lambda others=others: random_mask(find(OURS), others))
+
+
+def split_off_validation(folder: Path, retain: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows for the rule to look at, none of which is among those that utility is measured on; and the others."""
+    measured = {row["prompt"] for row in tofu.rows(tofu.read(folder, "retain_perturbed"))}
+    validation = random.Random(seed).sample([row for row in retain if row["prompt"] not in measured], VALIDATION)
+    apart = {row["prompt"] for row in validation}
+    return validation, [row for row in retain if row["prompt"] not in apart]
+
+
+def count(attachment: Attachment, tokenizer, rows: list[dict], depth: int) -> CodeCounts:
+    (layer,) = attachment.bottlenecks
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    with tofu.AUTOCAST():
+        return count_codes(
+            attachment, tokenizer, texts, layer=layer, depth=depth, examples=0, batch_size=64, progress=False
+        )
+
+
+def find_codes(
+    attachment: Attachment, tokenizer, target: list[dict], others: CodeCounts, depth: int, topic: str, rule: str,
+    choose: Callable | None = None,
+) -> Mask:  # fmt: skip
+    found = count(attachment, tokenizer, target, depth)
+    with tofu.AUTOCAST():
+        return find_mask(
+            attachment, tokenizer, found, others, topic=topic, depth=depth, choose=choose, progress=False, **RULES[rule]
+        ).mask
+
+
+def gold_of(split: str) -> str:
+    return next(name for name, left_out in GOLD.items() if left_out == split)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tofu", type=Path, help="folder of TOFU's files")
+    parser.add_argument("--models", type=Path, default=Path("runs/tofu"), help="made by models.py")
+    parser.add_argument("--split", choices=[name for name in GOLD.values() if name], default="forget01")
+    parser.add_argument("--only", choices=["masks", "training"], help="a half of the methods; default: both")
+    parser.add_argument("--seed", type=int, default=0, help="of the models, and of what is drawn")
+    parser.add_argument("--output", type=Path, default=Path("runs/tofu/results.csv"))
+    options = parser.parse_args()
+    table = Table(options.output)
+    retain = tofu.rows(training_rows(options.tofu, options.split))
+    random.Random(options.seed).shuffle(retain)
+    if options.only != "training":
+        study_masks(options, table, retain)
+    if options.only != "masks":
+        study_training(options, table, retain)
+
+
+if __name__ == "__main__":
+    main()

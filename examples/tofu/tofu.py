@@ -1,0 +1,100 @@
+"""TOFU's sets, and the figures that TOFU takes of a model. Part of the study in this folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cu_fast import demo
+from cu_fast import evaluate as ev
+
+NEW_TOKENS = 128  # longer than every answer
+GENERAL = ("real_authors", "world_facts")
+AUTOCAST = functools.partial(torch.autocast, "cpu", torch.bfloat16)  # all models alike: twice as fast here
+
+
+def read(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def row(question: str, answer: str) -> dict[str, str]:
+    return {"prompt": demo.prompt(question), "completion": demo.completion(answer)}
+
+
+def rows(entries: list[dict], answer: str = "answer", question: str = "question") -> list[dict[str, str]]:
+    """answer: a key of the entries; where it holds a list, each of its texts makes a row."""
+    return [
+        row(entry[question], text)
+        for entry in entries
+        for text in (entry[answer] if isinstance(entry[answer], list) else [entry[answer]])
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of one model on one set: TOFU's three, in [0, 1], the mean over the set; and each answer's, for intervals and tests.
+
+    probability: of the answer, normalised over the choices on the general sets. rouge: ROUGE-L recall of a greedy
+    answer. truth: max(0, 1 - R), what TOFU counts for utility. ratios: R itself.
+    """
+
+    probability: np.ndarray
+    rouge: np.ndarray
+    ratios: np.ndarray
+    answers: list[str]
+    true: ev.AnswerScores
+    wrong: ev.AnswerScores
+
+    @property
+    def truth(self) -> np.ndarray:
+        return np.maximum(0, 1 - self.ratios)
+
+    def means(self) -> list[float]:
+        return [float(figure.mean()) for figure in (self.probability, self.rouge, self.truth)]
+
+
+def measure(model, tokenizer, entries: list[dict], general: bool = False) -> Figures:
+    """The figures of a set. Masks: the caller's ``attachment.unlearn``."""
+    with AUTOCAST():
+        true = ev.score_answers(model, tokenizer, rows(entries))
+        wrong = ev.score_answers(model, tokenizer, rows(entries, "perturbed_answer"))
+        right = true if general else ev.score_answers(model, tokenizer, rows(entries, "paraphrased_answer"))
+        answers = ev.generate(model, tokenizer, rows(entries), NEW_TOKENS)
+    probability = true.probability
+    if general:
+        probability = probability / (probability + wrong.probability.reshape(len(entries), -1).sum(1))
+    rouge = ev.rouge_l(answers, [entry["answer"] for entry in entries], "recall")
+    return Figures(probability, rouge, ev.truth_ratio(right, wrong), answers, true, wrong)
+
+
+def utility(model, tokenizer, folder: Path) -> dict[str, float]:
+    """The nine figures and their harmonic mean."""
+    sets = {"retain": measure(model, tokenizer, read(folder, "retain_perturbed"))}
+    for name in GENERAL:
+        sets[name] = measure(model, tokenizer, read(folder, f"{name}_perturbed"), general=True)
+    nine = {
+        f"{name}_{figure}": value
+        for name, figures in sets.items()
+        for figure, value in zip(("probability", "rouge", "truth"), figures.means())
+    }
+    return {"utility": ev.model_utility(list(nine.values())), **nine}
+
+
+def forgetting(figures: Figures, gold: Figures) -> dict[str, float]:
+    """What is left of a forget set, beside a model that never saw it."""
+    low, high = ev.interval(figures.rouge)
+    return {
+        "forget_quality": ev.forget_quality(figures.ratios, gold.ratios),
+        "forget_probability": float(figures.probability.mean()),
+        "forget_rouge": float(figures.rouge.mean()),
+        "forget_rouge_low": low,
+        "forget_rouge_high": high,
+        "forget_truth_ratio": float(figures.ratios.mean()),
+        "extraction_strength": float(figures.true.extraction_strength.mean()),
+        "membership_auc": ev.membership_auc(figures.true, figures.wrong),
+    }
