@@ -57,14 +57,14 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         monkeypatch.setattr(models, name, 1)
     monkeypatch.setattr(tofu, "NEW_TOKENS", 4)
     monkeypatch.setattr(study, "DEPTHS", (8,))
-    monkeypatch.setattr(study, "RULES", {study.OURS: dict(min_enrichment=0.5, alpha=1.0, correction="none")})
+    rule = {"min_enrichment": 0.5, "alpha": 1.0, "correction": "none"}
+    monkeypatch.setattr(study, "RULES", {name: rule for name in study.RULES})
     monkeypatch.setattr(study, "MAX_LOSSES", (0.9,))
     monkeypatch.setattr(
         study, "within_loss", lambda *_: lambda masks: 0
     )  # a model that knows nothing has nothing to lose
     monkeypatch.setattr(study, "VALIDATION", 4)
-    monkeypatch.setattr(study, "RATES", (1e-3,))
-    monkeypatch.setattr(study, "EPOCHS", (1, 2))
+    monkeypatch.setattr(study, "TRAININGS", {1e-3: (1, 2)})
     monkeypatch.setattr(persistence, "within_loss", lambda *_: lambda masks: 0)
     for name, small in (("TRIES", 1), ("LENGTHS", (0.1,)), ("RELEARN_EPOCHS", (1,)), ("DEPTH", 8)):
         monkeypatch.setattr(persistence, name, small)
@@ -84,11 +84,11 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     lines = (runs / "results.csv").read_text().splitlines(keepends=True)
     with (runs / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    kinds = ["retrained", "none", "codeunlearn", "codeunlearn", "codeunlearn", "random", "retrained", "none"]
-    assert [row["method"] for row in rows] == [*kinds, *(m for m in methods.METHODS for _ in study.EPOCHS)]
+    kinds = ["retrained", "none", *["codeunlearn"] * 4, "random", "retrained", "none"]
+    assert [row["method"] for row in rows] == [*kinds, *(m for m in methods.METHODS for _ in (1, 2))]
     assert all(0 <= float(row["utility"]) <= 1 and 0 <= float(row["forget_quality"]) <= 1 for row in rows)
-    assert float(rows[0]["forget_quality"]) == float(rows[6]["forget_quality"]) == 1  # a gold model, and itself
-    trained = rows[8:]
+    assert float(rows[0]["forget_quality"]) == float(rows[7]["forget_quality"]) == 1  # a gold model, and itself
+    trained = rows[9:]
     assert [int(row["backward"]) for row in trained] == [20, 40, 40, 80, 40, 80]
     assert len({row["forget_probability"] for row in trained}) == len(trained)
 
