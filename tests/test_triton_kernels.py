@@ -1,7 +1,7 @@
 """The Triton kernels: their answers under Triton's interpreter, their machine code compiled ahead of time; no GPU.
 
-Interpreter and compiler cannot share a process, so each runs in its own: triton_interpreted.py and triton_operators.py,
-triton_compiled.py.
+Interpreter and compiler cannot share a process, so each runs in its own: triton_interpreted.py, triton_gradients.py,
+triton_operators.py, triton_compiled.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_gradients
 import triton_interpreted
 import triton_operators
 
@@ -59,6 +60,12 @@ def passed(script: str, case: str) -> None:
 @pytest.mark.parametrize("name", triton_interpreted.CASES)
 def test_equals_the_reference(name):
     passed("triton_interpreted.py", name)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", triton_gradients.CASES)
+def test_gradients(name):
+    passed("triton_gradients.py", name)
 
 
 @needs_triton
