@@ -115,7 +115,7 @@ def steps(output: Path, arch: str) -> list[Step]:
         Step("older-scan", [*pytest, "-k", "scan", "tests/test_gpu.py"], 60, 10, log="tests.log",
              environment=on_cuda | {"CU_FAST_WGMMA": "0"}),
         Step("triton", [*pytest, "--durations=15", "-k", TRITON, "tests/test_gpu_triton.py", "tests/test_gpu.py",
-                        "tests/test_gpu_use.py"], 150, 30, environment=on_cuda | {"CU_FAST_TEST_GPU_IMPL": "triton"}),
+                        "tests/test_gpu_use.py"], 180, 30, environment=on_cuda | {"CU_FAST_TEST_GPU_IMPL": "triton"}),
         *(
             Step(tool, [*sanitizer, "--tool", tool, python, "tests/gpu_small.py"], 60, 10, log="sanitizer.log",
                  environment=checked, needs="compute-sanitizer")

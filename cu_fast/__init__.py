@@ -17,6 +17,7 @@ _HOME = {
     "Mask": "masks",
     "StaleCacheError": "hf",
     "find_mask": "unlearn",
+    "within_loss": "strength",
 }
 __all__ = sorted(_HOME)
 
