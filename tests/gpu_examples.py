@@ -45,8 +45,9 @@ def why_not(impl: str = IMPL) -> str | None:
 def on(value: Any, device: str = DEVICE) -> Any:
     """Tensors to the device, in tuples too; strides survive."""
     if isinstance(value, Tensor):
+        once = value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]  # of what is expanded
         like = {"dtype": value.dtype, "device": device}
-        return torch.empty_strided(value.shape, value.stride(), **like).copy_(value)
+        return torch.empty_strided(once.shape, once.stride(), **like).copy_(once).expand(value.shape)
     if isinstance(value, tuple):
         return tuple(on(part, device) for part in value)
     if isinstance(value, dict):
