@@ -128,13 +128,13 @@ def tuned(folder: Path) -> dict:
     GRID["gather_sum"] = {name: rows[-3:] for name, rows in whole["gather_sum"].items()}
     runs["little time"] = measure(folder / "little.json", "gather_sum")
     tune.Tuner.is_over = is_over
-    runs["graphs"] = tune.run(folder / "graphs.json", kernels=["gather_sum"], clock=GraphClock(Cuda(), "cpu"))
+    runs["graphs"] = tune.run(folder / "graphs.json", kernels=["encode_tile"], clock=GraphClock(Cuda(), "cpu"))
     (folder / "all.json").rename(folder / "again.json")
     runs["again"] = measure(folder / "again.json", "encode_tile", slow="encode_tile")
     (folder / "again.json").rename(folder / "all.json")
 
     begin, favourite = codebook_quantize.start, FAVOURITES["score_codes", "one"]
-    tune.SCENES, tune.proofs = {"score_codes": {"one": quantize(1, C=260)}}, _tune_grid.proofs
+    tune.SCENES, tune.proofs = {"score_codes": {"one": quantize(1, C=65)}}, _tune_grid.proofs
 
     def start(kernel, programs, config, **arguments):
         if kernel.__name__ == "score_codes" and cut_as(config, favourite) and faults[name](config, arguments):
@@ -142,7 +142,7 @@ def tuned(folder: Path) -> dict:
         begin(kernel, programs, config, **arguments)
 
     def too_large(config, arguments):
-        if config.block("K") == 256:
+        if config.block("K") == 64:
             raise RuntimeError("out of resource: shared memory\nmore")
 
     codebook_quantize.start = start
