@@ -221,20 +221,19 @@ def bootstrap(
     statistic: indices of rows, drawn with replacement, int64 [resamples, rows] -> [resamples]. Paired, where it looks the
     same rows up in the figures of several models.
     """
-    draws = np.random.default_rng(seed).integers(rows, size=(resamples, rows))
-    low, high = np.percentile(statistic(draws), [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
-
-
-def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of a mean (percentiles, 2,000 resamples). values float64 [N]; equal values: their own."""
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+    if rows == 1:  # there is nothing to draw
+        only = float(statistic(np.zeros((1, 1), dtype=int))[0])
+        return only, only
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, confidence_level=level, method="percentile",
-        rng=np.random.default_rng(seed),
+        (np.arange(rows),), lambda drawn, axis: statistic(drawn), vectorized=True, n_resamples=resamples,
+        confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Bootstrap interval of a mean: 95 %, 2,000 resamples. values float64 [N]."""
+    return bootstrap(lambda rows: values[rows].mean(-1), len(values), resamples=2000)
 
 
 def _library(name: str) -> Any:

@@ -165,7 +165,7 @@ def test_bootstrap():
 
 
 def test_interval():
-    assert ev.interval(np.full(5, 0.25)) == (0.25, 0.25)
+    assert ev.interval(np.full(5, 0.25)) == ev.interval(np.array([0.25])) == (0.25, 0.25)
     low, high = ev.interval(np.arange(100) / 99)
     assert 0.42 < low < 0.46 and 0.54 < high < 0.58  # 0.5, give or take two standard errors of 0.029
     assert ev.interval(np.arange(100) / 99) == (low, high)
