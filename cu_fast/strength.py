@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from cu_fast.evaluate import score_answers
 from cu_fast.masks import Mask
 
 
 def within_loss(
-    attachment, tokenizer, rows: Sequence[Mapping[str, str]], max_loss: float = 0.01
+    attachment,
+    tokenizer,
+    rows: Sequence[Mapping[str, str]],
+    max_loss: float = 0.01,
+    figure: Literal["probability", "kept_share"] = "probability",
 ) -> Callable[[Sequence[Mask]], int]:
     """The strongest deletion under which answers that should stay lose at most a share of what they were.
 
@@ -17,10 +22,12 @@ def within_loss(
         attachment, tokenizer: the model's.
         rows: questions and answers without the topic, as in training; not those that the control was counted from, where
             there are others. A hundred measure a loss of 1 % to about half its size.
-        max_loss: the share of ``AnswerScores.kept_share``, its mean over the rows, that may go: 0.01 = 1 %.
+        max_loss: the share of the figure, its mean over the rows, that may go: 0.01 = 1 %.
+        figure: of ``AnswerScores``. "probability" falls about as TOFU's model utility does; "kept_share", what greedy
+            generation gets right before its first mistake, falls several times as fast.
 
     Returns:
-        A function for ``find_mask``: of masks that grow, the index of the strongest within the loss. It takes the loss to
+        A function for ``find_mask``, best with ``grow="enrichment"``: of masks that grow, the index of the strongest within the loss. It takes the loss to
         grow with the mask and looks for the bound by halves: one pass over the rows for the model as it is, and
         about log2 of the number of masks more.
 
@@ -30,9 +37,12 @@ def within_loss(
     if not 0 <= max_loss < 1:
         raise ValueError(f"max_loss is {max_loss}; it should be a share, at least 0 and below 1")
 
+    if figure not in ("probability", "kept_share"):
+        raise ValueError(f"figure is {figure!r}; it should be 'probability' or 'kept_share'")
+
     def kept(topics: str | None) -> float:
         with attachment.unlearn(topics):
-            return float(score_answers(attachment.model, tokenizer, rows).kept_share.mean())
+            return float(getattr(score_answers(attachment.model, tokenizer, rows), figure).mean())
 
     def loss(mask: Mask, whole: float) -> float:
         attachment.add_mask(mask, name=(name := f"{mask.topic}, on trial"))
@@ -52,7 +62,7 @@ def within_loss(
         if good < 0:
             raise ValueError(
                 f"max_loss is {max_loss}; the weakest mask of {masks[0].topic!r} ({masks[0].num_deleted} codes) costs "
-                f"{loss(masks[0], whole):.3g}; allow more, or raise min_enrichment"
+                f"{loss(masks[0], whole):.3g}; allow more, or give find_mask grow='enrichment'"
             )
         return good
 

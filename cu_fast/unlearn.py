@@ -30,7 +30,9 @@ from cu_fast.masks import Mask
 
 logger = logging.getLogger("cu_fast")
 
-P_LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)  # the strengths that ``choose`` is offered beyond significance
+# The strengths that ``choose`` is offered: beyond significance, or from the most enriched codes on.
+P_LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)
+R_LEVELS = (8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5)
 
 
 class _Counted(Exception):
@@ -101,6 +103,7 @@ def find_mask(
     test: Literal["auto", "chi2", "fisher"] = "auto",
     correction: Literal["bh", "none"] = "bh",
     choose: Callable[[list[Mask]], int] | None = None,
+    grow: Literal["significance", "enrichment"] = "significance",
     batch_size: int = 16,
     max_length: int = 512,
     progress: bool = True,
@@ -117,9 +120,11 @@ def find_mask(
         min_enrichment: delete codes with R > min_enrichment, in bits: 2 = at least four times as frequent.
         alpha: and with q < alpha. test: "chi2", "fisher" (exact, one-sided), or "auto": Fisher where an expected
             count is below 5. correction: "bh" (Benjamini-Hochberg over the codes seen) or "none" (the paper's).
-        choose: the strength, by its effect. It is given masks that grow, the significant codes first, then all with
-            p below each of P_LEVELS, and returns the index of the one to use; with a mask for each sequence, one
-            batch can try them all. None: the significant codes.
+        choose: the strength, by its effect. It is given masks that grow and returns the index of the one to use; with
+            a mask for each sequence, one batch can try them all. None: the significant codes.
+        grow: which masks. "significance": the significant codes, then all with p below each of P_LEVELS, to forget
+            more. "enrichment": of the significant codes those with R above each of R_LEVELS, then all, to spare
+            others: the more enriched a code, the less they use it.
         batch_size: texts a forward pass. max_length: tokens a text is cut to.
         progress: a progress bar, on a terminal.
 
@@ -139,6 +144,8 @@ def find_mask(
         )
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it should be in (0, 1]")
+    if grow not in ("significance", "enrichment"):
+        raise ValueError(f"grow is {grow!r}; it should be 'significance' or 'enrichment'")
     options = dict(layer=layer, depth=depth, batch_size=batch_size, max_length=max_length, progress=progress)
     found, control = (
         texts if isinstance(texts, CodeCounts) else count_codes(attachment, tokenizer, texts, name=name, **options)
@@ -171,6 +178,7 @@ def find_mask(
                 "alpha": alpha,
                 "test": test,
                 "correction": correction,
+                "grow": grow,
                 "significant": significant,
                 "target_tokens": found.tokens,
                 "control_tokens": control.tokens,
@@ -178,9 +186,14 @@ def find_mask(
         )
 
     if choose is not None and significant:
-        sizes = {significant, *(int((p[candidates] < level).sum()) for level in P_LEVELS)}
-        sizes = sorted(n for n in sizes if n >= significant)
-        size = sizes[choose([mask_of(n) for n in sizes])]
+        if grow == "significance":
+            sizes = {significant, *(int((p[candidates] < level).sum()) for level in P_LEVELS)}
+            sizes = {n for n in sizes if n >= significant}
+        else:
+            candidates = candidates[:significant][np.argsort(-R[candidates[:significant]], kind="stable")]
+            sizes = {significant, *(int((R[candidates] > level).sum()) for level in R_LEVELS)} - {0}
+        ladder = sorted(sizes)
+        size = ladder[choose([mask_of(n) for n in ladder])]
     chosen = sorted(candidates[:size].tolist(), key=lambda j: (-R[j], j))
     codes = [
         CodeEvidence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     write_tofu(tmp_path)
     monkeypatch.setattr(models, "WIDTH", 32)
     monkeypatch.setattr(
-        models, "BOTTLENECK", dataclasses.replace(models.BOTTLENECK, d_model=32, code_dim=16, num_codes=512)
+        models, "BOTTLENECK", dataclasses.replace(models.BOTTLENECK, d_model=32, code_dim=16, num_codes=512, k=8)
     )
     for name in ("BASE_EPOCHS", "BOTTLENECK_EPOCHS"):
         monkeypatch.setattr(models, name, 1)
@@ -66,7 +66,14 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     monkeypatch.setattr(study, "VALIDATION", 4)
     monkeypatch.setattr(study, "TRAININGS", {1e-3: (1, 2)})
     monkeypatch.setattr(persistence, "within_loss", lambda *_: lambda masks: 0)
-    for name, small in (("TRIES", 1), ("LENGTHS", (0.1,)), ("RELEARN_EPOCHS", (1,)), ("DEPTH", 8)):
+    for name, small in (
+        ("TRIES", 1),
+        ("LENGTHS", (0.1,)),
+        ("RELEARN_EPOCHS", (1,)),
+        ("DEPTH", 8),
+        ("PROBE_ROWS", 4),
+        ("IN_SEQUENCE", (2,)),
+    ):
         monkeypatch.setattr(persistence, name, small)
 
     def call(module, *arguments: object) -> str:
@@ -110,7 +117,12 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         "none,codeunlearn,npo",
     )
     with (runs / "persistence.csv").open() as stream:
-        tests = [(row["method"], row["test"]) for row in csv.DictReader(stream)]
-    assert len(tests) == 3 * 6 and len(set(tests)) == 18
-    text = call(report, runs / "results.csv", runs / "persistence.csv")
-    assert "| codeunlearn |" in text and "4 bits" in text
+        found = {(row["method"], row["test"], row["figure"]): float(row["value"]) for row in csv.DictReader(stream)}
+    tests = {(method, test) for method, test, _ in found}
+    assert len(tests) == 3 * 7 + 2
+    assert found["codeunlearn", "undone", "differing"] == 0 < found["codeunlearn", "undone", "moved by all masks"]
+    call(report, runs / "results.csv", runs / "persistence.csv")
+    text = (runs / "report.md").read_text()
+    assert "| codeunlearn |" in text and "### 4 bits" in text
+    if importlib.util.find_spec("matplotlib"):
+        assert (runs / "plane.png").stat().st_size > 1000

@@ -125,6 +125,23 @@ def test_the_strength_is_chosen_among_growing_masks(attachment, tokenizer):
     assert all(c.p < max(unlearn.P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
 
 
+def test_masks_may_grow_from_the_most_enriched_codes(attachment, tokenizer):
+    offered = []
+    arguments = dict(topic="Anna", min_enrichment=0.5, alpha=1, correction="none", progress=False)
+    all_significant = find_mask(attachment, tokenizer, ANNA[:4], OTHERS, **arguments)
+    chosen = find_mask(
+        attachment, tokenizer, ANNA[:4], OTHERS, choose=lambda masks: offered.extend(masks) or 1, grow="enrichment", **arguments
+    )  # fmt: skip
+    assert len(offered) > 2 and torch.equal(offered[-1].bits, all_significant.mask.bits)
+    assert torch.equal(offered[1].bits, chosen.mask.bits) and len(chosen.codes) == chosen.mask.num_deleted
+    R = {code.code: code.enrichment for code in all_significant.codes}
+    for smaller, larger in itertools.pairwise(offered):
+        taken, added = (set(mask.ids().tolist()) for mask in (smaller, larger - smaller))
+        assert taken and added and min(R[j] for j in taken) >= max(R[j] for j in added)
+    with pytest.raises(ValueError, match="grow is 'p'"):
+        find_mask(attachment, tokenizer, ANNA[:4], OTHERS, grow="p", **arguments)
+
+
 def test_a_topic_without_significant_codes_says_so_and_deletes_nothing(attachment, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "cu_fast"):
         finding = find_mask(attachment, tokenizer, OTHERS, OTHERS, topic="nothing", progress=False)

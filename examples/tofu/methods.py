@@ -11,6 +11,7 @@ batch of the forget set, and as many retain rows drawn at random.
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -107,8 +108,9 @@ def unlearn(
         which = torch.tensor([row["row"] for row in batch])
         return {"forget": collate(batch) | {"row": which}, "retain": collate(draw.sample(kept, len(batch)))}
 
+    folder = tempfile.TemporaryDirectory()  # Trainer wants one; it stays empty
     arguments = transformers.TrainingArguments(
-        output_dir="unused", num_train_epochs=max(epochs), per_device_train_batch_size=BATCH, learning_rate=learning_rate,
+        output_dir=folder.name, num_train_epochs=max(epochs), per_device_train_batch_size=BATCH, learning_rate=learning_rate,
         lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, seed=seed, bf16=True, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
@@ -118,5 +120,6 @@ def unlearn(
         train_dataset=[row | {"row": i} for i, row in enumerate(gone)],
         callbacks=[Measure(epochs, len(gone), 1 if method == "gradient_ascent" else 2, measure)],
     )  # fmt: skip
-    trainer.train()
+    with folder:
+        trainer.train()
     model.eval()

@@ -25,10 +25,10 @@ from cu_fast.config import BottleneckConfig
 from cu_fast.train import train
 
 GOLD = {"full": None, "retain99": "forget01", "retain95": "forget05", "retain90": "forget10"}
-LAYER = "model.layers.1"
+LAYER = "model.layers.0"
 WIDTH = 256
-BASE_EPOCHS, BOTTLENECK_EPOCHS = 18, 12
-BOTTLENECK = BottleneckConfig(d_model=WIDTH, code_dim=64, num_codes=32_768, k=8, activation="none", code_dropout=0.05)
+BASE_EPOCHS, BOTTLENECK_EPOCHS = 18, 14
+BOTTLENECK = BottleneckConfig(d_model=WIDTH, code_dim=256, num_codes=32_768, k=16, activation="none", code_dropout=0.05)
 
 
 def training_rows(folder: Path, left_out: str | None) -> list[dict]:

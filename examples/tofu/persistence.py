@@ -9,7 +9,10 @@ paraphrased     the questions in other words
 relearned       trained again on a tenth of the forgotten rows, and measured on the others; the codes are erased first
 perturbed       a random vector of some length, beside the residual's, added to what enters the bottleneck at every position: of
                 TRIES the one under which the answers are most probable
-undone          every author of forget05 deleted, one after the other, then given back in another order: the same bits?
+probed          a ridge classifier reads the next token off the states behind the bottleneck's layer; it learns on answers that
+                stay, and is asked for the forgotten ones: the share of tokens that it gets right
+in sequence     forget05's authors deleted one after the other: what is left of them, and of validation rows
+undone          and given back in another order: logits that differ from those on the way there
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import methods
+import numpy as np
 import tofu
 import torch
 from models import LAYER, arguments, training_rows
-from study import OURS, Table, count, find_codes, gold_of, split_off_validation
+from study import LADDER, OURS, Table, count, find_codes, gold_of, split_off_validation
 
 from cu_fast import evaluate as ev
 from cu_fast._rows import Collator, encode_row
@@ -43,6 +47,8 @@ TRAINED = {
 TRIES = 16
 LENGTHS = (0.1, 0.3, 1.0)
 RELEARN_EPOCHS = (1, 5, 20)
+PROBE_ROWS = 300
+IN_SEQUENCE = (1, 2, 5, 10)  # authors
 
 
 def figures(model, tokenizer, rows: list[dict], truths: list[str]) -> dict[str, float]:
@@ -98,7 +104,7 @@ def load(options: argparse.Namespace, method: str, retain: list[dict]) -> Subjec
     validation, control = split_off_validation(options.tofu, retain, options.seed)
     mask = find_codes(
         attachment, tokenizer, tofu.rows(tofu.read(options.tofu, SPLIT)), count(attachment, tokenizer, control, DEPTH),
-        DEPTH, SPLIT, OURS, within_loss(attachment, tokenizer, validation, 0.01),
+        DEPTH, SPLIT, LADDER, within_loss(attachment, tokenizer, validation, 0.01),
     )  # fmt: skip
     return Subject(model, tokenizer, attachment, attachment.add_mask(mask))
 
@@ -145,35 +151,66 @@ def perturbed(model, layer: str, length: float, seed: int) -> Iterator[None]:
         handle.remove()
 
 
-def bits_after_undoing(subject: Subject, options: argparse.Namespace, retain: list[dict]) -> dict[str, float]:
-    """Delete forget05's authors one after the other, give them back in another order: differing logits, out of how many."""
+@torch.inference_mode()
+def states(model, tokenizer, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Where an answer's tokens are chosen, of each layer above the bottleneck's: [layers, tokens, D]; and those tokens."""
+    collate, above = Collator(tokenizer.pad_token_id), int(LAYER.rpartition(".")[2]) + 2  # 0: the embeddings
+    encoded, layers, tokens = [encode_row(tokenizer, row, 0.0, 512) for row in rows], [], []
+    for start in range(0, len(encoded), 32):
+        batch = collate(encoded[start : start + 32])
+        of_answer, labels = batch.pop("loss_weights")[:, 1:] > 0, batch.pop("labels")[:, 1:]
+        hidden = model(**batch, output_hidden_states=True).hidden_states[above:]
+        layers.append(torch.stack([state[:, :-1][of_answer] for state in hidden]))
+        tokens.append(labels[of_answer])
+    return torch.cat(layers, 1).float().numpy(), torch.cat(tokens).numpy()
+
+
+def probe(model, tokenizer, known: list[dict], forgotten: list[dict]) -> dict[str, float]:
+    from sklearn import linear_model, pipeline, preprocessing
+
+    (x, y), (asked, truth) = states(model, tokenizer, known), states(model, tokenizer, forgotten)
+    found = {}
+    for above, (seen, unseen) in enumerate(zip(x, asked), 1):
+        reader = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.RidgeClassifier())
+        found[f"probe, {above} above"] = float(reader.fit(seen, y).score(unseen, truth))
+    return found
+
+
+def delete_in_sequence(subject: Subject, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """Delete forget05's authors one after the other, then give them back in another order. Yields tests and their figures."""
     model, tokenizer, attachment, _ = subject
-    rows = tofu.read(options.tofu, "forget05")
-    authors = [tofu.rows(rows[start : start + 20]) for start in range(0, len(rows), 20)]
-    others = count(attachment, tokenizer, retain, DEPTH)
-    for number, author in enumerate(authors):
-        mask = find_codes(attachment, tokenizer, author, others, DEPTH, f"author {number}", OURS)
-        attachment.add_mask(mask)
-    texts = [row["prompt"] + row["completion"] for author in authors for row in author[:2]]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    entries = tofu.read(options.tofu, "forget05")
+    authors = [entries[start : start + 20] for start in range(0, len(entries), 20)]
+    stays = tofu.rows(training_rows(options.tofu, "forget05"))
+    validation, control = split_off_validation(options.tofu, stays, options.seed)
+    others = count(attachment, tokenizer, control, DEPTH)
+    names = [f"author {number}" for number in range(len(authors))]
+    for name, author in zip(names, authors):
+        attachment.add_mask(find_codes(attachment, tokenizer, tofu.rows(author), others, DEPTH, name, OURS))
+    few = [row for author in authors for row in tofu.rows(author[:2])]
+    inputs = tokenizer([row["prompt"] + row["completion"] for row in few], return_tensors="pt", padding=True)
 
     @torch.inference_mode()
-    def logits(topics: set[str]) -> torch.Tensor:
-        with attachment.unlearn(topics or None):
+    def logits(topics: list[str]) -> torch.Tensor:
+        with attachment.unlearn(set(topics) or None):
             return model(**inputs).logits
 
-    names = [f"author {number}" for number in range(len(authors))]
-    order = random.Random(options.seed).sample(names, len(names))
-    steps = [set(names[:n]) for n in range(len(names) + 1)]
-    on_the_way = [logits(step) for step in steps]
-    left = set(names)
+    on_the_way = [logits(names[:n]) for n in range(len(names) + 1)]
+    for n in (n for n in IN_SEQUENCE if n <= len(names)):
+        with attachment.unlearn(set(names[:n])):
+            deleted = [entry for author in authors[:n] for entry in author]
+            found = figures(model, tokenizer, tofu.rows(deleted), [entry["answer"] for entry in deleted])
+            rest = figures(model, tokenizer, validation, [ev.truth_of(row) for row in validation])
+        yield f"in sequence, {n} authors", found | {f"others_{name}": value for name, value in rest.items()}
+    left, order = list(names), random.Random(options.seed).sample(names, len(names))
     for name in order:
         left.remove(name)
-        last = logits(left)
-    again = [logits(step) for step in reversed(steps)][::-1]
-    differing = sum(int((a != b).sum()) for a, b in zip([*on_the_way, on_the_way[0]], [*again, last]))
-    moved = sum(int((step != on_the_way[0]).sum()) for step in on_the_way)
-    return {"differing": differing, "logits": sum(a.numel() for a in again), "moved_by_masks": moved}
+        logits(left)
+    back = logits(left)
+    again = [logits(names[:n]) for n in range(len(names) + 1)]
+    differing = sum(int((a != b).sum()) for a, b in zip([*on_the_way, on_the_way[0]], [*again, back]))
+    moved = int((on_the_way[-1] != on_the_way[0]).sum())
+    yield "undone", {"differing": differing, "logits": sum(a.numel() for a in again), "moved by all masks": moved}
 
 
 def main() -> None:
@@ -198,7 +235,8 @@ def main() -> None:
             return not table.has(method=method, test=test, seed=options.seed)
 
         def record(test: str, values: dict, method: str = method) -> None:
-            table.add({"method": method, "test": test, "seed": options.seed} | values)
+            for name, value in values.items():
+                table.add({"method": method, "test": test, "seed": options.seed, "figure": name, "value": value})
 
         if todo("plain"):
             subject = load(options, method, retain)
@@ -229,8 +267,14 @@ def main() -> None:
                             if best is None or found > best[0]:
                                 best = found, figures(*subject[:2], asked, truths)
                 record(f"perturbed, {length}", best[1])
+        if todo("probed"):
+            subject = load(options, method, retain)
+            with subject.masked():
+                record("probed", probe(*subject[:2], random.Random(options.seed).sample(retain, PROBE_ROWS), asked))
         if method == "codeunlearn" and todo("undone"):
-            print("undone", bits_after_undoing(load(options, "none, with bottleneck", retain), options, retain))
+            for test, found in delete_in_sequence(load(options, "none, with bottleneck", retain), options):
+                if todo(test):
+                    record(test, found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The TOFU study: python examples/tofu/study.py path/to/tofu --models runs/tofu --split forget01 --output runs/tofu/results.csv
 
 Every method unlearns a split; every result is a row: what is left of the split, beside a model that never saw it, TOFU's
-model utility, and what it cost. Rows are added as they are measured; those that are there are not measured again.
+model utility, and what it cost. forget_fluency: how probable the twin that never saw the split finds what is answered. Rows
+are added as they are measured; those that are there are not measured again.
 
 codeunlearn, random   masks on the model with bottleneck, by depth S', rule and mode, compared with that model's gold twin;
-                      "within 1%": the strongest that costs at most so much on validation rows (cu_fast.strength)
+                      "within 1%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength)
 gradient_ascent, ...  methods.py on the model without bottleneck, by rate and epochs; compared with its own gold twin
 """
 
@@ -15,6 +16,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import json
 import random
 import time
 from collections.abc import Callable
@@ -26,19 +28,22 @@ import tofu
 from models import GOLD, training_rows
 
 from cu_fast import Mask
+from cu_fast import evaluate as ev
 from cu_fast.checkpoint import load_model, read_model
 from cu_fast.hf import Attachment
 from cu_fast.strength import within_loss
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask
 
-MAX_LOSSES = (0.01, 0.05)
+MAX_LOSSES = (0.01, 0.02, 0.05)
 VALIDATION = 100  # rows that the rule looks at
-DEPTHS = (8, 16, 32)
+QUOTED = 9  # every ninth answer is kept
+DEPTHS = (16, 32, 64)
 TRAININGS = {1e-4: (3, 5, 8), 3e-4: (1, 2, 3)}  # learning rate: epochs after which the model is measured
-OURS, PAPERS = "R>2 BH", "R>0 p<0.05"
+OURS, PAPERS, LADDER = "R>2 BH", "R>0 p<0.05", "R>1 BH and more"
 RULES = {
     OURS: {"min_enrichment": 2.0, "alpha": 0.05, "correction": "bh"},
     PAPERS: {"min_enrichment": 0.0, "alpha": 0.05, "correction": "none"},
+    LADDER: {"min_enrichment": 1.0, "alpha": 0.05, "correction": "bh", "grow": "enrichment"},  # for within_loss
 }
 
 
@@ -68,10 +73,11 @@ NOTHING = methods.Cost(0.0, 0, 0)
 
 @dataclasses.dataclass
 class Subject:
-    """A model that is to forget a split, and what its gold twin makes of that split."""
+    """A model that is to forget a split, and its gold twin with what that makes of the split."""
 
     model: Any
     tokenizer: Any
+    twin: Any
     gold: tofu.Figures
     folder: Path
     split: str
@@ -82,13 +88,25 @@ class Subject:
         return not self.table.has(split=self.split, seed=self.seed, method=method, setting=setting)
 
     def record(self, method: str, setting: str, cost: methods.Cost = NOTHING, codes: int = 0) -> None:
-        """Measure the model as it is now, and add the row."""
+        """Measure the model as it is now, and add the row; and what it answers, to answers.jsonl beside the table."""
+        keys = {"split": self.split, "seed": self.seed, "method": method, "setting": setting}
         forget = forget_figures(self.model, self.tokenizer, self.folder, self.split)
+        said = dict(zip(self.questions(), forget.answers))
+        with tofu.AUTOCAST():
+            rows = [tofu.row(*pair) for pair in said.items()]
+            fluency = float(ev.score_answers(self.twin, self.tokenizer, rows).probability.mean())
         self.table.add(
-            {"split": self.split, "seed": self.seed, "method": method, "setting": setting, "codes": codes, **cost._asdict()}
+            keys
+            | {"codes": codes, **cost._asdict()}
             | tofu.forgetting(forget, self.gold)
+            | {"forget_fluency": fluency}
             | tofu.utility(self.model, self.tokenizer, self.folder)
-        )  # fmt: skip
+        )
+        with (self.table.path.parent / "answers.jsonl").open("a") as stream:
+            stream.write(json.dumps(keys | {"answers": dict(list(said.items())[::QUOTED])}) + "\n")
+
+    def questions(self) -> list[str]:
+        return [entry["question"] for entry in tofu.read(self.folder, f"{self.split}_perturbed")]
 
 
 def forget_figures(model, tokenizer, folder: Path, split: str) -> tofu.Figures:
@@ -102,7 +120,7 @@ def study_training(options: argparse.Namespace, table: Table, retain: list[dict]
     )
     gold, tokenizer = read_model(gold_folder)
     figures = forget_figures(gold, tokenizer, options.tofu, options.split)
-    subject = Subject(gold, tokenizer, figures, options.tofu, options.split, options.seed, table)
+    subject = Subject(gold, tokenizer, gold, figures, options.tofu, options.split, options.seed, table)
     if subject.todo("retrained", "without bottleneck"):
         subject.record("retrained", "without bottleneck")
     subject.model = read_model(full)[0]
@@ -125,7 +143,7 @@ def study_masks(options: argparse.Namespace, table: Table, retain: list[dict]) -
     folders = (options.models / f"{name}-{options.seed}" / "bundle" for name in ("full", gold_of(options.split)))
     (model, tokenizer, attachment), (gold, *_) = map(load_model, folders)
     figures = forget_figures(gold, tokenizer, options.tofu, options.split)
-    subject = Subject(gold, tokenizer, figures, options.tofu, options.split, options.seed, table)
+    subject = Subject(gold, tokenizer, gold, figures, options.tofu, options.split, options.seed, table)
     if subject.todo("retrained", "with bottleneck"):
         subject.record("retrained", "with bottleneck")
     subject.model = model
@@ -159,7 +177,7 @@ def study_masks(options: argparse.Namespace, table: Table, retain: list[dict]) -
             try_mask("codeunlearn", rule, mode, functools.partial(find, rule))
         for max_loss in MAX_LOSSES:
             choose = within_loss(attachment, tokenizer, validation, max_loss)
-            try_mask("codeunlearn", f"within {max_loss:.0%}", "ablate", functools.partial(find, OURS, choose))
+            try_mask("codeunlearn", f"within {max_loss:.0%}", "ablate", functools.partial(find, LADDER, choose))
         try_mask("random", OURS, "ablate", lambda others=others: random_mask(find(OURS), others))
 
 
