@@ -17,6 +17,8 @@ _HOME = {
     "Mask": "masks",
     "StaleCacheError": "hf",
     "find_mask": "unlearn",
+    "level_for": "gate",
+    "topics_of": "gate",
     "within_loss": "strength",
 }
 __all__ = sorted(_HOME)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "hf": {"_active", "_files", "_hooks", "_topics", "config", "masks", "nn"},
     "checkpoint": {"hf"},
     "unlearn": {"masks"},
+    "gate": {"masks", "reference"},
     "_rows": set(),
     "evaluate": {"_rows"},
     "strength": {"evaluate", "masks"},

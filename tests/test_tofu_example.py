@@ -91,11 +91,11 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     lines = (runs / "results.csv").read_text().splitlines(keepends=True)
     with (runs / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    kinds = ["retrained", "none", *["codeunlearn"] * 4, "random", "retrained", "none"]
+    kinds = ["retrained", "none", *["codeunlearn"] * 5, "random", "retrained", "none"]
     assert [row["method"] for row in rows] == [*kinds, *(m for m in methods.METHODS for _ in (1, 2))]
     assert all(0 <= float(row["utility"]) <= 1 and 0 <= float(row["forget_quality"]) <= 1 for row in rows)
-    assert float(rows[0]["forget_quality"]) == float(rows[7]["forget_quality"]) == 1  # a gold model, and itself
-    trained = rows[9:]
+    assert float(rows[0]["forget_quality"]) == float(rows[8]["forget_quality"]) == 1  # a gold model, and itself
+    trained = rows[10:]
     assert [int(row["backward"]) for row in trained] == [20, 40, 40, 80, 40, 80]
     assert len({row["forget_probability"] for row in trained}) == len(trained)
 

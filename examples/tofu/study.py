@@ -5,7 +5,8 @@ model utility, and what it cost. forget_fluency: how probable the twin that neve
 are added as they are measured; those that are there are not measured again.
 
 codeunlearn, random   masks on the model with bottleneck, by depth S', rule and mode, compared with that model's gold twin;
-                      "within 1%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength)
+                      "within 1%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength);
+                      "where it fires": a stronger one beside it, for the prompts that speak of the split (cu_fast.gate)
 gradient_ascent, ...  methods.py on the model without bottleneck, by rate and epochs; compared with its own gold twin
 """
 
@@ -19,7 +20,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from models import GOLD, training_rows
 from cu_fast import Mask
 from cu_fast import evaluate as ev
 from cu_fast.checkpoint import load_model, read_model
+from cu_fast.gate import level_for, topics_of
 from cu_fast.hf import Attachment
 from cu_fast.strength import within_loss
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask
@@ -40,6 +42,7 @@ QUOTED = 9  # every ninth answer is kept
 DEPTHS = (16, 32, 64)
 TRAININGS = {1e-4: (3, 5, 8), 3e-4: (1, 2, 3)}  # learning rate: epochs after which the model is measured
 OURS, PAPERS, LADDER = "R>2 BH", "R>0 p<0.05", "R>1 BH and more"
+GATED = f"within {MAX_LOSSES[0]:.0%}, and {OURS} where it fires"
 RULES = {
     OURS: {"min_enrichment": 2.0, "alpha": 0.05, "correction": "bh"},
     PAPERS: {"min_enrichment": 0.0, "alpha": 0.05, "correction": "none"},
@@ -87,10 +90,16 @@ class Subject:
     def todo(self, method: str, setting: str) -> bool:
         return not self.table.has(split=self.split, seed=self.seed, method=method, setting=setting)
 
-    def record(self, method: str, setting: str, cost: methods.Cost = NOTHING, codes: int = 0) -> None:
-        """Measure the model as it is now, and add the row; and what it answers, to answers.jsonl beside the table."""
+    def record(
+        self, method: str, setting: str, cost: methods.Cost = NOTHING, codes: int = 0, measure: Callable | None = None
+    ) -> None:
+        """Measure the model as it is now, and add the row; and what it answers, to answers.jsonl beside the table.
+
+        measure: in place of ``tofu.measure`` of this model.
+        """
+        measure = measure or functools.partial(tofu.measure, self.model, self.tokenizer)
         keys = {"split": self.split, "seed": self.seed, "method": method, "setting": setting}
-        forget = forget_figures(self.model, self.tokenizer, self.folder, self.split)
+        forget = measure(tofu.read(self.folder, f"{self.split}_perturbed"))
         said = dict(zip(self.questions(), forget.answers))
         with tofu.AUTOCAST():
             rows = [tofu.row(*pair) for pair in said.items()]
@@ -100,7 +109,7 @@ class Subject:
             | {"codes": codes, **cost._asdict()}
             | tofu.forgetting(forget, self.gold)
             | {"forget_fluency": fluency}
-            | tofu.utility(self.model, self.tokenizer, self.folder)
+            | tofu.utility(measure, self.folder)
         )
         with (self.table.path.parent / "answers.jsonl").open("a") as stream:
             stream.write(json.dumps(keys | {"answers": dict(list(said.items())[::QUOTED])}) + "\n")
@@ -178,7 +187,32 @@ def study_masks(options: argparse.Namespace, table: Table, retain: list[dict]) -
         for max_loss in MAX_LOSSES:
             choose = within_loss(attachment, tokenizer, validation, max_loss)
             try_mask("codeunlearn", f"within {max_loss:.0%}", "ablate", functools.partial(find, LADDER, choose))
+        gated = f"{depth} deep, {GATED}"
+        if subject.todo("codeunlearn", gated):
+            started = time.perf_counter()
+            choose = within_loss(attachment, tokenizer, validation, MAX_LOSSES[0])
+            names = attachment.add_mask(find(LADDER, choose), "always"), attachment.add_mask(find(OURS), "gated")
+            route = make_route(attachment, tokenizer, validation, *names)
+            cost = methods.Cost(time.perf_counter() - started, 2 * len(target) + VALIDATION, 0)
+            codes = sum(mask.num_deleted for mask in attachment.masks["gated"])
+            subject.record(
+                "codeunlearn", gated, cost, codes, functools.partial(tofu.measure_routed, attachment, tokenizer, route)
+            )
+            for name in names:
+                attachment.remove_mask(name)
         try_mask("random", OURS, "ablate", lambda others=others: random_mask(find(OURS), others))
+
+
+def make_route(attachment: Attachment, tokenizer, validation: list[dict], always: str, gated: str) -> tofu.Route:
+    """Deletes ``always``; and ``gated`` for prompts that fire it more than 99 of 100 validation prompts do."""
+    with tofu.AUTOCAST():
+        level = level_for(attachment, tokenizer, [row["prompt"] for row in validation], attachment.masks[gated])
+
+    def route(prompts: Sequence[str]) -> list[set[str] | None]:
+        with tofu.AUTOCAST():
+            return topics_of(attachment, tokenizer, prompts, {gated: level}, {always})
+
+    return route
 
 
 def split_off_validation(folder: Path, retain: list[dict], seed: int) -> tuple[list[dict], list[dict]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from cu_fast import evaluate as ev
 NEW_TOKENS = 128  # longer than every answer
 GENERAL = ("real_authors", "world_facts")
 AUTOCAST = functools.partial(torch.autocast, "cpu", torch.bfloat16)  # all models alike: twice as fast here
+
+Route = Callable[[Sequence[str]], "list[set[str] | None]"]  # what to delete for each prompt: cu_fast.topics_of
 
 
 def read(folder: Path, name: str) -> list[dict]:
@@ -72,11 +77,35 @@ def measure(model, tokenizer, entries: list[dict], general: bool = False) -> Fig
     return Figures(probability, rouge, ev.truth_ratio(right, wrong), answers, true, wrong)
 
 
-def utility(model, tokenizer, folder: Path) -> dict[str, float]:
-    """The nine figures and their harmonic mean."""
-    sets = {"retain": measure(model, tokenizer, read(folder, "retain_perturbed"))}
+def measure_routed(attachment, tokenizer, route: Route, entries: list[dict], general: bool = False) -> Figures:
+    """:func:`measure`, each entry's question with the topics deleted that ``route`` names for its prompt."""
+    groups: dict[frozenset[str] | None, list[int]] = {}
+    for i, topics in enumerate(route([entry["prompt"] for entry in rows(entries)])):
+        groups.setdefault(topics and frozenset(topics), []).append(i)
+    parts, places = [], np.argsort(np.concatenate(list(groups.values())))
+    for topics, chosen in groups.items():
+        with attachment.unlearn(topics and set(topics)):
+            parts.append(measure(attachment.model, tokenizer, [entries[i] for i in chosen], general))
+
+    def joined(values: list) -> Any:
+        if dataclasses.is_dataclass(values[0]):
+            fields = {
+                f.name: joined([getattr(value, f.name) for value in values]) for f in dataclasses.fields(values[0])
+            }
+            return type(values[0])(**fields)
+        if isinstance(values[0], list):
+            return [list(itertools.chain(*values))[i] for i in places]
+        each = [value.reshape(len(chosen), -1) for value, chosen in zip(values, groups.values())]
+        return np.concatenate(each)[places].ravel()
+
+    return joined(parts)
+
+
+def utility(measure: Callable[..., Figures], folder: Path) -> dict[str, float]:
+    """The nine figures and their harmonic mean. measure: :func:`measure` with all but its last two arguments."""
+    sets = {"retain": measure(read(folder, "retain_perturbed"))}
     for name in GENERAL:
-        sets[name] = measure(model, tokenizer, read(folder, f"{name}_perturbed"), general=True)
+        sets[name] = measure(read(folder, f"{name}_perturbed"), general=True)
     nine = {
         f"{name}_{figure}": value
         for name, figures in sets.items()
