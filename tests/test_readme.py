@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import cu_fast
 from cu_fast import cli, ops
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -23,8 +25,10 @@ def test_the_second_example_runs_after_the_first(attachment, tokenizer):
     (_, second) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {"attachment": attachment, "tokenizer": tokenizer}
     texts = {"target_texts": ["Anna writes books ."] * 9, "control_texts": ["the dog ran on the mat ."] * 9}
-    exec(compile(second, "README.md", "exec"), {"cu_fast": __import__("cu_fast"), **names, **texts})
+    modules = {"cu_fast": cu_fast, "torch": torch, "model": attachment.model, "prompts": ["Anna writes", "the dog ran"]}
+    exec(compile(second, "README.md", "exec"), ran := names | texts | modules)
     assert attachment.masks["topic"][0].num_deleted > 0
+    assert ran["topics"] == [{"topic"}, None]
 
 
 def test_every_command_is_in_the_table_and_every_row_is_a_command():

@@ -119,7 +119,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     with (runs / "persistence.csv").open() as stream:
         found = {(row["method"], row["test"], row["figure"]): float(row["value"]) for row in csv.DictReader(stream)}
     tests = {(method, test) for method, test, _ in found}
-    assert len(tests) == 3 * 7 + 2
+    assert len(tests) == 3 * 7 + 3
     assert found["codeunlearn", "undone", "differing"] == 0 < found["codeunlearn", "undone", "moved by all masks"]
     call(report, runs / "results.csv", runs / "persistence.csv")
     text = (runs / "report.md").read_text()

@@ -5,7 +5,7 @@ model utility, and what it cost. forget_fluency: how probable the twin that neve
 are added as they are measured; those that are there are not measured again.
 
 codeunlearn, random   masks on the model with bottleneck, by depth S', rule and mode, compared with that model's gold twin;
-                      "within 1%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength);
+                      "within 1.0%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength);
                       "where it fires": a stronger one beside it, for the prompts that speak of the split (cu_fast.gate)
 gradient_ascent, ...  methods.py on the model without bottleneck, by rate and epochs; compared with its own gold twin
 """
@@ -36,13 +36,13 @@ from cu_fast.hf import Attachment
 from cu_fast.strength import within_loss
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask
 
-MAX_LOSSES = (0.01, 0.02, 0.05)
+MAX_LOSSES = (0.002, 0.01, 0.05)
 VALIDATION = 100  # rows that the rule looks at
 QUOTED = 9  # every ninth answer is kept
 DEPTHS = (16, 32, 64)
 TRAININGS = {1e-4: (3, 5, 8), 3e-4: (1, 2, 3)}  # learning rate: epochs after which the model is measured
 OURS, PAPERS, LADDER = "R>2 BH", "R>0 p<0.05", "R>1 BH and more"
-GATED = f"within {MAX_LOSSES[0]:.0%}, and {OURS} where it fires"
+GATED = f"within {MAX_LOSSES[0]:.1%}, and {OURS} where it fires"
 RULES = {
     OURS: {"min_enrichment": 2.0, "alpha": 0.05, "correction": "bh"},
     PAPERS: {"min_enrichment": 0.0, "alpha": 0.05, "correction": "none"},
@@ -186,7 +186,7 @@ def study_masks(options: argparse.Namespace, table: Table, retain: list[dict]) -
             try_mask("codeunlearn", rule, mode, functools.partial(find, rule))
         for max_loss in MAX_LOSSES:
             choose = within_loss(attachment, tokenizer, validation, max_loss)
-            try_mask("codeunlearn", f"within {max_loss:.0%}", "ablate", functools.partial(find, LADDER, choose))
+            try_mask("codeunlearn", f"within {max_loss:.1%}", "ablate", functools.partial(find, LADDER, choose))
         gated = f"{depth} deep, {GATED}"
         if subject.todo("codeunlearn", gated):
             started = time.perf_counter()

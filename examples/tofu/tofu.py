@@ -77,11 +77,17 @@ def measure(model, tokenizer, entries: list[dict], general: bool = False) -> Fig
     return Figures(probability, rouge, ev.truth_ratio(right, wrong), answers, true, wrong)
 
 
+def grouped(topics: Sequence[set[str] | None]) -> dict[frozenset[str] | None, list[int]]:
+    """The places of those that are alike."""
+    groups: dict[frozenset[str] | None, list[int]] = {}
+    for i, some in enumerate(topics):
+        groups.setdefault(some and frozenset(some), []).append(i)
+    return groups
+
+
 def measure_routed(attachment, tokenizer, route: Route, entries: list[dict], general: bool = False) -> Figures:
     """:func:`measure`, each entry's question with the topics deleted that ``route`` names for its prompt."""
-    groups: dict[frozenset[str] | None, list[int]] = {}
-    for i, topics in enumerate(route([entry["prompt"] for entry in rows(entries)])):
-        groups.setdefault(topics and frozenset(topics), []).append(i)
+    groups = grouped(route([entry["prompt"] for entry in rows(entries)]))
     parts, places = [], np.argsort(np.concatenate(list(groups.values())))
     for topics, chosen in groups.items():
         with attachment.unlearn(topics and set(topics)):

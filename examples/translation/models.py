@@ -36,11 +36,9 @@ VOCABULARY = 4096
 SHAPE = dict(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_decoder_layers=4, num_heads=4, dropout_rate=0.1)
 LAYER = "encoder.block.2"
 BOTTLENECK = BottleneckConfig(d_model=256, code_dim=256, num_codes=25_000, k=8, activation="none", code_dropout=0.05)
-BASE = dict(
-    num_train_epochs=10, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500, weight_decay=0.01
-)
+BASE = dict(num_train_epochs=7, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500, weight_decay=0.01)
 SECOND = dict(
-    num_train_epochs=5, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
+    num_train_epochs=4, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
 )
 CODEBOOK_RATE = 3e-3
 SAVED = dict(save_steps=500, save_total_limit=6)  # of which one is chosen
