@@ -17,11 +17,12 @@ STUDY = (
     "codes", "forget_quality", "utility", "of_before", "forget_rouge", "forget_rouge_low", "forget_rouge_high",
     "forget_probability", "extraction_strength", "membership_auc", "forget_fluency", "seconds", "forward", "backward",
 )  # fmt: skip
-EXPLAINED = """Forget quality: p of a Kolmogorov-Smirnov test of the forgotten questions' truth ratios against a model's that never saw them
-("retrained", of the same build); above 0.05 the two cannot be told apart. Utility: the harmonic mean of TOFU's nine figures;
-of_before: as a share of what the same model had before. forget_*: what is left of the forgotten answers: ROUGE-L recall with
-its 95 % bootstrap interval, probability, extraction strength, and how well a likelihood tells the true answers from wrong
-ones (0.5: not at all); fluency is the probability of what is answered instead, to that other model. Cost: seconds on the machine named in README.md, and rows that went forward and backward."""
+EXPLAINED = """Forget quality: p of a Kolmogorov-Smirnov test of the forgotten questions' truth ratios against a model's that never saw
+them ("retrained", of the same build); above 0.05 the two cannot be told apart. Utility: the harmonic mean of TOFU's nine
+figures; of_before: as a share of what the same model had before. forget_*: what is left of the forgotten answers: ROUGE-L
+recall with its 95 % bootstrap interval, probability, extraction strength, and how well a likelihood tells the true answers
+from wrong ones (membership_auc, 0.5: not at all); fluency is the probability of what is answered instead, to that other
+model. Cost: seconds on the machine named in README.md, and rows that went forward and backward."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -34,7 +35,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def digits(value: str | float | None) -> str:
-    return "" if value is None else f"{float(value):.3g}"
+    if value is None:
+        return ""
+    return f"{float(value):.0f}" if abs(float(value)) >= 1000 else f"{float(value):.3g}"
 
 
 def before(rows: list[dict[str, str]], row: dict[str, str]) -> float:
@@ -99,19 +102,23 @@ def quotations(rows: list[dict[str, str]], path: Path) -> str:
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot
 
+    def label(row: dict[str, str]) -> str:
+        return row["method"] + ", where it fires" * row["setting"].endswith("where it fires")
+
     splits = list(dict.fromkeys(row["split"] for row in rows))
     figure, grid = pyplot.subplots(len(splits), 2, figsize=(12, 5 * len(splits)), squeeze=False, sharey=True)
     for split, axes in zip(splits, grid):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            some = [row for row in rows if (row["method"], row["split"]) == (method, split)]
-            quality = [max(float(row["forget_quality"]), 1e-6) for row in some]
+        for name, marker in zip(dict.fromkeys(map(label, rows)), "*PosDv^X"):
+            some = [row for row in rows if (label(row), row["split"]) == (name, split)]
+            quality = [float(row["forget_quality"]) for row in some]
             for side, column in zip(axes, ("utility", "of_before")):
-                side.scatter([float(row[column]) for row in some], quality, label=method, s=25)
-        for side, label in zip(axes, ("model utility", "utility, of that before")):
+                side.scatter([float(row[column]) for row in some], quality, label=name, s=30, marker=marker)
+        for side, title, column in zip(axes, ("model utility", "utility, of that before"), ("utility", "of_before")):
             side.axhline(0.05, color="grey", linewidth=0.8)
-            side.set(yscale="log", xlabel=label, title=split)
-        axes[0].set_ylabel("forget quality (p; below 1e-6: drawn there)")
-        axes[0].legend(fontsize=8)
+            most = max(float(row[column]) for row in rows)
+            side.set(yscale="log", xlabel=title, title=split, xlim=(0.93 * most, 1.005 * most))
+        axes[0].set_ylabel("forget quality (p)")
+        axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
@@ -124,7 +131,7 @@ def main() -> None:
     for row in rows:
         whole = before(rows, row)
         row["of_before"] = str(float(row["utility"]) / whole if whole else float("nan"))
-    text = f"# TOFU\n\n![plane](plane.png)\n\n{EXPLAINED}\n\n{study_table(rows)}\n\n## Does it stay gone?\n\n"
+    text = f"# TOFU\n\n![plane](plane.png)\n\nWhat lost more than 7 % of utility is not drawn. {EXPLAINED}\n\n{study_table(rows)}\n\n## Does it stay gone?\n\n"
     text += persistence_tables(read(options.persistence))
     text += f"\n\n## What is answered\n\n{quotations(rows, options.results.parent / 'answers.jsonl')}"
     (options.results.parent / "report.md").write_text(text + "\n")
