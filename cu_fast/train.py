@@ -38,6 +38,7 @@ def train(
     *,
     recipe: Recipe = "joint",
     codebook_learning_rate: float | None = None,
+    embedding_learning_rate: float | None = None,
     prompt_weight: float = 1.0,
     max_length: int = 512,
     reseed_every: int = 60,
@@ -53,6 +54,9 @@ def train(
         arguments: transformers' own; its folder takes the checkpoints. ``seed`` also seeds codes.
         recipe: "joint" or "frozen_below".
         codebook_learning_rate: of the codes; None: the same as the rest. Codes have no weight decay.
+        embedding_learning_rate: of the input embedding, and of an output that is tied to it; None: the same as the rest.
+            For models whose embedding starts with entries of size 1, as T5's does: at a rate that suits the other
+            weights it hardly moves.
         prompt_weight: weight of a prompt's tokens in the loss, 0 = only completions count.
         max_length: tokens a row is cut to.
         reseed_every: steps after which codes that nobody used move to a token of the last batch; 0 = never.
@@ -84,6 +88,7 @@ def train(
     trainer = CodebookTrainer(
         attachment,
         codebook_learning_rate,
+        embedding_learning_rate,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -102,9 +107,16 @@ def train(
 class CodebookTrainer(Trainer):
     """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss."""
 
-    def __init__(self, attachment: Attachment | None, codebook_learning_rate: float | None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        attachment: Attachment | None,
+        codebook_learning_rate: float | None,
+        embedding_learning_rate: float | None = None,
+        **arguments: Any,
+    ) -> None:
         self.attachment = attachment
         self.codebook_learning_rate = codebook_learning_rate
+        self.embedding_learning_rate = embedding_learning_rate
         self.terms: dict[str, list[float]] = collections.defaultdict(list)
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # the loss below is a mean already
@@ -134,18 +146,21 @@ class CodebookTrainer(Trainer):
         super().log(logs, *arguments, **options)
 
     def create_optimizer(self, *arguments: Any, **options: Any):
-        if self.optimizer is None and self.attachment is not None:
-            codes = {id(b.codebook.codes): b.codebook.codes for b in self.attachment.bottlenecks.values()}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in codes]
+        if self.optimizer is None and (self.attachment is not None or self.embedding_learning_rate):
+            bottlenecks = self.attachment.bottlenecks.values() if self.attachment is not None else ()
+            codes = [bottleneck.codebook.codes for bottleneck in bottlenecks]
+            embedding = [self.model.get_input_embeddings().weight] if self.embedding_learning_rate else []
+            apart = {id(parameter) for parameter in codes + embedding}
+            rest = [p for p in self.model.parameters() if id(p) not in apart]
+            groups = [
+                {"params": rest, "weight_decay": self.args.weight_decay},
+                {"params": codes, "weight_decay": 0.0, "lr": self.codebook_learning_rate or self.args.learning_rate},
+                {"params": embedding, "weight_decay": self.args.weight_decay, "lr": self.embedding_learning_rate},
+            ]
+            for group in groups:
+                group["params"] = [p for p in group["params"] if p.requires_grad]
             factory, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rate = self.codebook_learning_rate or self.args.learning_rate
-            self.optimizer = factory(
-                [
-                    {"params": rest, "weight_decay": self.args.weight_decay},
-                    {"params": list(codes.values()), "weight_decay": 0.0, "lr": rate},
-                ],
-                **settings,
-            )
+            self.optimizer = factory([group for group in groups if group["params"]], **settings)
         return super().create_optimizer(*arguments, **options)
 
 

@@ -98,6 +98,17 @@ def test_without_bottlenecks_it_trains_the_model(model, tokenizer, tmp_path):
     assert attachment is None and figures["loss"] < 1
 
 
+@pytest.mark.parametrize("bottlenecks", [None, LAYERS])
+def test_learning_rates(model, tokenizer, tmp_path, bottlenecks):
+    """Adam's first step is as long as the rate, in every entry whose gradient is not tiny."""
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    settings = arguments(tmp_path, max_steps=1, learning_rate=1e-3, weight_decay=0.0)
+    train(model, tokenizer, ROWS, bottlenecks, settings, embedding_learning_rate=1e-2)
+    for name, value in before.items():
+        step = (model.get_parameter(name).detach() - value.detach()).abs().max()
+        torch.testing.assert_close(float(step), 1e-2 if "embed_tokens" in name else 1e-3, rtol=1e-2, atol=0, msg=name)
+
+
 def test_the_loss_weighs_tokens():
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 5, 7, generator=g), torch.randint(7, (2, 5), generator=g)
