@@ -27,16 +27,15 @@ def within_loss(
             generation gets right before its first mistake, falls several times as fast.
 
     Returns:
-        A function for ``find_mask``, best with ``grow="enrichment"``: of masks that grow, the index of the strongest within the loss. It takes the loss to
-        grow with the mask and looks for the bound by halves: one pass over the rows for the model as it is, and
-        about log2 of the number of masks more.
+        A function for ``find_mask``, best with ``grow="enrichment"``: of masks that grow, the index of the strongest
+        within the loss. It takes the loss to grow with the mask and looks for the bound by halves: one pass over the
+        rows for the model as it is, and about log2 of the number of masks more.
 
     Raises:
         ValueError, from the function too: max_loss out of range, or even the weakest mask costs more.
     """
     if not 0 <= max_loss < 1:
         raise ValueError(f"max_loss is {max_loss}; it should be a share, at least 0 and below 1")
-
     if figure not in ("probability", "kept_share"):
         raise ValueError(f"figure is {figure!r}; it should be 'probability' or 'kept_share'")
 

@@ -80,10 +80,12 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     lines = (folder / "results.csv").read_text().splitlines(keepends=True)
     rows = list(csv.DictReader(lines))
     cells = {tuple(row[name] for name in study.CELL) for row in rows}
-    assert len(cells) == 3 * 3  # rules, and the two modes and random codes
+    assert len(cells) == 3 * 4  # rules, and the three modes and random codes
     assert {row["group"] for row in rows} == {"topic", "near", "rest"}
     assert {row["metric"] for row in rows} == set(example["figures"].NAMES)
     assert len(rows) == 27 * len(cells)
+    fired = {row["group"]: float(row["fired"]) for row in rows if row["mode"] == "fired" and row["rule"] == "paper"}
+    assert fired["rest"] < 1 and {row["fired"] for row in rows if row["mode"] != "fired"} == {"1"}
     assert "codes" not in call(study, tmp_path, "--models", out / "seed-0")
     (folder / "results.csv").write_text("".join(lines[: 1 + 27 * 5]))
     assert call(study, tmp_path, "--models", out / "seed-0").count(" codes\n") == len(cells) - 5

@@ -33,10 +33,13 @@ from cu_fast.config import BottleneckConfig
 from cu_fast.train import freeze_below, train
 
 VOCABULARY = 4096
-SHAPE = dict(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_decoder_layers=4, num_heads=4, dropout_rate=0.1)
+SHAPE = dict(d_model=256, d_kv=64, d_ff=768, num_layers=4, num_decoder_layers=3, num_heads=4, dropout_rate=0.1)
 LAYER = "encoder.block.2"
 BOTTLENECK = BottleneckConfig(d_model=256, code_dim=256, num_codes=25_000, k=8, activation="none", code_dropout=0.05)
-BASE = dict(num_train_epochs=7, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=500, weight_decay=0.01)
+BASE = dict(
+    num_train_epochs=14, per_device_train_batch_size=32, learning_rate=7e-4, warmup_steps=100, weight_decay=0.01
+)
+EMBEDDING_RATE = 0.1  # T5's embedding starts ten and more times as large as its other weights
 SECOND = dict(
     num_train_epochs=4, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
 )
@@ -134,7 +137,7 @@ def load(model, checkpoint: Path) -> None:
 def train_base(split, folder: Path, seed: int) -> None:
     tokenizer = make_tokenizer(split["train"])
     model = make_model(tokenizer, seed)
-    fit(model, tokenizer, split, folder, seed, BASE)
+    fit(model, tokenizer, split, folder, seed, BASE, embedding_learning_rate=EMBEDDING_RATE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -165,17 +168,22 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of train.tsv, valid.tsv and test.tsv")
     parser.add_argument("--output", type=Path, default=Path("runs/translation"))
     parser.add_argument("--recipe", choices=("frozen_below", "joint"), default="frozen_below")
+    parser.add_argument(
+        "--stages", default="base,codebook,plain", help="which, in this order; codebook and plain may run side by side"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     split = deal(read(options.data), TOPICS.values())
     print({name: len(pairs) for name, pairs in split.items()}, flush=True)
     folder, recipe, seed = options.output / f"seed-{options.seed}", options.recipe, options.seed
     base, plain, codebook = folder / "base", folder / f"{recipe}_plain", folder / recipe
-    for place, done, step in (
-        (base, base / "tokenizer.json", lambda: train_base(split, base, seed)),
-        (codebook, codebook / "codebook", lambda: train_codebook(split, base, codebook, seed, recipe)),
-        (plain, plain / "tokenizer.json", lambda: train_plain(split, base, plain, seed, recipe)),
-    ):
+    stages = {
+        "base": (base, base / "tokenizer.json", lambda: train_base(split, base, seed)),
+        "codebook": (codebook, codebook / "codebook", lambda: train_codebook(split, base, codebook, seed, recipe)),
+        "plain": (plain, plain / "tokenizer.json", lambda: train_plain(split, base, plain, seed, recipe)),
+    }
+    for stage in options.stages.split(","):
+        place, done, step = stages[stage]
         if done.exists():
             print(f"{place.name}: done before", flush=True)
             continue

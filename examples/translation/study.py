@@ -9,12 +9,18 @@ at each depth S', by
 
 paper           R > 0 and p < 0.05, uncorrected;
 corrected       R > 2 and q < 0.05 (Benjamini-Hochberg);
-budget          corrected, and more codes for as long as validation sentences without the topic stay as likely,
+budget          of the corrected, from the most enriched on, as many as cost validation sentences without the topic at
+                most 1 % of a token's probability,
 
-and deleted in both mask modes; beside each mask of the first control, in mode ablate, as many random codes of the same
-frequency. Measured
-on test sentences of stories that no model was trained on: "topic", all that hold one of its words; "near", those with a
-synonym only; "rest", a sample of those without its words. The figures: figures.py.
+and deleted
+
+ablate, reselect   in that mask mode, for every sentence;
+fired              in mode ablate, for those sentences that fire the mask's codes more than 99 of 100 validation
+                   sentences without the topic do (cu_fast.topics_of).
+
+Beside each mask of the first control, in mode ablate, as many random codes of the same frequency. Measured on test
+sentences of stories that no model was trained on: "topic", all that hold one of its words; "near", those with a synonym
+only; "rest", a sample of those without its words. The figures: figures.py.
 
 results.csv takes a row a figure, as they come, and the study goes on where it was interrupted. models.csv holds the
 models themselves, on all test sentences. report.py makes tables and pictures of both.
@@ -31,18 +37,21 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from corpus import TOPICS, Pair, Topic, counterparts, deal, read
+from corpus import rows as rows_of
 from figures import NAMES, Figures, Judge, compare, log_likelihood, measure, translate, value
 from models import autocast
 
 from cu_fast.checkpoint import load_model, read_model
+from cu_fast.gate import level_for, topics_of
 from cu_fast.masks import Mask
+from cu_fast.strength import within_loss
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask, replace_words
 
 DEPTHS = (8, 16, 32, 64, 104)
@@ -50,13 +59,16 @@ CONTROLS = ("replaced", "others")
 RULES: dict[str, dict[str, Any]] = {
     "paper": dict(min_enrichment=0.0, alpha=0.05, test="chi2", correction="none"),
     "corrected": dict(min_enrichment=2.0, alpha=0.05),
-    "budget": dict(min_enrichment=2.0, alpha=0.05),
+    "budget": dict(min_enrichment=2.0, alpha=0.05, grow="enrichment"),
 }
-MODES = ("ablate", "reselect")
+MODES = ("ablate", "reselect", "fired")
 REST = 300  # test sentences without the topic
+TRIED = "the study's mask"
 BUDGET, BUDGET_ROWS = 0.01, 200
+FIRE_SHARE = 0.01  # of validation sentences without the topic
+Outcome = tuple[list[str], Figures, np.ndarray]  # translations, figures, for which sentences the mask held
 CELL = ("topic", "control", "rule", "depth", "mode", "codes")  # codes: "found" or "random"
-COLUMNS = (*CELL, "deleted", "seconds", "group", "metric", "sentences", "zero", "before", "after", "drop", "drop_low",
+COLUMNS = (*CELL, "deleted", "seconds", "group", "fired", "metric", "sentences", "zero", "before", "after", "drop", "drop_low",
            "drop_high", "raw_drop")  # fmt: skip
 
 
@@ -75,6 +87,10 @@ class Study:
         self.test, (self.layer,) = self.split["test"], self.attachment.bottlenecks
         self.corpus: dict[int, CodeCounts] = {}
 
+    def without(self, topic: Topic) -> list[Pair]:
+        """Validation sentences."""
+        return [pair for pair in self.split["valid"] if not topic.holds(pair.english)]
+
     def say(self, pairs: Sequence[Pair]) -> tuple[list[str], np.ndarray]:
         """Translations, and the references' log-likelihood, under what is deleted now."""
         with autocast():
@@ -87,11 +103,15 @@ class Study:
         with autocast():
             return measure(pairs, translations, reference, self.judge, words)
 
+    def ended(self, texts: Sequence[str]) -> list[str]:
+        return [text + self.tokenizer.eos_token for text in texts]
+
     def count(self, texts: Sequence[str], depth: int) -> CodeCounts:
         """Of English sentences as the encoder reads them."""
-        ended = [text + self.tokenizer.eos_token for text in texts]
         with autocast():
-            return count_codes(self.attachment, self.tokenizer, ended, layer=self.layer, depth=depth, examples=0)
+            return count_codes(
+                self.attachment, self.tokenizer, self.ended(texts), layer=self.layer, depth=depth, examples=0
+            )
 
     def all_counts(self, depth: int) -> CodeCounts:
         if depth not in self.corpus:
@@ -100,37 +120,43 @@ class Study:
 
 
 @contextlib.contextmanager
-def deleted(attachment, mask: Mask, mode: str = "ablate") -> Iterator[None]:
-    attachment.mask_mode = mode
-    name = attachment.add_mask(mask, "the study's mask")
+def deleted(attachment, mask: Mask, mode: str) -> Iterator[None]:
+    attachment.mask_mode = "reselect" if mode == "reselect" else "ablate"
+    attachment.add_mask(mask, TRIED)
     try:
-        with attachment.unlearn(name):
+        with attachment.unlearn(TRIED):
             yield
     finally:
-        attachment.remove_mask(name)
+        attachment.remove_mask(TRIED)
         attachment.mask_mode = "ablate"
 
 
-def within_budget(study: Study, topic: Topic) -> Callable[[list[Mask]], int]:
-    """What find_mask asks for the strength: the strongest mask that costs validation sentences without the topic at
-    most BUDGET of a token's log-likelihood, in mode ablate; the weakest where none does."""
-    pairs = [pair for pair in study.split["valid"] if not topic.holds(pair.english)][:BUDGET_ROWS]
-
-    def likelihood() -> float:
+def fires(study: Study, topic: Topic, mask: Mask, pairs: Sequence[Pair]) -> np.ndarray:
+    """For which sentences the mask holds where it holds only where it fires. bool [N]."""
+    others, texts = ([pair.english for pair in some] for some in (study.without(topic), pairs))
+    study.attachment.add_mask(mask, TRIED)
+    try:
         with autocast():
-            return float(log_likelihood(study.model, study.tokenizer, pairs).mean())
+            level = level_for(study.attachment, study.tokenizer, study.ended(others), [mask], FIRE_SHARE)
+            topics = topics_of(study.attachment, study.tokenizer, study.ended(texts), {TRIED: level})
+    finally:
+        study.attachment.remove_mask(TRIED)
+    return np.array([names is not None for names in topics])
 
-    def choose(masks: list[Mask]) -> int:
-        least = (1 + BUDGET) * likelihood()  # of a negative number
-        kept = 0
-        for i, mask in enumerate(masks):
-            with deleted(study.attachment, mask):
-                if likelihood() < least:
-                    break
-            kept = i
-        return kept
 
-    return choose
+def outcome(study: Study, topic: Topic, mask: Mask, mode: str, scale: Scale) -> Outcome:
+    """What is said of a topic's sentences with the mask. Where it does not hold, all is as before."""
+    held = fires(study, topic, mask, scale.pairs) if mode == "fired" else np.full(len(scale.pairs), True)
+    translations, figures = list(scale.translations), {name: before.copy() for name, before in scale.before.items()}
+    if held.any():
+        chosen = [scale.pairs[i] for i in np.flatnonzero(held)]
+        with deleted(study.attachment, mask, mode):
+            said, reference = study.say(chosen)
+        for name, after in study.figures(chosen, said, reference, scale.words).items():
+            figures[name][held] = after
+        for i, text in zip(np.flatnonzero(held), said):
+            translations[i] = text
+    return translations, figures, held
 
 
 def find(study: Study, topic: Topic, control: str, rule: str, depth: int) -> tuple[Mask, float]:
@@ -143,10 +169,12 @@ def find(study: Study, topic: Topic, control: str, rule: str, depth: int) -> tup
     against = corpus - counts
     if control == "replaced":
         against = study.count(list(replace_words(target, topic.words, english)), depth)
-    options = RULES[rule] | ({"choose": within_budget(study, topic)} if rule == "budget" else {})
-    found = find_mask(
-        study.attachment, study.tokenizer, counts, against, topic=topic.name, depth=depth, progress=False, **options
-    )
+    options = dict(RULES[rule], topic=topic.name, depth=depth, progress=False)
+    if rule == "budget":
+        stay = rows_of(study.without(topic)[:BUDGET_ROWS])
+        options["choose"] = within_loss(study.attachment, study.tokenizer, stay, BUDGET)
+    with autocast():
+        found = find_mask(study.attachment, study.tokenizer, counts, against, **options)
     return found.mask, time.perf_counter() - started
 
 
@@ -160,26 +188,42 @@ def groups(test: Sequence[Pair], topic: Topic, seed: int = 0) -> dict[str, list[
     }
 
 
-def baselines(study: Study, pairs: Sequence[Pair], words: Sequence[str]) -> tuple[Figures, Figures]:
-    """The ends of the scale: who cannot translate at all, and the codebook model with nothing deleted.
+@dataclasses.dataclass
+class Scale:
+    """A topic's sentences, and the ends of their scale: who cannot translate at all, and the codebook model with nothing
+    deleted."""
 
-    Zero is the paper's zero-shot model; here the source, copied. The reference has no likelihood to a copier: zero is
+    words: list[str]  # French
+    places: dict[str, list[int]]  # group -> which test sentences
+    pairs: list[Pair]  # those, one group after the other
+    zero: Figures
+    before: Figures
+    translations: list[str]  # before
+
+
+def scale_of(study: Study, topic: Topic) -> Scale:
+    """Zero is the paper's zero-shot model; here the source, copied. The reference has no likelihood to a copier: zero is
     its likelihood to the codebook model that has nothing to read. Copying earns no French words, names included.
     """
+    words = counterparts(topic, study.split["train"])
+    print(f"{topic.name}: {', '.join(words)}", flush=True)
+    places = groups(study.test, topic)
+    pairs = [study.test[i] for i in itertools.chain(*places.values())]
     unread = [pair._replace(english="") for pair in pairs]
     with study.attachment.unlearn(None):
-        before = study.figures(pairs, *study.say(pairs), words)
+        translations, reference = study.say(pairs)
+        before = study.figures(pairs, translations, reference, words)
         with autocast():
             reference = log_likelihood(study.model, study.tokenizer, unread)
     zero = study.figures(pairs, [pair.english for pair in pairs], reference, words)
-    return zero | {"words": 0 * zero["words"]}, before
+    return Scale(words, places, pairs, zero | {"words": 0 * zero["words"]}, before, translations)
 
 
 def run(study: Study, topics: Sequence[Topic], depths: Sequence[int]) -> None:
     table = study.folder / "results.csv"
     done = finished(table)
-    scales: dict[str, tuple] = {}
-    said: dict[tuple[str, str, str], tuple[list[str], Figures]] = {}  # two rules may find the same mask
+    scales: dict[str, Scale] = {}
+    outcomes: dict[tuple[str, str, str], Outcome] = {}  # two rules may find the same mask
     for depth, topic, control, rule in itertools.product(depths, topics, CONTROLS, RULES):
         cells = [(topic.name, control, rule, depth, mode, "found") for mode in MODES]
         if control == CONTROLS[0]:
@@ -187,33 +231,28 @@ def run(study: Study, topics: Sequence[Topic], depths: Sequence[int]) -> None:
         if all(tuple(map(str, cell)) in done for cell in cells):
             continue
         if topic.name not in scales:
-            words = counterparts(topic, study.split["train"])
-            print(f"{topic.name}: {', '.join(words)}", flush=True)
-            places = groups(study.test, topic)
-            pairs = [study.test[i] for i in itertools.chain(*places.values())]
-            scales[topic.name] = words, places, pairs, *baselines(study, pairs, words)
-        words, places, pairs, zero, before = scales[topic.name]
+            scales[topic.name] = scale_of(study, topic)
+        scale = scales[topic.name]
         mask, seconds = find(study, topic, control, rule, depth)
         for cell in cells:
             if tuple(map(str, cell)) in done:
                 continue
             *_, mode, codes = cell
             used = mask if codes == "found" else random_mask(mask, study.all_counts(depth))
-            if (key := (topic.name, mode, used.digest)) not in said:
-                with deleted(study.attachment, used, mode):
-                    translations, reference = study.say(pairs)
-                said[key] = translations, study.figures(pairs, translations, reference, words)
-            translations, after = said[key]
+            if (key := (topic.name, mode, used.digest)) not in outcomes:
+                outcomes[key] = outcome(study, topic, used, mode, scale)
+            translations, after, held = outcomes[key]
             rows, start = [], 0
-            for group, indices in places.items():
+            for group, indices in scale.places.items():
                 part = slice(start, start := start + len(indices))
                 for name in NAMES if indices else ():
-                    scores = compare(name, *(figures[name][part] for figures in (zero, before, after)))
+                    scores = compare(name, *(figures[name][part] for figures in (scale.zero, scale.before, after)))
                     rows.append(dict(zip(CELL, cell)) | scores | {
                         "deleted": used.num_deleted, "seconds": round(seconds, 2), "group": group, "metric": name,
+                        "fired": float(held[part].mean()),
                     })  # fmt: skip
             append(table, rows)
-            kept = dict(zip(CELL, cell)) | {"translations": translations[: len(places["topic"])]}
+            kept = dict(zip(CELL, cell)) | {"translations": translations[: len(scale.places["topic"])]}
             with open(study.folder / "translations.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(kept, ensure_ascii=False) + "\n")
             print(*cell, used.num_deleted, "codes", flush=True)
