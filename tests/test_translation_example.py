@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cu_fast import evaluate as ev
 
@@ -94,6 +95,19 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     assert "## The paper's way" in (folder / "report.md").read_text()
     if importlib.util.find_spec("matplotlib"):
         assert (folder / "forgetting-ablate.png").stat().st_size > 0
+
+
+def test_translations_start_alike(example, tmp_path):
+    """Of a word's neighbours among the other tokens the nearest is its translation."""
+    corpus, models = example["corpus"], example["models"]
+    write_pairs(tmp_path, 40)
+    pairs = corpus.read(tmp_path)
+    tokenizer = models.make_tokenizer(pairs)
+    embedding = models.aligned_embedding(tokenizer, pairs, 6, seed=0)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.full((len(tokenizer),), 6**0.5))
+    english, french = ([ids[0] for ids in tokenizer(list(words))["input_ids"]] for words in (WORDS, WORDS.values()))
+    alike = embedding[english] @ embedding[french].T
+    assert torch.equal(alike.argmax(1), torch.arange(len(WORDS)))
 
 
 def test_counterparts_are_found_one_after_the_other(example):

@@ -19,7 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
+import scipy.sparse.linalg
 import torch
 import transformers
 from corpus import TOPICS, Pair, deal, read, rows
@@ -37,11 +39,11 @@ SHAPE = dict(d_model=256, d_kv=64, d_ff=768, num_layers=4, num_decoder_layers=3,
 LAYER = "encoder.block.2"
 BOTTLENECK = BottleneckConfig(d_model=256, code_dim=256, num_codes=25_000, k=8, activation="none", code_dropout=0.05)
 BASE = dict(
-    num_train_epochs=14, per_device_train_batch_size=32, learning_rate=7e-4, warmup_steps=100, weight_decay=0.01
+    num_train_epochs=12, per_device_train_batch_size=32, learning_rate=7e-4, warmup_steps=100, weight_decay=0.01
 )
-EMBEDDING_RATE = 0.1  # T5's embedding starts ten and more times as large as its other weights
+EMBEDDING_RATE = 1e-2  # T5's embedding starts ten and more times as large as its other weights
 SECOND = dict(
-    num_train_epochs=4, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
+    num_train_epochs=3, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=200, weight_decay=0.0
 )
 CODEBOOK_RATE = 3e-3
 SAVED = dict(save_steps=500, save_total_limit=6)  # of which one is chosen
@@ -71,14 +73,38 @@ def make_tokenizer(pairs: Sequence[Pair]) -> transformers.PreTrainedTokenizerFas
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model(tokenizer, seed: int) -> transformers.T5ForConditionalGeneration:
+def aligned_embedding(tokenizer, pairs: Sequence[Pair], dim: int, seed: int) -> torch.Tensor:
+    """Tokens of the same sentence pairs alike, of whichever language: latent semantic analysis across languages (Dumais
+    et al., 1997). As T5's output embedding is its input embedding, to look at a word is nearly to translate it. [V, dim],
+    entries of size 1, as T5's own start.
+    """
+    texts = [f"{pair.english} {pair.french}" for pair in pairs]
+    found = [sorted(set(ids)) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    pair_of = np.repeat(np.arange(len(found)), [len(ids) for ids in found])
+    token_of = np.concatenate(found)
+    frequency, length = np.bincount(token_of, minlength=len(tokenizer)), np.bincount(pair_of)
+    # Rows of length 1: their products are how often two tokens meet, between 0 and 1. Then columns alike.
+    values = 1 / np.sqrt(frequency[token_of])
+    values /= np.sqrt(np.bincount(pair_of, values**2, minlength=len(length)))[pair_of]
+    matrix = scipy.sparse.csr_matrix((values, (token_of, pair_of)), shape=(len(tokenizer), len(found)))
+    draw = np.random.default_rng(seed)
+    left, scale, _ = scipy.sparse.linalg.svds(matrix, dim, v0=draw.standard_normal(min(matrix.shape)))
+    vectors = left * np.sqrt(scale)
+    vectors[frequency == 0] = draw.standard_normal((int((frequency == 0).sum()), dim))
+    return torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * dim**0.5).float()
+
+
+def make_model(tokenizer, pairs: Sequence[Pair], seed: int) -> transformers.T5ForConditionalGeneration:
     torch.manual_seed(seed)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return transformers.T5ForConditionalGeneration(
+    model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=len(tokenizer), pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, **SHAPE
         )
     )
+    with torch.no_grad():
+        model.shared.weight.copy_(aligned_embedding(tokenizer, pairs, SHAPE["d_model"], seed))
+    return model
 
 
 def arguments(folder: Path, seed: int, **settings) -> transformers.TrainingArguments:
@@ -136,7 +162,7 @@ def load(model, checkpoint: Path) -> None:
 
 def train_base(split, folder: Path, seed: int) -> None:
     tokenizer = make_tokenizer(split["train"])
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, split["train"], seed)
     fit(model, tokenizer, split, folder, seed, BASE, embedding_learning_rate=EMBEDDING_RATE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
