@@ -104,6 +104,7 @@ def make_model(tokenizer, pairs: Sequence[Pair], seed: int) -> transformers.T5Fo
     )
     with torch.no_grad():
         model.shared.weight.copy_(aligned_embedding(tokenizer, pairs, SHAPE["d_model"], seed))
+    model.generation_config.no_repeat_ngram_size = 2  # what has learnt little stammers, and no topic ends that
     return model
 
 

@@ -62,7 +62,7 @@ RULES: dict[str, dict[str, Any]] = {
     "budget": dict(min_enrichment=2.0, alpha=0.05, grow="enrichment"),
 }
 MODES = ("ablate", "reselect", "fired")
-REST = 300  # test sentences without the topic
+REST = 200  # test sentences without the topic
 TRIED = "the study's mask"
 BUDGET, BUDGET_ROWS = 0.01, 200
 FIRE_SHARE = 0.01  # of validation sentences without the topic
