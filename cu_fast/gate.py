@@ -15,6 +15,7 @@ A gate decides by the prompt. What the model itself comes to speak of while it a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,24 +24,37 @@ from torch import Tensor
 from cu_fast import reference
 from cu_fast.masks import Mask
 
+Figure = Literal["mean", "max"]
+
 
 @torch.inference_mode()
-def fired(attachment, tokenizer, texts: Sequence[str], masks: Iterable[Mask], *, batch_size: int = 32) -> np.ndarray:
-    """How many of a token's k kept codes masks would delete, the mean over each text's tokens: float64 [N].
+def fired(
+    attachment,
+    tokenizer,
+    texts: Sequence[str],
+    masks: Iterable[Mask],
+    *,
+    figure: Figure = "mean",
+    batch_size: int = 32,
+) -> np.ndarray:
+    """How many of a token's k kept codes masks would delete, over each text's tokens: float64 [N].
 
-    masks: one topic's, as ``attachment.masks[name]`` holds them; those of several layers are added up. A text without
-    tokens has infinitely many, so that no gate lets it through.
+    masks: one topic's, as ``attachment.masks[name]`` holds them; those of several layers are added up. figure: "mean",
+    for topics that a whole text speaks of; "max", of the one token that fires most, for topics that are a word. A text
+    without tokens has infinitely many, so that no gate lets it through.
     """
+    if figure not in ("mean", "max"):
+        raise ValueError(f"figure is {figure!r}; it should be 'mean' or 'max'")
     of_codebook = {mask.codebook_sha256: mask for mask in masks}
     found, order = np.zeros(len(texts)), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    attention, hits = torch.empty(0), torch.empty(0)
+    hits = torch.empty(0)
 
     def observe(x: Tensor, bottleneck) -> None:
         mask = of_codebook.get(bottleneck.codebook_sha256())
         if mask is not None:
             ids = bottleneck.select(x).ids.cpu()
             deleted = reference.is_deleted(ids, mask.bits[None], torch.zeros(len(ids), dtype=torch.int32))
-            hits.add_((deleted.sum(1).reshape(attention.shape) * attention).sum(1))
+            hits.add_(deleted.sum(1).reshape(hits.shape))
 
     # An encoder is run alone, as where codes are counted.
     runner = attachment.model.get_encoder() if attachment.model.config.is_encoder_decoder else attachment.model
@@ -48,30 +62,49 @@ def fired(attachment, tokenizer, texts: Sequence[str], masks: Iterable[Mask], *,
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", padding=True)
-            attention, hits = inputs["attention_mask"], torch.zeros(len(batch), dtype=torch.float64)
+            attention = inputs["attention_mask"]
+            hits, tokens = torch.zeros(attention.shape, dtype=torch.float64), attention.sum(1)
             if attention.any():
                 runner(**{name: inputs[name].to(attachment.model.device) for name in ("input_ids", "attention_mask")})
-            tokens = attention.sum(1)
-            found[batch] = torch.where(tokens > 0, hits / tokens, torch.inf).numpy()
+                hits *= attention
+                value = hits.sum(1) / tokens if figure == "mean" else hits.max(1).values
+                found[batch] = torch.where(tokens > 0, value, torch.inf).numpy()
+            else:
+                found[batch] = np.inf
     return found
 
 
-def level_for(attachment, tokenizer, texts: Sequence[str], masks: Iterable[Mask], max_share: float = 0.01) -> float:
+def level_for(
+    attachment,
+    tokenizer,
+    texts: Sequence[str],
+    masks: Iterable[Mask],
+    max_share: float = 0.01,
+    *,
+    figure: Figure = "mean",
+) -> float:
     """The level that :func:`fired` exceeds on at most a share of texts that do not speak of the topic."""
     if not 0 <= max_share < 1:
         raise ValueError(f"max_share is {max_share}; it should be a share, at least 0 and below 1")
     if not texts:
         raise ValueError("texts is empty; give prompts that do not speak of the topic")
-    return float(np.quantile(fired(attachment, tokenizer, texts, masks), 1 - max_share, method="higher"))
+    return float(np.quantile(fired(attachment, tokenizer, texts, masks, figure=figure), 1 - max_share, method="higher"))
 
 
 def topics_of(
-    attachment, tokenizer, prompts: Sequence[str], gates: Mapping[str, float], always: Collection[str] = ()
+    attachment,
+    tokenizer,
+    prompts: Sequence[str],
+    gates: Mapping[str, float],
+    always: Collection[str] = (),
+    *,
+    figure: Figure = "mean",
 ) -> list[set[str] | None]:
     """What to delete for each prompt, for ``attachment.unlearn``: ``always``, and each gate's topic whose mask fires;
     None where that is nothing.
 
     gates: topic -> the level of :func:`fired` above which it is deleted. always: topics deleted for every prompt.
+    figure: the one that the levels are of.
 
     Raises:
         ValueError: a topic that the attachment has no mask for, or a level that is not a number.
@@ -83,6 +116,6 @@ def topics_of(
         raise ValueError(f"no mask is named {unknown[0]!r}; known are {', '.join(attachment.masks) or 'none'}")
     topics = [set(always) for _ in prompts]
     for name, level in gates.items():
-        for i in np.flatnonzero(fired(attachment, tokenizer, prompts, attachment.masks[name]) > level):
+        for i in np.flatnonzero(fired(attachment, tokenizer, prompts, attachment.masks[name], figure=figure) > level):
             topics[i].add(name)
     return [names or None for names in topics]

@@ -43,6 +43,22 @@ def test_what_fires_is_what_the_mask_takes_away(attachment, tokenizer, masks):
     assert gate.fired(attachment, tokenizer, TEXTS, masks["Anna"])[0] == 4  # all k of every token
 
 
+def test_the_token_that_fires_most(attachment, tokenizer, masks):
+    (mask,), seen = masks["weak"], []
+    with torch.inference_mode(), attachment.observe(lambda x, bottleneck: seen.append(bottleneck.select(x).ids)):
+        for text in TEXTS:
+            attachment.model(**tokenizer(text, return_tensors="pt"))
+    want = [float(torch.isin(ids, mask.ids().to(ids)).sum(1).max()) for ids in seen]
+    for size in (1, 3):
+        found = gate.fired(attachment, tokenizer, [*TEXTS, ""], [mask], figure="max", batch_size=size)
+        assert found.tolist() == [*want, np.inf]
+    level = cu_fast.level_for(attachment, tokenizer, TEXTS, [mask], 0.5, figure="max")
+    topics = cu_fast.topics_of(attachment, tokenizer, TEXTS, {"weak": level}, figure="max")
+    assert level in want and topics == [{"weak"} if value > level else None for value in want]
+    with pytest.raises(ValueError, match="figure is 'most'"):
+        gate.fired(attachment, tokenizer, TEXTS, [mask], figure="most")
+
+
 def test_the_level_is_exceeded_by_a_share_at_most(attachment, tokenizer, masks):
     found = np.sort(gate.fired(attachment, tokenizer, TEXTS, masks["weak"]))
     for share, level in ((0.0, found[-1]), (0.26, found[-1]), (0.34, found[-2])):

@@ -23,7 +23,7 @@ sentences of stories that no model was trained on: "topic", all that hold one of
 only; "rest", a sample of those without its words. The figures: figures.py.
 
 results.csv takes a row a figure, as they come, and the study goes on where it was interrupted. models.csv holds the
-models themselves, on all test sentences. report.py makes tables and pictures of both.
+models themselves, on a sample of all test sentences. report.py makes tables and pictures of both.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ MODES = ("ablate", "reselect", "fired")
 REST = 200  # test sentences without the topic
 TRIED = "the study's mask"
 BUDGET, BUDGET_ROWS = 0.01, 200
+COMPARED = 600  # test sentences that the models are compared on
 FIRE_SHARE = 0.01  # of validation sentences without the topic
 Outcome = tuple[list[str], Figures, np.ndarray]  # translations, figures, for which sentences the mask held
 CELL = ("topic", "control", "rule", "depth", "mode", "codes")  # codes: "found" or "random"
@@ -137,8 +138,8 @@ def fires(study: Study, topic: Topic, mask: Mask, pairs: Sequence[Pair]) -> np.n
     study.attachment.add_mask(mask, TRIED)
     try:
         with autocast():
-            level = level_for(study.attachment, study.tokenizer, study.ended(others), [mask], FIRE_SHARE)
-            topics = topics_of(study.attachment, study.tokenizer, study.ended(texts), {TRIED: level})
+            level = level_for(study.attachment, study.tokenizer, study.ended(others), [mask], FIRE_SHARE, figure="max")
+            topics = topics_of(study.attachment, study.tokenizer, study.ended(texts), {TRIED: level}, figure="max")
     finally:
         study.attachment.remove_mask(TRIED)
     return np.array([names is not None for names in topics])
@@ -279,23 +280,22 @@ def append(table: Path, rows: list[dict], columns: Sequence[str] = COLUMNS) -> N
 
 
 def compare_models(study: Study, folder: Path, recipe: str) -> None:
-    """models.csv: the base, the twin without bottleneck, the codebook model and copying, on all test sentences."""
+    """models.csv: the base, the twin without bottleneck, the codebook model and copying."""
     table, columns = study.folder / "models.csv", ("model", "sentences", *NAMES[:-1])
     if table.exists():
         return
     base = read_model(folder / "base")[0].to(study.model.device)
     every = {"base": base, f"{recipe}_plain": study.judge.model, recipe: study.model}
+    pairs = random.Random(0).sample(study.test, min(COMPARED, len(study.test)))
     found = []
     for name, model in every.items():
         with autocast():
-            said = translate(model, study.tokenizer, study.test)
-            figures = study.figures(study.test, said, log_likelihood(model, study.tokenizer, study.test))
+            said = translate(model, study.tokenizer, pairs)
+            figures = study.figures(pairs, said, log_likelihood(model, study.tokenizer, pairs))
         found.append((name, figures))
-    copied = [pair.english for pair in study.test]
-    found.append(("copy", study.figures(study.test, copied, np.full(len(study.test), np.nan))))
-    rows = [
-        {"model": m, "sentences": len(study.test)} | {n: float(value(n, f[n])) for n in columns[2:]} for m, f in found
-    ]
+    copied = [pair.english for pair in pairs]
+    found.append(("copy", study.figures(pairs, copied, np.full(len(pairs), np.nan))))
+    rows = [{"model": m, "sentences": len(pairs)} | {n: float(value(n, f[n])) for n in columns[2:]} for m, f in found]
     append(table, rows, columns)
 
 
