@@ -220,12 +220,12 @@ def scale_of(study: Study, topic: Topic) -> Scale:
     return Scale(words, places, pairs, zero | {"words": 0 * zero["words"]}, before, translations)
 
 
-def run(study: Study, topics: Sequence[Topic], depths: Sequence[int]) -> None:
+def run(study: Study, topics: Sequence[Topic], controls: Sequence[str], depths: Sequence[int]) -> None:
     table = study.folder / "results.csv"
     done = finished(table)
     scales: dict[str, Scale] = {}
     outcomes: dict[tuple[str, str, str], Outcome] = {}  # two rules may find the same mask
-    for depth, topic, control, rule in itertools.product(depths, topics, CONTROLS, RULES):
+    for depth, topic, control, rule in itertools.product(depths, topics, controls, RULES):
         cells = [(topic.name, control, rule, depth, mode, "found") for mode in MODES]
         if control == CONTROLS[0]:
             cells.append((topic.name, control, rule, depth, "ablate", "random"))
@@ -305,6 +305,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("runs/translation/seed-0"), help="what models.py made")
     parser.add_argument("--recipe", choices=("frozen_below", "joint"), default="frozen_below")
     parser.add_argument("--topics", default=",".join(TOPICS), help="which; all by default")
+    parser.add_argument("--controls", default=",".join(CONTROLS), help="which; both by default")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="S', which; all by default")
     options = parser.parse_args()
     folder = options.models / f"{options.recipe}_study"
@@ -316,8 +317,8 @@ def main() -> None:
         model, plain = model.cuda(), plain.cuda()
     study = Study(model, tokenizer, attachment, Judge(plain, tokenizer), split, folder)
     compare_models(study, options.models, options.recipe)
-    topics, depths = options.topics.split(","), options.depths.split(",")
-    run(study, [TOPICS[name] for name in topics], [int(depth) for depth in depths])
+    topics = [TOPICS[name] for name in options.topics.split(",")]
+    run(study, topics, options.controls.split(","), [int(depth) for depth in options.depths.split(",")])
 
 
 if __name__ == "__main__":
