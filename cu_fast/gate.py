@@ -9,7 +9,7 @@ codes, another one hardly any. So a weak mask may hold for every request and a s
     with attachment.unlearn(topics):
         model.generate(**tokenizer(prompts, ...))
 
-A gate decides by the prompt. What the model itself comes to speak of while it answers, only ``always`` deletes.
+Where the topic is a word, ``figure="max"`` asks for the one token that fires most, in both calls. A gate decides by the prompt. What the model itself comes to speak of while it answers, only ``always`` deletes.
 """
 
 from __future__ import annotations
@@ -83,12 +83,26 @@ def level_for(
     *,
     figure: Figure = "mean",
 ) -> float:
-    """The level that :func:`fired` exceeds on at most a share of texts that do not speak of the topic."""
+    """The level that :func:`fired` exceeds on at most a share of texts that do not speak of the topic.
+
+    Raises:
+        ValueError: no texts, a share out of range, or a level that no text can exceed: a gate that never lets a mask
+            through would leave everything as it was.
+    """
     if not 0 <= max_share < 1:
         raise ValueError(f"max_share is {max_share}; it should be a share, at least 0 and below 1")
     if not texts:
         raise ValueError("texts is empty; give prompts that do not speak of the topic")
-    return float(np.quantile(fired(attachment, tokenizer, texts, masks, figure=figure), 1 - max_share, method="higher"))
+    masks = list(masks)
+    found = fired(attachment, tokenizer, texts, masks, figure=figure)
+    level = float(np.quantile(found, 1 - max_share, method="higher"))
+    of_codebook = {b.codebook_sha256(): b.config.k for b in attachment.bottlenecks.values()}
+    if level >= (most := sum(of_codebook.get(mask.codebook_sha256, 0) for mask in masks)):
+        raise ValueError(
+            f"the level is {level:g}, and no text fires more than {most} codes a token; give a narrower mask, a larger "
+            f"max_share than {max_share}, or another figure than {figure!r}"
+        )
+    return level
 
 
 def topics_of(

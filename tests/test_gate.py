@@ -44,7 +44,11 @@ def test_what_fires_is_what_the_mask_takes_away(attachment, tokenizer, masks):
 
 
 def test_the_token_that_fires_most(attachment, tokenizer, masks):
-    (mask,), seen = masks["weak"], []
+    (weak,), seen = masks["weak"], []
+    mask = cu_fast.Mask.from_ids(
+        weak.ids()[::5].tolist(), num_codes=300, codebook_sha256=weak.codebook_sha256, topic="few"
+    )
+    attachment.add_mask(mask)
     with torch.inference_mode(), attachment.observe(lambda x, bottleneck: seen.append(bottleneck.select(x).ids)):
         for text in TEXTS:
             attachment.model(**tokenizer(text, return_tensors="pt"))
@@ -53,8 +57,9 @@ def test_the_token_that_fires_most(attachment, tokenizer, masks):
         found = gate.fired(attachment, tokenizer, [*TEXTS, ""], [mask], figure="max", batch_size=size)
         assert found.tolist() == [*want, np.inf]
     level = cu_fast.level_for(attachment, tokenizer, TEXTS, [mask], 0.5, figure="max")
-    topics = cu_fast.topics_of(attachment, tokenizer, TEXTS, {"weak": level}, figure="max")
-    assert level in want and topics == [{"weak"} if value > level else None for value in want]
+    topics = cu_fast.topics_of(attachment, tokenizer, TEXTS, {"few": level}, figure="max")
+    assert level in want and topics == [{"few"} if value > level else None for value in want]
+    assert None in topics and {"few"} in topics
     with pytest.raises(ValueError, match="figure is 'most'"):
         gate.fired(attachment, tokenizer, TEXTS, [mask], figure="most")
 
@@ -67,6 +72,8 @@ def test_the_level_is_exceeded_by_a_share_at_most(attachment, tokenizer, masks):
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="max_share is"):
             cu_fast.level_for(attachment, tokenizer, TEXTS, masks["weak"], wrong)
+    with pytest.raises(ValueError, match="the level is 4, and no text fires more than 4 codes a token"):
+        cu_fast.level_for(attachment, tokenizer, TEXTS, masks["Anna"], 0)  # all of the first text's
     with pytest.raises(ValueError, match="texts is empty"):
         cu_fast.level_for(attachment, tokenizer, [], masks["weak"])
 

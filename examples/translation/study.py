@@ -133,13 +133,17 @@ def deleted(attachment, mask: Mask, mode: str) -> Iterator[None]:
 
 
 def fires(study: Study, topic: Topic, mask: Mask, pairs: Sequence[Pair]) -> np.ndarray:
-    """For which sentences the mask holds where it holds only where it fires. bool [N]."""
+    """For which sentences the mask holds where it holds only where it fires. bool [N]. For all, where the mask is so
+    wide that every sentence may fire it as much as can be."""
     others, texts = ([pair.english for pair in some] for some in (study.without(topic), pairs))
     study.attachment.add_mask(mask, TRIED)
     try:
         with autocast():
             level = level_for(study.attachment, study.tokenizer, study.ended(others), [mask], FIRE_SHARE, figure="max")
             topics = topics_of(study.attachment, study.tokenizer, study.ended(texts), {TRIED: level}, figure="max")
+    except ValueError as error:
+        print(f"{topic.name}: {error}", flush=True)
+        return np.full(len(pairs), True)
     finally:
         study.attachment.remove_mask(TRIED)
     return np.array([names is not None for names in topics])
