@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def by_setting(cells: list[Cell]) -> dict[tuple[str, ...], list[Cell]]:
 
 
 def mean(figures: Iterable[float]) -> float:
-    return statistics.fmean(figures)
+    """Of those that are figures: a topic that the model translated no better than a copier has no drop."""
+    return statistics.fmean(list(filter(math.isfinite, figures)) or [math.nan])
 
 
 def settings_table(settings: dict[tuple[str, ...], list[Cell]]) -> str:
@@ -83,7 +85,7 @@ def settings_table(settings: dict[tuple[str, ...], list[Cell]]) -> str:
     for setting, group in settings.items():
         topic, rest = ([drop(cell, which) for cell in group] for which in ("topic", "rest"))
         words, near = mean(drop(c, "topic", "words") for c in group), mean(drop(c, "near") for c in group)
-        figures = (mean(topic), max(topic), words, near, mean(rest), min(rest))
+        figures = (mean(topic), max(filter(math.isfinite, topic), default=math.nan), words, near, mean(rest), min(rest))
         lines.append([*setting, len(group), round(mean(float(cell["deleted"]) for cell in group)),
                       *(f"{figure:.1f}" for figure in figures), sum(d >= TARGET for d in rest)])  # fmt: skip
     return markdown(head, lines)
@@ -116,7 +118,7 @@ def report(folder: Path) -> str:
     if (folder / "models.csv").exists():
         with open(folder / "models.csv", newline="", encoding="utf-8") as stream:
             models = list(csv.DictReader(stream))
-        parts += ["All test sentences; in [0, 1], the last two in nats a token.\n",
+        parts += ["A sample of test sentences; in [0, 1], the last two in nats a token.\n",
                   markdown(list(models[0]), ([row[n] for n in row] for row in models))]  # fmt: skip
     settings = by_setting(cells)
     ours = best(settings)
@@ -124,7 +126,8 @@ def report(folder: Path) -> str:
         "A drop is in percent of the way from copying the source (0) to the codebook model (1), with its 95 % interval;",
         "then the figure itself, before and after, in percent.\n",
         "## All settings\n",
-        'Drops, means over topics; "least" and "most": the topic that loses least, the rest that loses most.\n',
+        'Drops, means over topics; "least" and "most": the topic that loses least, the rest that loses most. nan: a topic',
+        "whose sentences were translated no better than by copying them before; it is in no mean.\n",
         settings_table(settings),
         f"## {' '.join(ours[:-1])}\n",
         f"Of the settings that cost no topic's rest more than {-TARGET:g} % of BLEU the one that costs the topics most.",
