@@ -1,7 +1,8 @@
 """Tables and pictures of a study: python examples/translation/report.py runs/translation/seed-0/frozen_below_study
 
-Writes report.md beside results.csv, and, where matplotlib is installed, forgetting-ablate.png and
-forgetting-reselect.png: what is lost on a topic's sentences against what is lost on the others.
+Writes report.md beside results.csv, and, where matplotlib is installed, forgetting-ablate.png,
+forgetting-reselect.png and forgetting-fired.png: the topic's words that are no longer said in its sentences, against what
+the others lose of BLEU.
 """
 
 from __future__ import annotations
@@ -162,13 +163,13 @@ def picture(cells: list[Cell], mode: str, path: Path) -> None:
                 for codes in ("found", "random"):
                     line = [c for c in cells if (c["topic"], c["rule"], c["control"], c["codes"]) == (topic, rule, control, codes)
                             and c["mode"] in (mode, "ablate" if codes == "random" else mode)]  # fmt: skip
-                    points = [(drop(c, "rest"), drop(c, "topic")) for c in line]
+                    points = [(drop(c, "rest"), drop(c, "topic", "words")) for c in line]
                     if points and codes == "found":
                         axis.plot(*zip(*points), style, color=color, label=f"{rule}, {control}", alpha=0.8)
                     elif points:
                         axis.plot(*zip(*points), "x", color="gray", alpha=0.6)
         axis.axvline(TARGET, color="black", linewidth=0.5)
-        axis.set(title=topic, xlabel="BLEU, rest: drop, %", ylabel="BLEU, topic: drop, %")
+        axis.set(title=topic, xlabel="BLEU, rest: drop, %", ylabel="its words in the topic: drop, %")
     for axis in axes.flat[len(topics) :]:
         axis.set_axis_off()
     axes.flat[0].legend(fontsize=7)
