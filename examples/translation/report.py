@@ -80,7 +80,7 @@ def mean(figures: Iterable[float]) -> float:
 
 
 def settings_table(settings: dict[tuple[str, ...], list[Cell]]) -> str:
-    head = (*CELL[1:], "topics", "codes", "topic: BLEU", "topic: least", "topic: its words", "near: BLEU", "rest: BLEU",
+    head = (*CELL[1:], "topics", "deleted", "topic: BLEU", "topic: least", "topic: its words", "near: BLEU", "rest: BLEU",
             "rest: most", f"topics whose rest loses at most {-TARGET:g} %")  # fmt: skip
     lines = []
     for setting, group in settings.items():
@@ -93,8 +93,9 @@ def settings_table(settings: dict[tuple[str, ...], list[Cell]]) -> str:
 
 
 def best(settings: dict[tuple[str, ...], list[Cell]]) -> tuple[str, ...]:
-    """Of those settings that cost every topic's rest at most TARGET, the one that costs the topics most."""
-    found = {setting: group for setting, group in settings.items() if setting[-1] == "found"}
+    """Of those settings of all topics that cost every topic's rest at most TARGET, the one that costs the topics most."""
+    topics = max(map(len, settings.values()))
+    found = {s: group for s, group in settings.items() if s[-1] == "found" and len(group) == topics}
     kept = {s: group for s, group in found.items() if all(drop(cell, "rest") >= TARGET for cell in group)} or found
     return min(kept, key=lambda setting: mean(drop(cell, "topic") for cell in kept[setting]))
 
