@@ -9,7 +9,8 @@ codes, another one hardly any. So a weak mask may hold for every request and a s
     with attachment.unlearn(topics):
         model.generate(**tokenizer(prompts, ...))
 
-Where the topic is a word, ``figure="max"`` asks for the one token that fires most, in both calls. A gate decides by the prompt. What the model itself comes to speak of while it answers, only ``always`` deletes.
+Where the topic is a word, ``figure="max"`` asks for the one token that fires most, in both calls. A gate decides by
+the prompt. What the model itself comes to speak of while it answers, only ``always`` deletes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def fired(
     if figure not in ("mean", "max"):
         raise ValueError(f"figure is {figure!r}; it should be 'mean' or 'max'")
     of_codebook = {mask.codebook_sha256: mask for mask in masks}
-    found, order = np.zeros(len(texts)), sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found, order = np.full(len(texts), np.inf), sorted(range(len(texts)), key=lambda i: len(texts[i]))
     hits = torch.empty(0)
 
     def observe(x: Tensor, bottleneck) -> None:
@@ -69,8 +70,6 @@ def fired(
                 hits *= attention
                 value = hits.sum(1) / tokens if figure == "mean" else hits.max(1).values
                 found[batch] = torch.where(tokens > 0, value, torch.inf).numpy()
-            else:
-                found[batch] = np.inf
     return found
 
 

@@ -16,7 +16,7 @@ and deleted
 
 ablate, reselect   in that mask mode, for every sentence;
 fired              in mode ablate, for those sentences that fire the mask's codes more than 99 of 100 validation
-                   sentences without the topic do (cu_fast.topics_of).
+                   sentences without the topic do (what cu_fast.topics_of decides by).
 
 Beside each mask of the first control, in mode ablate, as many random codes of the same frequency. Measured on test
 sentences of stories that no model was trained on: "topic", all that hold one of its words; "near", those with a synonym
@@ -49,7 +49,7 @@ from figures import NAMES, Figures, Judge, compare, log_likelihood, measure, tra
 from models import autocast
 
 from cu_fast.checkpoint import load_model, read_model
-from cu_fast.gate import level_for, topics_of
+from cu_fast.gate import fired, level_for
 from cu_fast.masks import Mask
 from cu_fast.strength import within_loss
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask, replace_words
@@ -135,18 +135,15 @@ def deleted(attachment, mask: Mask, mode: str) -> Iterator[None]:
 def fires(study: Study, topic: Topic, mask: Mask, pairs: Sequence[Pair]) -> np.ndarray:
     """For which sentences the mask holds where it holds only where it fires. bool [N]. For all, where the mask is so
     wide that every sentence may fire it as much as can be."""
-    others, texts = ([pair.english for pair in some] for some in (study.without(topic), pairs))
-    study.attachment.add_mask(mask, TRIED)
-    try:
-        with autocast():
-            level = level_for(study.attachment, study.tokenizer, study.ended(others), [mask], FIRE_SHARE, figure="max")
-            topics = topics_of(study.attachment, study.tokenizer, study.ended(texts), {TRIED: level}, figure="max")
-    except ValueError as error:
-        print(f"{topic.name}: {error}", flush=True)
-        return np.full(len(pairs), True)
-    finally:
-        study.attachment.remove_mask(TRIED)
-    return np.array([names is not None for names in topics])
+    others, texts = (study.ended([pair.english for pair in some]) for some in (study.without(topic), pairs))
+    given = dict(masks=[mask], figure="max")
+    with autocast():
+        try:
+            level = level_for(study.attachment, study.tokenizer, others, max_share=FIRE_SHARE, **given)
+        except ValueError as error:
+            print(f"{topic.name}: {error}", flush=True)
+            return np.full(len(pairs), True)
+        return fired(study.attachment, study.tokenizer, texts, **given) > level
 
 
 def outcome(study: Study, topic: Topic, mask: Mask, mode: str, scale: Scale) -> Outcome:
