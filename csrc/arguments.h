@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "check.h"
 #include "core/params.h"
@@ -61,18 +62,20 @@ class MaskArguments {
     table_ = torch::stable::contiguous(*table);
     row_ = torch::stable::contiguous(*row);
     U_ = table->size(0);
-    if (values == Values::readable) check_range("mask_row", row_->const_data_ptr<int32_t>(), T, 1, -1, U_);
+    if (values == Values::readable)
+      checked_row_ = checked_copy("mask_row", row_->const_data_ptr<int32_t>(), T, 1, -1, U_);
   }
 
   Mask mask() const {
     if (!table_) return {};
-    return {static_cast<const uint32_t*>(table_->const_data_ptr()), words_, row_->const_data_ptr<int32_t>(),
-            U_};
+    return {static_cast<const uint32_t*>(table_->const_data_ptr()), words_,
+            checked_row_.empty() ? row_->const_data_ptr<int32_t>() : checked_row_.data(), U_};
   }
 
  private:
   int64_t words_, U_ = 0;
   OptionalTensor table_, row_;
+  std::vector<int32_t> checked_row_;  // empty: values on a device
 };
 
 // A scan plane, as pack_scan made it.

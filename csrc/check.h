@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -61,16 +62,19 @@ inline void check_float(const char* name, const Tensor& t) {
         " must be Float, BFloat16 or Half, got ", describe(t));
 }
 
-// Every element of an int32 [rows, columns] tensor in [low, high).
-inline void check_range(const char* name, const int32_t* values, int64_t rows, int64_t columns, int64_t low,
-                        int64_t high) {
+// A copy of an int32 [rows, columns] tensor, every element in [low, high). Elements that become addresses are
+// read from it: another thread may write to the tensor after the check.
+inline std::vector<int32_t> checked_copy(const char* name, const int32_t* values, int64_t rows,
+                                         int64_t columns, int64_t low, int64_t high) {
+  std::vector<int32_t> copy(values, values + rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
-    if (values[i] >= low && values[i] < high) continue;
+    if (copy[i] >= low && copy[i] < high) continue;
     std::ostringstream position;
     position << i / columns;
     if (columns > 1) position << ", " << i % columns;
-    check(false, name, "[", position.str(), "] is ", values[i], ", must be in [", low, ", ", high, ")");
+    check(false, name, "[", position.str(), "] is ", copy[i], ", must be in [", low, ", ", high, ")");
   }
+  return copy;
 }
 
 }  // namespace cu_fast

@@ -58,13 +58,13 @@ void select_finish(const SelectParams& p, int64_t token) {
   float* const scores = p.scores + token * p.k;
   int32_t* const ids = p.ids + token * p.k;
 
+  best_first(kept, p.k, places);
   if (kept[0] == kPoison) {
     std::fill_n(scores, p.k, std::numeric_limits<float>::quiet_NaN());
     std::fill_n(ids, p.k, -1);
     if (p.hits != nullptr) p.hits[token] = 0;
     return;
   }
-  best_first(kept, p.k, places);
   for (int64_t i = 0; i < p.k; ++i) {
     const bool taken = kept[i] != kEmpty;
     const float score = taken ? score_of(kept[i]) : 0.0f;

@@ -1,6 +1,7 @@
 // Host side: checks, and a share of the tokens for each thread. The kernel: masked_decode-inl.h.
 
 #include <algorithm>
+#include <vector>
 
 #include "arguments.h"
 #include "cpu/grid.h"
@@ -18,7 +19,8 @@ Tensor masked_decode(const Tensor& ids, const OptionalTensor& weights, const Ten
                      const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool mean) {
   const DecodeArguments in = decode_arguments(ids, weights, table, bias, residual, mean);
   DecodeParams p = in.p;
-  check_range("ids", p.ids, p.T, p.k, -1, p.C);
+  const std::vector<int32_t> checked_ids = checked_copy("ids", p.ids, p.T, p.k, -1, p.C);
+  p.ids = checked_ids.data();
   const MaskArguments mask(mask_table, mask_row, p.T, p.C);
   p.mask = mask.mask();
 
