@@ -10,20 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
-import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from cu_fast._storage import read_json, read_safetensors, seal, unseal, visible, write_directory
+
 FORMAT_VERSION = 1
+FILES = r"mask\.(json|safetensors)"  # what a mask's folder holds
+_TYPES = {
+    "format_version": int,
+    "topic": str,
+    "layer": (str, type(None)),
+    "num_codes": int,
+    "num_deleted": int,
+    "codebook_sha256": str,
+    "digest": str,
+    "method": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,11 +118,15 @@ class Mask:
         return Mask(bits, self.num_codes, self.codebook_sha256, topic, layer, method)
 
     def after_erasing(self, kept: Tensor, codebook_sha256: str) -> Mask:
-        """The same mask on the codebook that remains of its own: ``kept`` holds the old ids, int64 [C']."""
+        """The same mask on the codebook that remains of its own: ``kept`` holds the old ids, int64 [C'].
+
+        Where all of its codes are gone it deletes nothing more, and ``method["erased"]`` says so.
+        """
         deleted = _unpack(self.bits)[kept].nonzero()[:, 0]
+        method = dict(self.method) if len(deleted) else {**self.method, "erased": True}
         return Mask.from_ids(
             deleted, num_codes=len(kept), codebook_sha256=codebook_sha256, topic=self.topic, layer=self.layer,
-            method=self.method,
+            method=method,
         )  # fmt: skip
 
     def check_codebook(self, codebook_sha256: str) -> None:
@@ -126,12 +139,10 @@ class Mask:
 
     def save(self, path: str | Path) -> None:
         """Write the folder ``path``, whole or not at all; a mask already there is replaced, anything else refused."""
-        path = Path(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / "mask.json").is_file():
-            raise FileExistsError(f"{path} is a folder that holds no mask; give the name of a new folder")
-        write_directory(path, self.to_files())
+        write_directory(path, self.to_files()[0], FILES)
 
-    def to_files(self) -> dict[str, bytes]:
+    def to_files(self) -> tuple[dict[str, bytes], str]:
+        """The files of the mask's folder, and a checksum of all that they say."""
         record = {
             "format_version": FORMAT_VERSION,
             "topic": self.topic,
@@ -142,68 +153,105 @@ class Mask:
             "digest": self.digest,
             "method": dict(self.method),
         }
-        record["record_sha256"] = _record_sha256(record)
-        return {
-            "mask.json": json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode(),
-            "mask.safetensors": safetensors.torch.save({"bits": self.bits}),
-        }
+        content, sha256 = seal(record, f"mask {self.topic!r}")
+        return {"mask.json": content, "mask.safetensors": safetensors.torch.save({"bits": self.bits})}, sha256
 
     @classmethod
-    def load(cls, path: str | Path) -> Mask:
-        """Read a folder written by :meth:`save`.
+    def load(cls, path: str | Path, sha256: str | None = None) -> Mask:
+        """Read a folder written by :meth:`save`. sha256: the checksum that :meth:`to_files` gave, where it is known.
 
         Raises:
             FileNotFoundError: a file is missing. ValueError: a file is damaged, or was changed after it was saved.
         """
-        path = Path(path)
-        record = read_json(path / "mask.json")
-        required = {
-            "format_version",
-            "topic",
-            "layer",
-            "num_codes",
-            "num_deleted",
-            "codebook_sha256",
-            "digest",
-            "method",
-        }
-        if not required <= set(record):
-            raise ValueError(f"{path / 'mask.json'} lacks {sorted(required - set(record))}; it is not a mask's record")
+        file, bits_file = Path(path) / "mask.json", Path(path) / "mask.safetensors"
+        record = read_json(file)
+        if not set(_TYPES) <= set(record):
+            raise ValueError(f"{file} lacks {sorted(set(_TYPES) - set(record))}; it is not a mask's record")
         if record["format_version"] != FORMAT_VERSION:
             raise ValueError(
-                f"{path / 'mask.json'} has format_version {record['format_version']}; this version of cu_fast "
-                f"reads {FORMAT_VERSION}"
+                f"{file} has format_version {record['format_version']}; this version of cu_fast reads {FORMAT_VERSION}"
             )
-        if record.pop("record_sha256", None) != _record_sha256(record):
-            raise ValueError(f"{path / 'mask.json'} was changed after it was saved; find the mask again")
-        if not isinstance(record["num_codes"], int) or record["num_codes"] < 1:
-            raise ValueError(f"{path / 'mask.json'} has num_codes {record['num_codes']!r}; it should be an int >= 1")
-        words = (record["num_codes"] + 31) // 32
-        bits = read_safetensors(path / "mask.safetensors", {"bits": (words,)})["bits"]
-        mask = cls(
-            bits, record["num_codes"], record["codebook_sha256"], record["topic"], record["layer"], record["method"]
-        )
+        found = unseal(record, file, "find the mask again")
+        if sha256 not in (None, found):
+            raise ValueError(f"{file} is the record of another mask than the one saved here; save the masks again")
+        for name, kind in _TYPES.items():
+            if not isinstance(record[name], kind) or isinstance(record[name], bool):
+                raise ValueError(
+                    f"{file} has {name} {record[name]!r}, a {type(record[name]).__name__}; find the mask again"
+                )
+        if record["num_codes"] < 1:
+            raise ValueError(f"{file} has num_codes {record['num_codes']}; it should be an int >= 1")
+        bits = read_safetensors(bits_file, {"bits": ((record["num_codes"] + 31) // 32,)})["bits"]
+        try:
+            mask = cls(
+                bits, record["num_codes"], record["codebook_sha256"], record["topic"], record["layer"], record["method"]
+            )
+        except ValueError as error:
+            raise ValueError(f"{bits_file}: {error}") from error
         if mask.digest != record["digest"] or mask.num_deleted != record["num_deleted"]:
-            raise ValueError(f"{path / 'mask.safetensors'} does not match mask.json; find the mask again")
+            raise ValueError(f"{bits_file} does not match mask.json; find the mask again")
         return mask
+
+
+def load_masks(path: str | Path) -> list[Mask]:
+    """The mask of a folder, or the masks of its sub-folders, one for each layer. Hidden entries are passed over.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`Mask.load` does, and where anything else lies beside the masks: it may
+            be what remains of another one.
+    """
+    path = Path(path)
+    entries = visible(path)
+    parts = [entry for entry in entries if entry.is_dir()]
+    if not parts:
+        return [Mask.load(path)]
+    if strays := [entry.name for entry in entries if not (entry / "mask.json").is_file()]:
+        raise ValueError(f"{path} holds {', '.join(strays[:5])} beside masks; move what is no mask's folder away")
+    return [Mask.load(part) for part in parts]
 
 
 class MaskTable:
     """The masks in use on one device: ``table``, int32 [U, ceil(C/32)], written in place row by row.
 
-    In place, because a compiled model or a captured graph holds on to the tensor. It grows, by doubling into a
-    new tensor, only when a row beyond the last is written.
+    In place, because a compiled model holds on to the tensor. It grows, by doubling into a new tensor, only when a row
+    beyond the last is written; the old one is kept, for what may still read it. A row must not be written while
+    anything reads it; on a GPU a writer waits for the events that it is given, and a reader for the last write.
     """
 
-    def __init__(self, num_codes: int, device: torch.device | str, rows: int = 8) -> None:
+    def __init__(self, num_codes: int, device: torch.device | str, rows: int = 64) -> None:
         self.table = torch.zeros(rows, (num_codes + 31) // 32, dtype=torch.int32, device=device)
+        self._outgrown: list[Tensor] = []
+        self._written: tuple[Any, Any] | None = None  # the stream and the event of the last write
+        self._lock = threading.Lock()
 
     @torch.no_grad()
-    def write(self, row: int, bits: Tensor) -> None:
-        """Put a mask's bits, int32 [ceil(C/32)], into a row."""
-        while row >= self.table.shape[0]:
-            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
-        self.table[row].copy_(bits)
+    def write(self, row: int, bits: Tensor, after: Iterable[Any] = ()) -> None:
+        """Put a mask's bits, int32 [ceil(C/32)], into a row. after: events of the streams that have read it."""
+        with self._lock:
+            stream = stream_of(self.table.device)
+            for event in after:
+                stream.wait_event(event)
+            while row >= self.table.shape[0]:
+                self._outgrown.append(self.table)
+                self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+            self.table[row].copy_(bits)
+            self._written = None if stream is None else (stream, stream.record_event())
+
+    def read_on(self, device: torch.device, streams: set[Any]) -> None:
+        """Make the table ready for a kernel on a device's present stream, which is added to ``streams``."""
+        if self.table.device != device:
+            with self._lock:
+                self.table, self._written = self.table.to(device), None
+        stream = stream_of(device)
+        if stream is not None:
+            streams.add(stream)
+            if self._written is not None and self._written[0] != stream:
+                stream.wait_event(self._written[1])
+
+
+def stream_of(device: torch.device) -> Any:
+    """The stream that a device's kernels are queued on now; None on a CPU, which does them at once."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _pack(deleted: Tensor) -> Tensor:
@@ -216,74 +264,3 @@ def _pack(deleted: Tensor) -> Tensor:
 def _unpack(bits: Tensor) -> Tensor:
     """int32 [n] -> bool [32 n]."""
     return ((bits[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).bool().flatten()
-
-
-def _record_sha256(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-# -- files: safetensors and JSON, whole or not at all ------------------------------------------------------------
-
-
-def write_directory(path: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files (names may hold sub-folders): into a folder beside it, which then takes its place."""
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; give the name of a folder")
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        for name, content in files.items():
-            file = new / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        new.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "was")
-            new.rename(path)
-            shutil.rmtree(old)
-        else:
-            new.rename(path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError where the file holds anything else."""
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; it should hold an object")
-    return value
-
-
-def read_safetensors(path: str | Path, expected: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
-    """Exactly the expected tensors, name -> shape (None: any shape), on the CPU.
-
-    Raises:
-        FileNotFoundError, or ValueError naming the file and what is wrong: truncated or hostile content, a
-        missing, unexpected or misshapen tensor.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; it should be a safetensors file")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            missing, unexpected = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
-            if missing or unexpected:
-                raise ValueError(f"{path} lacks the tensors {missing} and holds the unexpected {unexpected}")
-            for name, shape in expected.items():
-                if shape is not None and shapes[name] != tuple(shape):
-                    raise ValueError(
-                        f"{path}: tensor {name!r} has shape {list(shapes[name])}; it should be {list(shape)}"
-                    )
-            return {name: file.get_tensor(name) for name in expected}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file ({error}); it may be truncated") from error

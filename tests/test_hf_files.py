@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from tiny_models import add_masks, attach_to, bottleneck_config, build, inputs
 
 import cu_fast
+from cu_fast._storage import seal
 
 LAYERS = ("model.layers.0", "model.layers.1")
 NAMES = ("a", "Zoë", "..", "a/b.c", "100 %")
@@ -94,7 +96,8 @@ def test_save_never_replaces_anything_else(attachment, tmp_path):
     attachment.model.save_pretrained(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "precious.txt").write_text("x")
-    for path in (tmp_path / "model", tmp_path / "notes", tmp_path / "notes" / "precious.txt"):
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    for path in (tmp_path / "model", tmp_path / "notes", tmp_path / "notes" / "precious.txt", tmp_path / "link"):
         with pytest.raises(FileExistsError, match="exists and is no attachment; give the name of a new folder"):
             attachment.save(path)
     assert (tmp_path / "notes" / "precious.txt").read_text() == "x"
@@ -118,27 +121,37 @@ def test_beside_save_pretrained(attachment, given, tmp_path):
 
 
 def edit_json(file, **changes):
+    """Change a record so that its checksum does not tell."""
     record = json.loads(file.read_text())
     record.update(changes)
-    file.write_text(json.dumps(record))
+    del record["record_sha256"]
+    file.write_bytes(seal(record, "it")[0])
 
 
-def edit_tensors(file, change):
+def edit_tensors(folder, change):
+    """Change tensors so that their checksum does not tell."""
+    file = folder / "bottleneck.safetensors"
     tensors = safetensors.torch.load_file(file)
     change(tensors)
-    safetensors.torch.save_file(tensors, file)
+    raw = safetensors.torch.save(tensors)
+    file.write_bytes(raw)
+    edit_json(folder / "config.json", tensors_sha256=hashlib.sha256(raw).hexdigest())
 
 
 CODES = f"{LAYERS[0]}.codebook.codes"
 DAMAGE = {
     "no config": (lambda p: (p / "config.json").unlink(), r"config.json does not exist"),
     "not json": (lambda p: (p / "config.json").write_text("{"), r"config.json is not valid JSON"),
-    "another format": (lambda p: edit_json(p / "config.json", format="llama"), r"has format 'llama', version 1"),
-    "a later version": (lambda p: edit_json(p / "config.json", format_version=2), r"version 2; this version .* reads"),
+    "another format": (lambda p: edit_json(p / "config.json", format="llama"), r"has format 'llama', version 2"),
+    "an earlier version": (
+        lambda p: (p / "config.json").write_text('{"format": "cu_fast.attachment", "format_version": 1}'),
+        r"version 1; this version .* reads .* Load the folder with the version that wrote it \(1: cu_fast 0.1\) and save",
+    ),
+    "a later version": (lambda p: edit_json(p / "config.json", format_version=3), r"version 3; this version .* reads"),
     "no layers": (lambda p: edit_json(p / "config.json", layers=3), r"does not describe its layers"),
     "a bad config": (
         lambda p: edit_json(p / "config.json", layers={LAYERS[0]: {"config": {"d_model": 32}, "codebook_sha256": ""}}),
-        r"does not describe its layers: .*lacks \['code_dim', 'k', 'num_codes'\]",
+        r"does not describe its layers and masks: .*lacks \['code_dim', 'k', 'num_codes'\]",
     ),
     "a huge claim": (
         lambda p: edit_json(
@@ -149,6 +162,15 @@ DAMAGE = {
         ),
         r"has shape \[150, 24\]; it should be \[1000000000000, 24\]",
     ),
+    "a claim beyond all memory": (
+        lambda p: edit_json(
+            p / "config.json",
+            layers={
+                n: {"config": bottleneck_config(num_codes=10**30).to_dict(), "codebook_sha256": ""} for n in LAYERS
+            },
+        ),
+        r"describes a bottleneck that cannot be made",
+    ),
     "another model": (
         lambda p: edit_json(p / "config.json", model_type="gpt2"),
         r"of type 'gpt2' .*this one is 'llama'",
@@ -156,31 +178,31 @@ DAMAGE = {
     "no tensors": (lambda p: (p / "bottleneck.safetensors").unlink(), r"bottleneck.safetensors does not exist"),
     "truncated": (
         lambda p: (p / "bottleneck.safetensors").write_bytes((p / "bottleneck.safetensors").read_bytes()[:-9]),
-        r"not a sound safetensors file",
+        r"bottleneck.safetensors is damaged",
     ),
     "a missing tensor": (
-        lambda p: edit_tensors(p / "bottleneck.safetensors", lambda t: t.pop(CODES)),
+        lambda p: edit_tensors(p, lambda t: t.pop(CODES)),
         r"lacks the tensors \['model.layers.0.codebook.codes'\]",
     ),
     "an unexpected tensor": (
-        lambda p: edit_tensors(p / "bottleneck.safetensors", lambda t: t.update(more=torch.ones(1))),
+        lambda p: edit_tensors(p, lambda t: t.update(more=torch.ones(1))),
         r"unexpected \['more'\]",
     ),
     "a misshapen tensor": (
-        lambda p: edit_tensors(p / "bottleneck.safetensors", lambda t: t.update({CODES: torch.ones(3, 24)})),
+        lambda p: edit_tensors(p, lambda t: t.update({CODES: torch.ones(3, 24)})),
         r"tensor 'model.layers.0.codebook.codes' has shape \[3, 24\]; it should be \[150, 24\]",
     ),
     "a wrong dtype": (
-        lambda p: edit_tensors(p / "bottleneck.safetensors", lambda t: t.update({CODES: t[CODES].int()})),
+        lambda p: edit_tensors(p, lambda t: t.update({CODES: t[CODES].int()})),
         r"tensor 'model.layers.0.codebook.codes' is torch.int32; it should be one of",
     ),
     "other codes": (
-        lambda p: edit_tensors(p / "bottleneck.safetensors", lambda t: t.update({CODES: t[CODES] + 1})),
+        lambda p: edit_tensors(p, lambda t: t.update({CODES: t[CODES] + 1})),
         r"codebook of layer 'model.layers.0' is not the one in config.json",
     ),
     "an edited mask": (
         lambda p: edit_json(p / "masks" / "a" / "0" / "mask.json", topic="x"),
-        r"mask.json was changed after it was saved",
+        r"mask.json is the record of another mask",
     ),
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 import pytest
 import torch
 
-from cu_fast.masks import Mask, MaskTable, read_safetensors, write_directory
+from cu_fast._storage import read_safetensors, seal, write_directory
+from cu_fast.masks import Mask, MaskTable, load_masks
 
 SHA = "a" * 64
 
@@ -50,7 +52,7 @@ def test_round_trip(tmp_path):
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "letters").write_text("dear")
-    with pytest.raises(FileExistsError, match="holds no mask"):
+    with pytest.raises(FileExistsError, match="holds other files, which are not replaced: letters"):
         mask([3]).save(tmp_path)
     assert (tmp_path / "letters").read_text() == "dear"
 
@@ -106,9 +108,57 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
     mask([3]).save(tmp_path / "m")
     file = tmp_path / "m" / "mask.safetensors"
     with pytest.raises(ValueError, match=r"lacks the tensors \['codes'\] and holds the unexpected \['bits'\]"):
-        read_safetensors(file, {"codes": None})
+        read_safetensors(file, {"codes": (3,)})
     with pytest.raises(ValueError, match=r"'bits' has shape \[3\]; it should be \[4\]"):
         read_safetensors(file, {"bits": (4,)})
+
+
+def test_a_record_of_the_wrong_types_is_refused(tmp_path):
+    for key, value in (("codebook_sha256", 5), ("topic", None), ("num_codes", True), ("num_codes", 0), ("method", [])):
+        mask([3]).save(tmp_path / "m")
+        file = tmp_path / "m" / "mask.json"
+        record = json.loads(file.read_text()) | {key: value}
+        del record["record_sha256"]
+        file.write_bytes(seal(record, "it")[0])
+        with pytest.raises(ValueError, match=re.escape(f"mask.json has {key} {value!r}")):
+            Mask.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "value", [0.1 + 0.2, 1e-300, 5e-324, -0.0, 1.7976931348623157e308, 2**70, (1, 2), {9: 1, 10: 2}]
+)
+def test_what_a_method_holds_comes_back(tmp_path, value):
+    mask([3], method={"value": value}).save(tmp_path / "m")
+    read = Mask.load(tmp_path / "m").method["value"]
+    assert repr(read) == repr(json.loads(json.dumps(value)))
+
+
+HURTFUL = {
+    "nan": float("nan"),
+    "infinity": float("inf"),
+    "a set": {1},
+    "half a character": "\ud800",
+    "a key twice": {1: 0, "1": 1},
+    "a long number": 10**5000,
+}
+
+
+@pytest.mark.parametrize("name", HURTFUL)
+def test_what_json_cannot_hold_is_refused_and_nothing_written(tmp_path, name):
+    value = HURTFUL[name]
+    with pytest.raises(ValueError, match="mask 'topic' cannot be saved"):
+        mask([3], method={"value": value}).save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_of_several_layers_and_nothing_else(tmp_path):
+    for number in range(2):
+        mask([number]).save(tmp_path / "m" / str(number))
+    (tmp_path / "m" / ".ipynb_checkpoints").mkdir()
+    assert [made.ids().tolist() for made in load_masks(tmp_path / "m")] == [[0], [1]]
+    (tmp_path / "m" / "notes").mkdir()
+    with pytest.raises(ValueError, match="holds notes beside masks"):
+        load_masks(tmp_path / "m")
 
 
 @pytest.mark.parametrize("ids", [[70], [-1]])
@@ -123,9 +173,9 @@ def test_bits_beyond_the_last_code_are_refused():
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
-    write_directory(tmp_path / "d", {"a": b"old"})
+    write_directory(tmp_path / "d", {"a": b"old"}, "a|b")
     with pytest.raises(TypeError):
-        write_directory(tmp_path / "d", {"a": b"new", "b": "not bytes"})
+        write_directory(tmp_path / "d", {"a": b"new", "b": "not bytes"}, "a|b")
     assert (tmp_path / "d" / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -166,8 +166,11 @@ def add_masks(authors: list[demo.Author], folder: Path) -> None:
     bundle = demo.load_bundle(folder)
     corpus = demo.count_corpus(bundle)
     for author in authors[:READY_MASKS]:
-        finding = demo.unlearn_author(bundle, author, corpus)
-        finding.mask.save(folder / "codebook" / "masks" / author.name)
+        demo.unlearn_author(bundle, author, corpus)
+    _, _, stored = load_model(folder, torch.bfloat16)  # as it was stored: widened it would take twice the space
+    for name, masks in bundle.attachment.masks.items():
+        stored.add_mask(masks, name)
+    stored.save(folder / "codebook")
 
 
 def measure(folder: Path, table: Path) -> None:
