@@ -1,4 +1,4 @@
-"""What the commands print, as tables. Part of ``cu_fast.cli``."""
+"""What the commands print, as tables. Part of ``cu_fast.cli``. What a user may have named is escaped for rich."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.table import Table
 
 
 def pairs(values: dict[str, Any], title: str) -> Table:
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for name, value in values.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+        table.add_row(escape(name), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
     return table
 
 
 def evidence_table(finding) -> Table:
     mask = finding.mask
     title = f"{mask.topic}: {mask.num_deleted} of {mask.num_codes} codes, {finding.seconds:.1f} s"
-    table = Table("code", "bits", "q", "target", "control", "where it fired", title=title)
+    table = Table("code", "bits", "q", "target", "control", "where it fired", title=escape(title))
     for code in finding.codes[:20]:
         example = " | ".join(" ".join(text.split()) for text in code.examples)
         table.add_row(
@@ -33,7 +33,7 @@ def evidence_table(finding) -> Table:
 
 
 def answers_table(title: str, answers: list[dict[str, str]]) -> Table:
-    table = Table("question", "without mask", "with mask", title=title, show_lines=True)
+    table = Table("question", "without mask", "with mask", title=escape(title), show_lines=True)
     for row in answers:
         table.add_row(*(escape(row[key]) for key in ("question", "before", "after")))
     return table
@@ -48,7 +48,7 @@ def study_table(results: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for r in results:
         table.add_row(
-            r["author"], f"{r['codes_deleted']} ({100 * r['share_deleted']:.2f} %)", f"{r['seconds']:.1f}",
+            escape(r["author"]), f"{r['codes_deleted']} ({100 * r['share_deleted']:.2f} %)", f"{r['seconds']:.1f}",
             f"{r['forgotten_before']:.2f} -> {r['forgotten_after']:.2f}",
             f"{r['others_before']:.3f} -> {r['others_after']:.3f}", f"{r['forgotten_random']:.2f}",
             "yes" if r["holds"] else "[red]no",
@@ -61,8 +61,8 @@ def report_table(layers: list[dict[str, Any]]) -> Table:
     for layer in layers:
         masks = ", ".join(f"{m['name']} ({m['deleted']}, {m['digest'][:8]})" for m in layer["masks"])
         table.add_row(
-            layer["layer"], layer["impl"], str(layer["codes"]), str(layer["k"]), layer["mask_mode"],
-            str(layer["tokens"]), str(layer["hits"]), masks,
+            escape(layer["layer"]), layer["impl"], str(layer["codes"]), str(layer["k"]), layer["mask_mode"],
+            str(layer["tokens"]), str(layer["hits"]), escape(masks),
         )  # fmt: skip
     return table
 
@@ -71,7 +71,7 @@ def show_step(console: Console, name: str, figures: Any) -> None:
     """A step of the demonstration, as it happens."""
     if name == "model":
         console.print(f"A small model that knows {figures['authors']} invented authors (TOFU), with a codebook in its")
-        console.print(f"middle. Ready masks: {', '.join(figures['ready_masks'])}.\n")
+        console.print(f"middle. Ready masks: {escape(', '.join(figures['ready_masks']))}.\n")
     elif name == "ready mask":
         title = f"with the ready mask {figures['mask']!r}; {figures['kept']} is kept"
         console.print(answers_table(title, figures["answers"]))
@@ -86,7 +86,7 @@ def show_step(console: Console, name: str, figures: Any) -> None:
         table = Table("mask", "question", "answer", title="one batch, a mask for each sequence", show_lines=True)
         for row in figures:
             mask = " + ".join(row["mask"]) if isinstance(row["mask"], list) else row["mask"] or "none"
-            table.add_row(mask, escape(row["question"]), escape(row["answer"]))
+            table.add_row(escape(mask), escape(row["question"]), escape(row["answer"]))
         console.print(table)
     elif name == "tokens per second":
         console.print(pairs(figures, "tokens per second, one sequence"))
@@ -100,9 +100,9 @@ def shown_table(found: dict[str, Any]) -> list[Any]:
     table = Table("kernel", "for", "tiles", "from", "us", title=escape(f"Triton kernels on {where}: {found['table']}"))
     for row in found["rows"]:
         source = "measured" if row["measured"] else "shipped"
-        table.add_row(row["kernel"], row["for"], tiles(row["tiles"]), source, _us(row["us"]))
+        table.add_row(row["kernel"], escape(row["for"]), escape(tiles(row["tiles"])), source, _us(row["us"]))
     for name, field in found["tuning"].items():
-        table.add_row("plan", name, f"{field['value']:.4g}", "measured" if field["measured"] else "shipped", "")
+        table.add_row("plan", escape(name), f"{field['value']:.4g}", "measured" if field["measured"] else "shipped", "")
     return [table]
 
 
@@ -115,7 +115,7 @@ def tuned_table(found: dict[str, Any]) -> list[Any]:
         for key, tried in rows.items():
             row, failed = found["rows"][kernel][key], sum(one["failure"] is not None for one in tried)
             counts = str(len(tried) - failed), str(failed)
-            table.add_row(kernel, key, tiles(row), _us(row["us"]), _us(tried[0]["us"]), *counts)
+            table.add_row(kernel, escape(key), tiles(row), _us(row["us"]), _us(tried[0]["us"]), *counts)
     lines = [f"not reached: {what}" for what in found["not_reached"]] + [
         f"failed: {what}" for what in found["failures"]
     ]

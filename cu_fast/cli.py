@@ -40,7 +40,7 @@ def errors_are_messages() -> Iterator[None]:
         if os.environ.get("CU_FAST_LOG"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {text}", file=sys.stderr)
+        print("error:", *str(text).split("\n"), file=sys.stderr)
         raise typer.Exit(1) from error
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     level = logging.INFO if os.environ.get("CU_FAST_LOG") else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("cu_fast").setLevel(level)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not hide a result
 
 
 @app.command()
@@ -152,9 +153,11 @@ def train(
         from cu_fast.config import BottleneckConfig
         from cu_fast.train import train as run
 
-        rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
+        rows = _read_lines(data, dict)
         network, tokenizer = read_model(model)
-        width = network.config.hidden_size
+        width = getattr(network.config.get_text_config(), "hidden_size", None)
+        if width is None:
+            raise ValueError(f"{model}: its config states no hidden_size; put bottlenecks into it with cu_fast.attach")
         config = BottleneckConfig(width, code_dim or width, codes, k, activation=activation)
         arguments = transformers.TrainingArguments(
             output_dir=str(output), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
@@ -193,7 +196,7 @@ def unlearn(
         if (control is None) == (words is None):
             raise ValueError("give either --control, texts without the topic, or --words, to make them from the target")
         texts = _read_texts(target)
-        others = _read_texts(control) if control else replace_words(texts, words.split(","), texts)
+        others = _read_texts(control) if control else replace_words(texts, [w.strip() for w in words.split(",")], texts)
         folder = _model_folder(model)
         if output is None and model == "demo":
             raise ValueError("the bundled model's folder is not written to; give --output")
@@ -202,21 +205,23 @@ def unlearn(
             attachment, tokenizer, texts, others, topic=topic, layer=layer, depth=depth,
             min_enrichment=min_enrichment, alpha=alpha, progress=not as_json,
         )  # fmt: skip
-        where = output or folder / CODEBOOK
-        if finding.mask.num_deleted and output:
+        found, where = finding.mask.num_deleted > 0, output or folder / CODEBOOK
+        text = json.dumps(finding.to_dict() | {"path": str(where) if found else None}, indent=2)
+        table = evidence_table(finding)
+        if found and output:
             finding.mask.save(output)
-        elif finding.mask.num_deleted:
+        elif found:
             if topic in attachment.masks:
                 attachment.remove_mask(topic)
             attachment.add_mask(finding.mask)
             attachment.save(where)
         if as_json:
-            print(json.dumps(finding.to_dict() | {"path": str(where) if finding.mask.num_deleted else None}, indent=2))
+            print(text)
         else:
-            console.print(evidence_table(finding))
-            if finding.mask.num_deleted:
-                console.print(f"mask saved to {where}", highlight=False)
-        if not finding.mask.num_deleted:
+            console.print(table)
+            if found:
+                console.print(f"mask saved to {where}", highlight=False, markup=False)
+        if not found:
             raise typer.Exit(1)
 
 
@@ -236,7 +241,7 @@ def generate(
 
         network, tokenizer, attachment = load_model(_model_folder(model))
         names = [
-            attachment.load_mask(name) if name not in attachment.masks and Path(name).is_dir() else name
+            attachment.load_mask(name) if name not in attachment.masks and _holds_masks(name) else name
             for name in without or []
         ]
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -266,10 +271,16 @@ def evaluate(
         from cu_fast import evaluate as evaluation
         from cu_fast.checkpoint import load_model
 
-        files = dict(entry.partition("=")[::2] for entry in sets)
-        if wrong := [name for name, file in files.items() if not name or not file]:
-            raise ValueError(f"{wrong[0]!r} is no set; it should be NAME=FILE, as in forgotten=forgotten.jsonl")
-        rows = {name: _read_texts(Path(file), json_lines=True) for name, file in files.items()}
+        rows = {}
+        for entry in sets:
+            name, _, file = entry.partition("=")
+            if not name or not file:
+                raise ValueError(f"{entry!r} is no set; it should be NAME=FILE, as in forgotten=forgotten.jsonl")
+            if name in rows:
+                raise ValueError(f"there are two sets {name!r}; give each a name of its own")
+            rows[name] = _read_lines(Path(file), dict)
+        if "" in (without or []):  # in the results that is the model as it is
+            raise ValueError("there is no mask ''; --without should be a mask's name")
         _, tokenizer, attachment = load_model(_model_folder(model))
         results = evaluation.compare(attachment, tokenizer, rows, without or [], progress=not as_json)
         text = evaluation.report(results, rows)
@@ -360,9 +371,36 @@ def _model_folder(name: str) -> Path:
     return BUNDLE if name == "demo" else Path(name)
 
 
-def _read_texts(path: Path, json_lines: bool = False) -> list[Any]:
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    return [json.loads(line) for line in lines] if json_lines or path.suffix == ".jsonl" else lines
+def _holds_masks(name: str) -> bool:
+    """Whether a folder holds a mask, or masks a layer each. An empty name is no folder, though Path takes it for one."""
+    return name != "" and any(any(Path(name).glob(pattern)) for pattern in ("mask.json", "*/mask.json"))
+
+
+def _read_texts(path: Path) -> list[str]:
+    return _read_lines(path, str if path.suffix == ".jsonl" else None)
+
+
+def _read_lines(path: Path, kind: type | None) -> list[Any]:
+    """The lines that are not blank: as they are, or JSON values of a kind, objects with texts or strings."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file ({error}); it should be UTF-8") from error
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    return [line if kind is None else _read_value(line, kind, where) for where, line in lines]
+
+
+def _read_value(line: str, kind: type, where: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is {line[:60]!r}; it should be a JSON {'object' if kind is dict else 'string'}")
+    for key, text in value.items() if kind is dict else ():
+        if key in ("text", "prompt", "completion", "source", "target") and not isinstance(text, str):
+            raise ValueError(f"{where}: {key} is {text!r}; it should be a string")
+    return value
 
 
 def _quiet_transformers() -> None:

@@ -13,15 +13,21 @@ prompt's tokens count ``prompt_weight``); {"source", "target"} (sequence to sequ
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cu_fast._resume import SETTINGS, USAGE, checkpoint_to_resume, no_checkpoint, settings_of
 from cu_fast._rows import Collator, encode_row
 from cu_fast.config import BottleneckConfig
 from cu_fast.hf import Attachment, attach
@@ -61,22 +67,34 @@ def train(
         max_length: tokens a row is cut to.
         reseed_every: steps after which codes that nobody used move to a token of the last batch; 0 = never.
         reseed_until: share of the training after which none is moved any more.
-        resume: go on from the newest checkpoint in the arguments' folder; raises where there is none.
+        resume: go on from the newest checkpoint in the arguments' folder, to the same weights as a run that was not
+            stopped. Epochs, logging and saving may differ from then; all other settings, and the data, may not.
 
     Returns:
         (attachment, figures): the attachment, None without bottlenecks, and the last training figures.
 
     Raises:
-        ValueError: an empty data set, rows with other keys, an unknown recipe or layer.
+        ValueError: an empty data set, rows with other keys, an unknown recipe or layer; with ``resume``, no
+            checkpoint, a damaged one, or one of other settings; without, a folder that holds checkpoints already.
     """
     if recipe not in ("joint", "frozen_below"):
         raise ValueError(f"recipe is {recipe!r}; it should be 'joint' or 'frozen_below'")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; it should hold at least one row")
+    _check_numbers(
+        learning_rate=arguments.learning_rate, codebook_learning_rate=codebook_learning_rate,
+        embedding_learning_rate=embedding_learning_rate, prompt_weight=prompt_weight,
+        batch_size=arguments.per_device_train_batch_size, epochs=max(arguments.num_train_epochs, arguments.max_steps),
+    )  # fmt: skip
     rows = [encode_row(tokenizer, row, prompt_weight, max_length) for row in dataset]
     collate = Collator(tokenizer.pad_token_id)
     arguments = copy.copy(arguments)
     arguments.remove_unused_columns = False  # the loss's weights are no argument of the model's
+    settings = settings_of(
+        model, rows, bottlenecks or {}, arguments, recipe=recipe, codebook_learning_rate=codebook_learning_rate,
+        embedding_learning_rate=embedding_learning_rate, reseed_every=reseed_every, reseed_until=reseed_until,
+    )  # fmt: skip
+    checkpoint = checkpoint_to_resume(arguments, settings) if resume else no_checkpoint(arguments)
     attachment = None
     if bottlenecks:
         attachment = attach(model, bottlenecks)
@@ -94,9 +112,14 @@ def train(
         train_dataset=rows,
         data_collator=collate,
     )
+    trainer.settings = settings
     if attachment is not None:
         trainer.add_callback(UsageCallback(trainer, reseed_every, reseed_until, arguments.seed))
-    trainer.train(resume_from_checkpoint=resume or None)
+        if checkpoint is not None and arguments.process_index == 0:  # the sum of all processes' counts
+            usage = safetensors.torch.load_file(checkpoint / USAGE)
+            for name, bottleneck in attachment.bottlenecks.items():
+                bottleneck.codebook.counts.copy_(usage[name])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
     figures = {
         k: v for entry in trainer.state.log_history[-2:] for k, v in entry.items() if isinstance(v, (int, float))
@@ -105,7 +128,12 @@ def train(
 
 
 class CodebookTrainer(Trainer):
-    """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss."""
+    """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss.
+
+    No mask holds in its forward passes. settings: what :func:`train` writes into every checkpoint; None: nothing.
+    """
+
+    settings: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -130,7 +158,8 @@ class CodebookTrainer(Trainer):
                 # The mask is an encoder's where there is one; a decoder's positions are not its.
                 of_mask = "decoder" not in name or not self.model.config.is_encoder_decoder
                 bottleneck.token_mask = inputs["attention_mask"].bool() if of_mask else None
-        outputs = model(**inputs)
+        with self.attachment.unlearn(None) if self.attachment is not None else contextlib.nullcontext():
+            outputs = model(**inputs)
         loss = weighted_loss(outputs.logits, labels, weights, shift=not self.model.config.is_encoder_decoder)
         if self.attachment is not None:
             self.terms["task_loss"].append(loss.detach().item())
@@ -163,13 +192,24 @@ class CodebookTrainer(Trainer):
             self.optimizer = factory([group for group in groups if group["params"]], **settings)
         return super().create_optimizer(*arguments, **options)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or self.settings is None:
+            return  # no checkpoint, or nobody will ask what it was trained with
+        bottlenecks = self.attachment.bottlenecks if self.attachment is not None else {}
+        usage = {name: bottleneck.codebook.counts.clone() for name, bottleneck in bottlenecks.items()}
+        for counts in usage.values():
+            _sum_over_ranks(counts)
+        if self.args.should_save:
+            safetensors.torch.save_file(usage, Path(output_dir) / USAGE)
+            (Path(output_dir) / SETTINGS).write_text(json.dumps(self.settings, indent=2))
+
 
 class UsageCallback(TrainerCallback):
     """Reports how many codes are used and moves dead ones onto tokens of the last batch."""
 
     def __init__(self, trainer: CodebookTrainer, every: int, until: float, seed: int) -> None:
-        self.trainer, self.every, self.until = trainer, every, until
-        self.generator = torch.Generator().manual_seed(seed)
+        self.trainer, self.every, self.until, self.seed = trainer, every, until, seed
 
     def on_optimizer_step(self, args, state, control, **_: Any) -> None:
         step = state.global_step + 1
@@ -182,7 +222,8 @@ class UsageCallback(TrainerCallback):
             self.trainer.terms["code_perplexity"].append(usage["perplexity"])
             if step < self.until * state.max_steps:
                 dead = bottleneck.codebook.counts == 0
-                bottleneck.reseed_dead(self.generator)
+                # Of the step alone, so that a resumed run draws what the whole one would have drawn.
+                bottleneck.reseed_dead(torch.Generator().manual_seed(self.seed + step))
                 self._settle(bottleneck.codebook.codes, dead)
             else:
                 bottleneck.codebook.reset_usage()
@@ -216,7 +257,7 @@ def seed_codes(attachment: Attachment, rows: Sequence[Mapping], collate, batch_s
 
     was_training = model.training
     model.eval()
-    with attachment.observe(observe):
+    with attachment.unlearn(None), attachment.observe(observe):
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             batch.pop("loss_weights")
@@ -247,7 +288,7 @@ def freeze_below(attachment: Attachment, batch: Mapping[str, Tensor]) -> list[st
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attachment.unlearn(None):
             model(**{name: value.to(model.device) for name, value in batch.items() if name != "loss_weights"})
     finally:
         for handle in handles:
@@ -259,6 +300,13 @@ def freeze_below(attachment: Attachment, batch: Mapping[str, Tensor]) -> list[st
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        least = "at least 0" if name == "prompt_weight" else "above 0"
+        if value is not None and not (0 < value < math.inf or (value == 0 and least == "at least 0")):
+            raise ValueError(f"{name} is {value}; it should be finite and {least}")
 
 
 def _distributed() -> bool:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from tqdm.auto import tqdm
 from cu_fast.masks import Mask
 
 logger = logging.getLogger("cu_fast")
+
+TESTS = ("auto", "chi2", "fisher")
 
 # The strengths that ``choose`` is offered: beyond significance, or from the most enriched codes on.
 P_LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -129,28 +132,37 @@ def find_mask(
         progress: a progress bar, on a terminal.
 
     Returns:
-        Finding. Its mask deletes nothing, and a warning says so, where no code is significant.
+        Finding. Where no code is significant its mask deletes nothing, and a warning says so: ``add_mask`` refuses it.
 
     Raises:
-        ValueError: an empty target or control, an unknown layer, a threshold out of range.
+        ValueError: an empty target or control, an unknown layer, a threshold out of range, counts of another codebook.
     """
     started = time.perf_counter()
     layer = _only_layer(attachment, layer)
     bottleneck = attachment.bottlenecks[layer]
     depth = bottleneck.config.k if depth is None else depth
-    if not bottleneck.config.k <= depth <= bottleneck.config.num_codes:
-        raise ValueError(
-            f"depth is {depth}; it should be between k = {bottleneck.config.k} and {bottleneck.config.num_codes} codes"
-        )
+    if not isinstance(topic, str) or not topic:
+        raise ValueError(f"topic is {topic!r}; it should be a name for the mask")
+    if not math.isfinite(min_enrichment):
+        raise ValueError(f"min_enrichment is {min_enrichment}; it should be a finite number of bits")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it should be in (0, 1]")
-    if grow not in ("significance", "enrichment"):
-        raise ValueError(f"grow is {grow!r}; it should be 'significance' or 'enrichment'")
+    for name, value, allowed in (
+        ("grow", grow, ("significance", "enrichment")),
+        ("test", test, TESTS),
+        ("correction", correction, ("bh", "none")),
+    ):
+        _check_choice(name, value, allowed)
     options = dict(layer=layer, depth=depth, batch_size=batch_size, max_length=max_length, progress=progress)
     found, control = (
         texts if isinstance(texts, CodeCounts) else count_codes(attachment, tokenizer, texts, name=name, **options)
         for name, texts in (("target", target), ("control", control))
     )
+    for name, counted in (("target", found), ("control", control)):
+        if len(counted.counts) != bottleneck.config.num_codes:
+            raise ValueError(
+                f"{name} counts {len(counted.counts)} codes; layer {layer!r} has {bottleneck.config.num_codes}, so count again"
+            )
     R = enrichment(found, control)
     p = p_values(found, control, test)
     q = _correct(p, (found.counts + control.counts).numpy() > 0, correction)
@@ -159,8 +171,8 @@ def find_mask(
     size = significant = int((q[candidates] < alpha).sum())  # the first ones: q grows with p
     if significant == 0:
         logger.warning(
-            "topic %r: no code has enrichment above %g and q below %g, so nothing is deleted; "
-            "lower the thresholds, give more target texts, or a deeper depth",
+            "topic %r: no code has enrichment above %g and q below %g, so the mask deletes nothing and add_mask would "
+            "refuse it; lower the thresholds, give more target texts, or a deeper depth",
             topic, min_enrichment, alpha,
         )  # fmt: skip
 
@@ -225,10 +237,21 @@ def count_codes(
     examples: contexts kept for each code, the first seen: ``window`` tokens to each side.
 
     Raises:
-        ValueError: there are no texts, or they hold no token.
+        ValueError: there are no texts, or they hold no token; an unknown layer, a number out of range.
+        TypeError: texts is one text, or holds something else than texts.
     """
+    layer = _only_layer(attachment, layer)
     model, bottleneck = attachment.model, attachment.bottlenecks[layer]
-    C = bottleneck.config.num_codes
+    k, C = bottleneck.config.k, bottleneck.config.num_codes
+    for number, value, least, most in (
+        ("depth", depth, k, C),
+        ("examples", examples, 0, math.inf),
+        ("window", window, 0, math.inf),
+        ("batch_size", batch_size, 1, math.inf),
+        ("max_length", max_length, 1, math.inf),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{number} is {value!r}; it should be an int, at least {least}, at most {most}")
     counts = CodeCounts(
         torch.zeros(C, dtype=torch.int64), 0, torch.full((C, examples, 2 * window + 1), -1, dtype=torch.int32)
     )
@@ -242,7 +265,7 @@ def count_codes(
         counts.counts += torch.bincount(ids[ids >= 0], minlength=C)
         counts.tokens += len(ids)
         if examples:
-            _keep_contexts(counts.contexts, seen, ids[:, : bottleneck.config.k], tokens, valid, window)
+            _keep_contexts(counts.contexts, seen, ids[:, :k], tokens, valid, window)
         raise _Counted
 
     # An encoder is run alone: what a decoder would answer is not part of the texts.
@@ -283,8 +306,7 @@ def p_values(target: CodeCounts, control: CodeCounts, test: str = "auto") -> np.
     "chi2": Pearson's chi-squared on the 2 x 2 table, 1 degree of freedom. "fisher": the exact one-sided test
     (more in target). "auto": Fisher where an expected count is below 5, else chi-squared. 1 for an unseen code.
     """
-    if test not in ("auto", "chi2", "fisher"):
-        raise ValueError(f"test is {test!r}; it should be 'auto', 'chi2' or 'fisher'")
+    _check_choice("test", test, TESTS)
     a, b = target.counts.numpy().astype(float), control.counts.numpy().astype(float)
     n, m = target.tokens, control.tokens
     seen = np.flatnonzero((a + b > 0) & (a + b < n + m))
@@ -307,8 +329,14 @@ def replace_words(texts: Iterable[str], words: Sequence[str], vocabulary: Iterab
     their case; a plural or possessive ending (s, 's) is kept.
 
     Raises:
-        ValueError: no words, or no word in the vocabulary that is not one of the topic's.
+        ValueError: no words, an empty one, or no word in the vocabulary that is not one of the topic's.
+        TypeError: words or vocabulary is one string.
     """
+    for name, given in (("words", words), ("vocabulary", vocabulary)):
+        if isinstance(given, str):
+            raise TypeError(f"{name} is {given!r}; it should be a list of strings")
+    if not all(word.strip() for word in words):
+        raise ValueError(f"words is {list(words)!r}; none of them should be empty")
     topic = {word.lower() for word in words}
     pool = sorted({w.lower() for text in vocabulary for w in re.findall(r"[^\W\d_]{2,}", text)} - topic)
     if not topic or not pool:
@@ -352,8 +380,6 @@ def random_mask(mask: Mask, counts: CodeCounts, seed: int = 0) -> Mask:
 def _correct(p: np.ndarray, tested: np.ndarray, correction: str) -> np.ndarray:
     if correction == "none":
         return p
-    if correction != "bh":
-        raise ValueError(f"correction is {correction!r}; it should be 'bh' or 'none'")
     q = np.ones_like(p)
     if tested.any():
         q[tested] = stats.false_discovery_control(p[tested], method="bh")
@@ -378,12 +404,19 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         raise TypeError(f"texts is a {type(texts).__name__}; it should be an iterable of strings")
     batch: list[str] = []
     for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts holds {text!r}, a {type(text).__name__}; it should be an iterable of strings")
         batch.append(text)
         if len(batch) == size:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
 
 
 def _only_layer(attachment, layer: str | None) -> str:

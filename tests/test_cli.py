@@ -147,7 +147,7 @@ def test_what_a_user_can_mend_is_one_line(folder, texts, tmp_path):
         "t",
         words="target holds no text",
     )
-    fails("train", folder, texts["control"], "--output", tmp_path / "o", "--layer", "model.layers.9", words="row")
+    fails("train", folder, texts["control"], "--output", tmp_path / "o", "--layer", "model.layers.9", words="object")
 
 
 def test_wrong_usage_has_its_own_exit_code():

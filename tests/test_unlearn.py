@@ -84,7 +84,8 @@ def test_finds_the_codes_of_a_name(attachment, tokenizer):
     attachment.add_mask(finding.mask)
     question = tokenizer("Anna writes", return_tensors="pt")
     with torch.no_grad():
-        before = attachment.model(**question).logits
+        with attachment.unlearn(None):
+            before = attachment.model(**question).logits
         with attachment.unlearn("Anna"):
             after = attachment.model(**question).logits
     assert not torch.equal(before, after)

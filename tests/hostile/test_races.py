@@ -1,0 +1,116 @@
+"""Another thread writes to an operator's arguments while the operator runs: an error or odd numbers, never a crash."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+RACE = """
+import sys, threading, time
+import torch
+from cu_fast import _autograd, ops
+
+sys.setswitchinterval(1e-5)
+torch.set_num_threads(1)
+T, E, C, k = 512, 64, 4096, 8
+rng = torch.Generator().manual_seed(0)
+packed = ops.pack_codes(torch.randn(C, E, generator=rng), "cosine", scan="int8")
+z = torch.randn(T, E, generator=rng)
+weights = torch.rand(T, k, generator=rng)
+ids = torch.randint(C, (T, k), generator=rng, dtype=torch.int32)
+table = torch.randint(-(2**31), 2**31 - 1, (4, C // 32), generator=rng, dtype=torch.int64).int()
+row = torch.randint(4, (T,), generator=rng, dtype=torch.int32)
+scan = tuple(packed.scan)
+op = torch.ops.cu_fast
+
+
+def bottleneck(reselect):
+    op.codebook_bottleneck(z, None, None, None, False, packed.codes, packed.inv_norm, None, k, table, row, reselect,
+                           *scan, packed.codes, None, True, False, None)
+
+
+CASES = {
+    "masked_decode": lambda: op.masked_decode(ids, weights, packed.codes, None, None, table, row, False),
+    "codebook_quantize": lambda: op.codebook_quantize(z, packed.codes, packed.inv_norm, None, k, table, row, True, *scan),
+    "every code scored": lambda: op.codebook_quantize(z, packed.codes, None, None, k, table, row, True, None, None, None),
+    "sae_encode_topk": lambda: op.sae_encode_topk(z, packed.codes, None, None, k, table, row, True, None, None, None),
+    "ablate": lambda: bottleneck(False),
+    "reselect": lambda: bottleneck(True),
+    "gather_sum": lambda: _autograd.gather_sum(ids, weights, packed.codes),
+    "gather_dot": lambda: _autograd.gather_dot(ids, z, packed.codes),
+    "scatter_sum": lambda: _autograd.scatter_sum(ids, weights, z, C),
+}
+ARGUMENTS = {
+    "ids": (ids, 2**30), "mask_row": (row, 2**30), "mask_table": (table, -1), "weights": (weights, float("nan")),
+    "z": (z, float("inf")), "scan_terms": (packed.scan.terms, float("nan")),
+}
+
+
+def race(call, tensor, wild):
+    # How many calls refused what they saw, while another thread writes to the tensor.
+    good, over = tensor.clone(), threading.Event()
+
+    def write():
+        while not over.is_set():
+            tensor.fill_(wild)
+            tensor.copy_(good)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    refused, end = 0, time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            call()
+        except (ValueError, RuntimeError, IndexError):
+            refused += 1
+    over.set()
+    writer.join()
+    tensor.copy_(good)
+    return refused
+
+
+argument, *cases = sys.argv[1:]
+for case in cases:
+    print(case, end=": ", flush=True)
+    print(race(CASES[case], *ARGUMENTS[argument]), flush=True)
+"""
+
+
+def refused(argument: str, cases: list[str]) -> dict[str, int]:
+    """How many calls refused what they saw, case by case, in a process that must live."""
+    done = subprocess.run([sys.executable, "-c", RACE, argument, *cases], capture_output=True, text=True, timeout=300)
+    ended = signal.Signals(-done.returncode).name if done.returncode < 0 else done.stderr
+    assert done.returncode == 0, f"{ended} after {done.stdout!r}"
+    return {case: int(count) for case, count in (line.split(": ") for line in done.stdout.splitlines())}
+
+
+SELECTIONS = ["codebook_quantize", "every code scored", "sae_encode_topk", "reselect"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "cases"),
+    [
+        ("ids", ["masked_decode"]),
+        ("ids", ["gather_sum", "gather_dot", "scatter_sum"]),
+        ("mask_row", ["masked_decode", "ablate"]),
+        ("mask_row", SELECTIONS),
+    ],
+)
+def test_an_index_written_during_a_call_is_refused_or_not_seen(argument, cases):
+    assert all(refused(argument, cases)[case] > 0 for case in cases)  # the wild value was there to be read
+
+
+@pytest.mark.parametrize(
+    ("argument", "cases"),
+    [
+        ("z", SELECTIONS[:2]),
+        ("scan_terms", SELECTIONS[:1]),
+        ("mask_table", ["codebook_quantize", "masked_decode"]),
+        ("weights", ["masked_decode"]),
+    ],
+)
+def test_a_number_written_during_a_call_does_no_harm(argument, cases):
+    assert all(refused(argument, cases)[case] == 0 for case in cases)
