@@ -14,37 +14,53 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cu_fast._topics import NOTHING, Layer, Request, text_of
+from cu_fast._topics import NOTHING, PACKED, Hold, Layer, Request, Topics, text_of
+
+Silent = Literal["refuse", "plain"]
+UNKNOWN = -1  # how many sequences a forward was given, where its arguments do not tell
 
 
 class StaleCacheError(RuntimeError):
-    """A KV cache, or encoder outputs, computed under one set of masks and continued under another."""
+    """A KV cache, encoder outputs or another state, computed under one set of masks and continued under another."""
 
 
-class _Ran(threading.local):
-    """The swapped layers that ran in this thread since their runner was entered."""
+class _Thread(threading.local):
+    """What this thread's forwards have come to.
+
+    ran: the swapped layers that ran since their model was entered. batch: runner -> how many sequences it was given.
+    hold: of the request that was looked up last; kernels that read its rows may still run. unconfirmed: inside
+    generate, a step was begun, and its forward has not yet been seen to pass the swapped layers.
+    """
 
     def __init__(self) -> None:
-        self.layers: set[int] = set()
+        self.ran: set[int] = set()
+        self.batch: dict[int, int] = {}
+        self.hold: Hold | None = None
+        self.unconfirmed = False
 
 
 class Active:
-    """The run-time state of one attachment."""
+    """The run-time state of one attachment.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    silent: what a forward means whose context has not said what holds.
+    """
+
+    def __init__(self, layers: Sequence[Layer], topics: Topics, silent: Silent) -> None:
         self.layers = layers
+        self.topics = topics
+        self.silent = silent
+        self.standing: Request | None = None  # what always holds, where something does
         self.request: ContextVar[Request | None] = ContextVar("cu_fast.request", default=None)
         self.observer: ContextVar[Callable | None] = ContextVar("cu_fast.observer", default=None)
-        # Inside generate: how many rows of the batch a sequence may become (beams, return sequences). Else 0.
+        # Inside generate: how many rows of the batch a sequence becomes (beams, return sequences). Else 0.
         self.expand: ContextVar[int] = ContextVar("cu_fast.expand", default=0)
-        self._lock = threading.Lock()
-        self.masked_contexts = 0  # open, in any thread
-        self._ran = _Ran()
+        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._thread = _Thread()
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
@@ -54,37 +70,145 @@ class Active:
     def __reduce_ex__(self, protocol: int) -> Any:
         raise TypeError("a model with an attachment cannot be pickled; use save_pretrained() and attachment.save()")
 
-    @contextlib.contextmanager
-    def holding(self, request: Request) -> Iterator[None]:
-        """Let a request hold in this context."""
-        deletes = int(request.signature != NOTHING)
-        with self._lock:
-            self.masked_contexts += deletes
-        try:
-            token = self.request.set(request)
-            try:
-                yield
-            finally:
-                self.request.reset(token)
-        finally:
-            with self._lock:
-                self.masked_contexts -= deletes
+    # -- what holds ------------------------------------------------------------------------------------------
+
+    def open(self, topics: Any) -> Request:
+        """A request for these topics, open until :meth:`close`; it holds nowhere yet."""
+        request = self.topics.request(topics)
+        if request.deletes:
+            self._in_use.add(request)
+        return request
+
+    def share(self, request: Request, entry: int) -> Request:
+        """One entry of an open request as a request of its own, for work that goes on after its context is left."""
+        request = self.topics.share(request, entry)
+        if request.deletes:
+            self._in_use.add(request)
+        return request
+
+    def close(self, request: Request) -> None:
+        """Nothing may run under it any more; its rows are given back once the forwards that read them have ended."""
+        if self._thread.hold is request.hold:
+            self._thread.hold = None  # a forward of this thread, if there was one, has ended
+        self._in_use.discard(request)
+        request.close()  # last: where an interrupt keeps it from being closed, it is closed again
+
+    def check_idle(self, what: str) -> None:
+        """Raises RuntimeError where masks hold in any thread, or a ``generate`` under masks has not ended."""
+        if len(self._in_use):
+            raise RuntimeError(
+                f"{what} while masks hold; leave every unlearn context, and let every generate end, first"
+            )
 
     def now(self) -> Request | None:
-        """The request that holds here, None for none.
+        """The request that holds here, None where nothing was ever to be deleted.
 
         Raises:
-            RuntimeError: masks are active elsewhere and nobody said whether they hold here. A new thread starts
-                with an empty context, so a model run in one would quietly run without them.
+            RuntimeError: nothing was said here, though there are masks: a new thread, for one, starts with an empty
+                context, and would quietly run without them. Or what was said has ended.
         """
         request = self.request.get()
-        if request is None and self.masked_contexts:
+        if request is None:
+            # Where all masks always hold, there is nothing that silence could have meant to delete.
+            if self.silent == "refuse" and (not self.topics.masks.keys() <= self.topics.always or len(self._in_use)):
+                raise RuntimeError(
+                    "this attachment has masks, and nothing was said here of what holds; enter "
+                    "`with attachment.unlearn(...)` in this thread or task (unlearn(None) deletes nothing), or start "
+                    "it with contextvars.copy_context().run and let it end inside the context"
+                )
+            return self.standing
+        if request.closed:
             raise RuntimeError(
-                "masks are active in another thread or context, and this one has not said what holds here; enter "
-                "`with attachment.unlearn(...)` here (unlearn(None) deletes nothing), or start the thread with "
-                "contextvars.copy_context().run"
+                "the unlearn context that holds here was left, and what was deleted in it may be needed elsewhere; "
+                "enter `with attachment.unlearn(...)` in this thread or task, and let its work end inside"
             )
         return request
+
+    @contextlib.contextmanager
+    def under(self, topics: Any) -> Iterator[None]:
+        """Let topics hold for what this package itself runs."""
+        request = self.open(topics)
+        token = self.request.set(request)
+        try:
+            yield
+        finally:
+            self.request.reset(token)
+            self.close(request)
+
+    @contextlib.contextmanager
+    def packed(self, parts: Sequence[tuple[Request | None, int]], tokens: int) -> Iterator[None]:
+        """Around the forward of a packed batch, [1, tokens].
+
+        parts: for each sequence that it holds, in order, what is deleted and how many tokens. What is left is padding.
+        """
+        rows = [row for part, n in parts for row in (part.rows if part else (-1,)) * n]
+        rows += [-1] * (tokens - len(rows))
+        codebooks = {name: sha for part, _ in parts if part for name, sha in part.codebooks.items()}
+        hold = Hold()
+        request = Request(tuple(rows), "token", PACKED, codebooks, hold)
+        token = self.request.set(request)
+        try:
+            yield
+        finally:
+            self.request.reset(token)
+            self.close(request)
+            for part, _ in parts:
+                if part and part.hold:
+                    part.hold.streams |= hold.streams
+
+    @contextlib.contextmanager
+    def generating(self, expand: int) -> Iterator[None]:
+        """Around ``generate``. expand: rows of the batch for a sequence."""
+        request, ticket = self.now(), _Ticket()
+        if request is not None and request.deletes:
+            self._in_use.add(ticket)  # until it ends, whatever becomes of the context
+        token, before = self.expand.set(expand), self._thread.unconfirmed
+        self._thread.unconfirmed = False
+        try:
+            yield
+            self.confirm()
+        finally:
+            self._thread.unconfirmed = before
+            self.expand.reset(token)
+
+    # -- a forward -------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """A step of ``generate`` starts; the one before has ended."""
+        if self.expand.get():
+            self.confirm()
+            self._thread.ran.clear()
+            self._thread.unconfirmed = True
+
+    def confirm(self) -> None:
+        """Raises RuntimeError where the last step's forward passed a swapped layer by.
+
+        The hooks around a model would tell, but code that was compiled or captured without them has none.
+        """
+        request = self.now()
+        if self._thread.unconfirmed and request is not None and request.deletes:
+            self._thread.unconfirmed = False
+            self._check_ran(i for i, layer in enumerate(self.layers) if layer.in_decoder)
+
+    def enter(self, runner: int, batch: int) -> None:
+        """The model that runs some of the layers starts. batch: the sequences that it was given, or UNKNOWN."""
+        request = self.now()
+        self._thread.batch[runner] = batch
+        if request is not None and request.deletes:
+            self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
+
+    def leave(self, runner: int) -> None:
+        """It has finished. Raises RuntimeError where masks are active and one of its swapped layers did not run."""
+        request = self.now()
+        self._thread.batch.pop(runner, None)
+        if request is not None and request.deletes:
+            self._check_ran(i for i, layer in enumerate(self.layers) if layer.runner == runner)
+
+    def _check_ran(self, expected: Iterator[int]) -> None:
+        if missed := [self.layers[i].name for i in expected if i not in self._thread.ran]:
+            raise RuntimeError(
+                f"masks are active, but the swapped layers {missed} did not run: nothing was deleted there"
+            )
 
     def mask_rows(self, x: Tensor, index: int) -> Tensor | None:
         """mask_row int32 [T] for a layer's output x [B, S, D], T = B S; None where nothing is deleted."""
@@ -94,51 +218,57 @@ class Active:
         if observer := self.observer.get():
             observer(x, layer.bottleneck)
         request = self.now()
+        batch = self._thread.batch.get(layer.runner, UNKNOWN)
+        if not layer.batch_first and x.dim() == 3:
+            layer.batch_first = x.shape[0] == batch != x.shape[1]
         if request is None:
             return None
         tokens = x.numel() // x.shape[-1]
-        if request.per_sequence:
-            self._check_batch(x, len(request.rows), layer)
-        if request.signature == NOTHING:
+        if request.of == "sequence":
+            self._check_batch(x, batch, len(request.rows), layer)
+        elif request.of == "token" and tokens != len(request.rows):
+            raise RuntimeError(
+                f"layer {layer.name!r} returned {tokens} tokens of a packed batch of {len(request.rows)}"
+            )
+        if not request.deletes:
             return None
         if layer.name in request.codebooks and layer.bottleneck.codebook_sha256() != request.codebooks[layer.name]:
             raise RuntimeError(f"the codebook of layer {layer.name!r} changed inside the unlearn context")
         if layer.bottleneck.training:
             raise RuntimeError("a mask is active but the bottleneck is in training mode; call model.eval() first")
-        self._ran.layers.add(index)
+        hold = self._thread.hold = request.hold
+        if hold is None:
+            return self.mask_rows(x, index)  # closed by another thread just now: say so
+        layer.table.read_on(x.device, hold.streams)
+        self._thread.ran.add(index)
         # A sequence's tokens lie together, and so do its copies under beam search.
-        rows = torch.tensor(request.rows, dtype=torch.int32)
-        return rows.repeat_interleave(tokens // len(rows)).to(x.device)
+        rows = request.rows_on(x.device)
+        return rows if len(rows) == tokens else rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
 
-    def _check_batch(self, x: Tensor, entries: int, layer: Layer) -> None:
-        if x.dim() != 3:
+    def _check_batch(self, x: Tensor, batch: int, entries: int, layer: Layer) -> None:
+        expected = entries * (1 if layer.in_encoder else max(1, self.expand.get()))
+        if batch == UNKNOWN:
             raise RuntimeError(
-                f"layer {layer.name!r} returned shape {list(x.shape)}; masks by sequence need [batch, tokens, width]"
+                f"layer {layer.name!r} ran where the number of sequences is not known, outside its model or on images; "
+                f"give unlearn() one entry for all"
             )
-        expand = self.expand.get()
-        if x.shape[0] not in (entries, entries * expand):
-            expected = f"{entries}" if expand <= 1 else f"{entries} or {entries * expand}"
+        if batch != expected:
             raise ValueError(
-                f"the batch holds {x.shape[0]} sequences and unlearn() was given {entries} entries; "
-                f"the batch should be {expected}"
+                f"the batch holds {batch} sequences and unlearn() was given {entries} entries; the batch should be "
+                f"{expected}"
             )
-
-    def enter(self, runner: int) -> None:
-        """The model that runs some of the layers starts."""
-        request = self.now()
-        if request is not None and request.signature != NOTHING:
-            self._ran.layers -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
-
-    def leave(self, runner: int) -> None:
-        """It has finished. Raises RuntimeError where masks are active and one of its swapped layers did not run."""
-        request = self.now()
-        if request is None or request.signature == NOTHING:
-            return
-        missed = [v.name for i, v in enumerate(self.layers) if v.runner == runner and i not in self._ran.layers]
-        if missed:
+        if x.dim() != 3 or x.shape[0] != batch:
             raise RuntimeError(
-                f"masks are active, but the swapped layers {missed} did not run: nothing was deleted there"
+                f"layer {layer.name!r} returned shape {list(x.shape)} for {batch} sequences; masks by sequence need "
+                f"[batch, tokens, width]"
             )
+        if x.shape[1] == batch > 1 and not layer.batch_first:
+            raise RuntimeError(
+                f"layer {layer.name!r} returned shape {list(x.shape)}, and which of the two is the batch is not known; "
+                f"run any batch whose number of tokens is another one first, or pad this one"
+            )
+
+    # -- states ----------------------------------------------------------------------------------------------
 
     def check_filled(self, stamp: Tensor | None, length: int | Tensor, what: str) -> Tensor:
         """The stamp, int64 [], for a cache that is about to be continued under the present request.
@@ -152,7 +282,7 @@ class Active:
             StaleCacheError: it was filled under other masks.
         """
         request = self.now()
-        present = NOTHING if request is None else request.signature
+        present = self.topics.nothing if request is None else request.signature
         filled = NOTHING if stamp is None else int(stamp)
         if filled != present and int(length) > 0:
             raise StaleCacheError(
@@ -160,6 +290,10 @@ class Active:
                 f"new one, or continue inside the context that it comes from"
             )
         return torch.tensor(present)
+
+
+class _Ticket:
+    """A ``generate`` under masks, as long as it runs."""
 
 
 # -- what a compiled model calls ---------------------------------------------------------------------------------
@@ -176,7 +310,9 @@ def _operator(name: str):
 def mask_rows(x: Tensor, handle: int, layer: int) -> Tensor:
     """:meth:`Active.mask_rows`; where nothing is deleted, -1 for every token."""
     rows = _by_handle[handle].mask_rows(x, layer)
-    return x.new_full((x.numel() // x.shape[-1],), -1, dtype=torch.int32) if rows is None else rows
+    if rows is None:
+        return x.new_full((x.numel() // x.shape[-1],), -1, dtype=torch.int32)
+    return rows.clone()  # an operator's result is its own
 
 
 @mask_rows.register_fake
@@ -185,9 +321,9 @@ def _(x: Tensor, handle: int, layer: int) -> Tensor:
 
 
 @_operator("enter")
-def enter(handle: int, runner: int) -> None:
+def enter(handle: int, runner: int, batch: int) -> None:
     """:meth:`Active.enter`."""
-    _by_handle[handle].enter(runner)
+    _by_handle[handle].enter(runner, batch)
 
 
 @_operator("leave")
@@ -207,7 +343,7 @@ def _(stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-for _op in (enter, leave):
-    _op.register_fake(lambda handle, runner: None)
+enter.register_fake(lambda handle, runner, batch: None)
+leave.register_fake(lambda handle, runner: None)
 for _op in (mask_rows, enter, leave, check_filled):
     _op.register_effect(torch.library.EffectType.ORDERED)

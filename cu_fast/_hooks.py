@@ -5,19 +5,28 @@ Under ``torch.compile`` the hooks are traced, and reach the present request thro
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from cu_fast._active import Active
+from cu_fast._active import UNKNOWN, Active, StaleCacheError
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
 STAMP = "_cu_fast_stamp"  # on a cache or an encoder's output: what it was computed under
+ROWS = "_cu_fast_rows"  # on a cache whose sequences have different masks, and on its first tensor: still in that order
+VALUE = "_cu_fast_value"  # on an encoder's output: which tensor the stamp is of
+
+# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, other kinds cannot.
+STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Arguments whose first dimension is the sequences, whatever the model. Of images or sounds a sequence may have several.
+SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 class LayerHook:
@@ -34,17 +43,17 @@ class LayerHook:
                 f"layer {layer.name!r} returned width {x.shape[-1]}; its bottleneck's d_model is "
                 f"{bottleneck.config.d_model}"
             )
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
+            )
         if torch.compiler.is_compiling():
             row = torch.ops.cu_fast.mask_rows(x.detach(), self.active.handle, self.index)
-        elif torch.jit.is_tracing():
-            raise RuntimeError("torch.jit.trace would bake the present masks in; use torch.compile")
         else:
             row = self.active.mask_rows(x, self.index)
         if row is None or bottleneck.training:  # a mask in training has raised already
             y = bottleneck(x)
         else:
-            if layer.table.table.device != x.device:
-                layer.table.table = layer.table.table.to(x.device)
             y = bottleneck(x, layer.table.table, row)
         if isinstance(output, Tensor):
             return y
@@ -56,67 +65,185 @@ class LayerHook:
 class ModelHook:
     """Around a model that holds swapped layers: guards what its forward continues from, and that none was left out.
 
-    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder.
+    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder. sequences: the
+    arguments that tell how many sequences there are.
     """
 
-    def __init__(self, active: Active, runner: int, encoder_is_swapped: bool) -> None:
-        self.active, self.runner, self.encoder_is_swapped = active, runner, encoder_is_swapped
+    def __init__(
+        self, active: Active, model: nn.Module, runner: int, encoder_is_swapped: bool, sequences: tuple[str, ...]
+    ) -> None:
+        self.active, self.runner, self.encoder_is_swapped, self.sequences = (
+            active,
+            runner,
+            encoder_is_swapped,
+            sequences,
+        )
+        self.arguments = argument_names(model.forward)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.arguments, args)), **kwargs}
+        batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         if torch.compiler.is_compiling():
-            torch.ops.cu_fast.enter(self.active.handle, self.runner)
+            torch.ops.cu_fast.enter(self.active.handle, self.runner, batch)
         else:
-            self.active.enter(self.runner)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache):
-                setattr(value, STAMP, self._check_filled(value, _length(value), "KV cache"))
-        if self.encoder_is_swapped and kwargs.get("encoder_outputs") is not None:
-            self._check_filled(kwargs["encoder_outputs"], 1, "encoder's output")
+            self.active.enter(self.runner, batch)
+        for name in STATES:
+            value = given.get(name)
+            if not (value is None or isinstance(value, (Tensor, Cache))) and self.active.topics.masks:
+                raise StaleCacheError(
+                    f"{name} is {type(value).__name__}, and only a transformers.Cache can tell what it was computed "
+                    f"under; pass use_cache=False, or None for {name}"
+                )
+        for value in given.values():
+            for cache in _caches(value):
+                self._check_order(cache)
+                setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
+        if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
+            check_encoded(self.active, given["encoder_outputs"])
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             torch.ops.cu_fast.leave(self.active.handle, self.runner)
         else:
             self.active.leave(self.runner)
-        parts = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
-        for value in parts:
-            if isinstance(value, Cache) and getattr(value, STAMP, None) is None:
-                setattr(value, STAMP, self._check_filled(value, 0, "KV cache"))  # this forward made it
+        made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
+        for value in (*args, *kwargs.values(), *made):
+            for cache in _caches(value):
+                if getattr(cache, STAMP, None) is None:  # this forward made it
+                    setattr(cache, STAMP, self._check_filled(cache, 0, "KV cache"))
+                self._mark_order(cache)
         if isinstance(output, ModelOutput):
             setattr(output, STAMP, self._check_filled(output, 0, "output"))
+            if not torch.compiler.is_compiling():
+                setattr(output, VALUE, _identity(output))
 
     def _check_filled(self, value: Any, length: int | Tensor, what: str) -> Tensor:
-        stamp = getattr(value, STAMP, None)
-        if not torch.compiler.is_compiling():
-            return self.active.check_filled(stamp, length, what)
-        length = length if isinstance(length, Tensor) else torch.full((), length)
-        return torch.ops.cu_fast.check_filled(stamp, length, what, self.active.handle)
+        return check_filled(self.active, value, length, what)
+
+    # A request with a mask for each sequence takes a cache's rows to be in the order in which it filled them. Inside
+    # generate, transformers moves them, each within its sequence; elsewhere nothing should.
+
+    def _check_order(self, cache: Cache) -> None:
+        if torch.compiler.is_compiling() or not getattr(cache, ROWS, False):
+            return
+        state = _first_tensor(cache)
+        if state is not None and not hasattr(state, ROWS) and not self.active.expand.get():
+            raise StaleCacheError(
+                "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which "
+                "row has which mask is no longer known; start with a new one"
+            )
+
+    def _mark_order(self, cache: Cache) -> None:
+        if torch.compiler.is_compiling():
+            return
+        request, state = self.active.now(), _first_tensor(cache)
+        moves = request is not None and len(set(request.rows)) > 1 and state is not None
+        setattr(cache, ROWS, moves)
+        if moves:
+            setattr(state, ROWS, True)
+
+
+def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
+    """:meth:`Active.check_filled` of a value that carries its stamp, compiled or not."""
+    stamp = getattr(value, STAMP, None)
+    if not torch.compiler.is_compiling():
+        return active.check_filled(stamp, length, what)
+    length = length if isinstance(length, Tensor) else torch.full((), length)
+    return torch.ops.cu_fast.check_filled(stamp, length, what, active.handle)
+
+
+def check_encoded(active: Active, value: Any) -> None:
+    """Raises StaleCacheError where an encoder's output was computed under other masks than hold now."""
+    check_filled(active, value, 1, "encoder's output")
+    # Inside generate it is the one that generate checked or made, whose tensors were expanded.
+    if not torch.compiler.is_compiling() and not active.expand.get() and hasattr(value, VALUE):
+        if getattr(value, VALUE) != _identity(value):
+            raise StaleCacheError("this encoder's output holds another tensor than the encoder gave; encode again")
 
 
 def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
-    """Let ``model.generate`` check the batch and say how far it expands it. Returns what undoes it."""
-    before, generate = model.__dict__.get("generate"), model.generate
+    """Let ``model.generate`` check the batch, say how far it expands it, and tell its steps. Returns what undoes it."""
+    undo = contextlib.ExitStack()
+    generate, prepare = model.generate, getattr(model, "prepare_inputs_for_generation", None)
+    names = argument_names(generate)
+
+    if prepare is not None:
+
+        @functools.wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            active.step()
+            return prepare(*args, **kwargs)
+
+        undo.callback(replace_attribute(model, "prepare_inputs_for_generation", prepared))
 
     @functools.wraps(generate)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        request = active.now()
-        if request is not None and request.per_sequence:
-            batch = _batch(model, args, kwargs)
-            if batch != len(request.rows):
+        given = {**dict(zip(names, args)), **kwargs}
+        with _ended_streamer(given.get("streamer")), _same_depth(model):
+            request = active.now()
+            if request is not None and request.of == "sequence" and _batch(model, given) != len(request.rows):
                 raise ValueError(
-                    f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
+                    f"generate() was given {_batch(model, given)} sequences, and unlearn() {len(request.rows)} entries; "
                     f"give an entry for each sequence"
                 )
-        token = active.expand.set(_expansion(model, args, kwargs))
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            active.expand.reset(token)
+            if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
+                check_encoded(active, given["encoder_outputs"])
+            with active.generating(_expansion(model, given)):
+                return generate(*args, **kwargs)
 
-    model.generate = wrapper
-    if before is None:
-        return functools.partial(delattr, model, "generate")
-    return functools.partial(setattr, model, "generate", before)
+    undo.callback(replace_attribute(model, "generate", wrapper))
+    return undo.close
+
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns what undoes it."""
+    own = vars(owner)
+    undo = (
+        functools.partial(setattr, owner, name, own[name]) if name in own else functools.partial(delattr, owner, name)
+    )
+    setattr(owner, name, value)
+    return undo
+
+
+@contextlib.contextmanager
+def _ended_streamer(streamer: Any) -> Iterator[None]:
+    """A streamer's reader, in another thread, would wait for ever for what an error keeps from coming."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with contextlib.suppress(Exception):
+                streamer.end()
+        raise
+
+
+@contextlib.contextmanager
+def _same_depth(model: nn.Module) -> Iterator[None]:
+    """transformers' early exit cuts the config's depth for a while, and forgets to mend it where an error comes."""
+    configs = [module.config for module in (model, getattr(model, "base_model", model)) if hasattr(module, "config")]
+    depths = [getattr(config, "num_hidden_layers", None) for config in configs]
+    try:
+        yield
+    except BaseException:
+        for config, depth in zip(configs, depths):
+            if depth is not None:
+                config.num_hidden_layers = depth
+        raise
+
+
+def argument_names(function: Callable) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
+
+
+def _caches(value: Any) -> tuple[Cache, ...]:
+    """The caches in an argument. An encoder-decoder's are two, and may have come from different forwards."""
+    parts = (
+        (value.self_attention_cache, value.cross_attention_cache)
+        if isinstance(value, EncoderDecoderCache)
+        else (value,)
+    )
+    return tuple(part for part in parts if isinstance(part, Cache))
 
 
 def _length(cache: Cache) -> int | Tensor:
@@ -127,17 +254,30 @@ def _length(cache: Cache) -> int | Tensor:
         return int(cache.has_previous_state())
 
 
-def _batch(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def _first_tensor(cache: Cache) -> Tensor | None:
+    """Something that a cache keeps for every row, and replaces where it selects or moves rows."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "conv_states"))
+    return next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
+
+
+def _identity(output: ModelOutput) -> tuple[int, int]:
+    """Which tensor an output holds first, and how often it was written to."""
+    tensor = next(iter(output.values()))
+    if not isinstance(tensor, Tensor):
+        return 0, 0
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
     """How many sequences ``generate`` was given."""
-    names = ("inputs", model.main_input_name, "input_ids", "inputs_embeds", "decoder_input_ids")
-    for value in (*args[:1], *(kwargs.get(name) for name in names)):
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    return 1 if kwargs.get("encoder_outputs") is None else kwargs["encoder_outputs"][0].shape[0]
+    for name in ("inputs", model.main_input_name, *SEQUENCES):
+        if isinstance(given.get(name), Tensor):
+            return given[name].shape[0]
+    return 1 if given.get("encoder_outputs") is None else given["encoder_outputs"][0].shape[0]
 
 
-def _expansion(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
     """How many rows of the batch ``generate`` makes of one sequence."""
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    config = given.get("generation_config") or model.generation_config
     names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+    return max(given.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -2,63 +2,114 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from cu_fast.masks import Mask, MaskTable
+from cu_fast.masks import Mask, MaskTable, load_masks, stream_of
 from cu_fast.nn import CodebookBottleneck
 
-NOTHING = 0  # the signature of a request that deletes nothing
-_TEXT = {NOTHING: "no mask"}  # signature -> what messages call it
+NOTHING = 0  # the signature of a request that deletes nothing, until codes are erased
+PACKED = -1  # and of a packed batch, which holds sequences under different ones
+_TEXT: dict[int, str] = {
+    NOTHING: "no mask",
+    PACKED: "the masks of a packed batch",
+}  # signature -> what messages call it, the newest TEXTS of them
+TEXTS = 1024
 
 
 @dataclasses.dataclass
 class Layer:
-    """A swapped layer. ``runner`` numbers the model that runs it."""
+    """A swapped layer.
+
+    runner: number of the model that runs it. in_encoder: of an encoder-decoder, where generate() expands a batch only
+    after the encoder. in_decoder: it runs in every step of generate(). batch_first: seen to return [batch, tokens,
+    width], by a batch that has another size than tokens.
+    """
 
     name: str
     bottleneck: CodebookBottleneck
     table: MaskTable
     runner: int = 0
+    in_encoder: bool = False
+    in_decoder: bool = False
+    batch_first: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+class Hold:
+    """Keeps rows of the mask tables from being used again while it lives: a request has one, and so has a forward.
+
+    streams: the device streams on which a kernel may still read the rows.
+    """
+
+    def __init__(self) -> None:
+        self.streams: set[Any] = set()
+
+
+@dataclasses.dataclass(eq=False)
 class Request:
     """What one ``unlearn`` context deletes.
 
-    rows: a row of every layer's mask table for each sequence of the batch, -1 = nothing; one row, for every
-    sequence, unless ``per_sequence``. signature: a number for what is deleted, by content and not by name;
-    NOTHING where no row deletes. codebooks: layer -> sha256 that its masks were made for. held: what
-    :meth:`Topics.release` gives back.
+    rows: rows of every layer's mask table, -1 = nothing. of: what each row is for: "all", one row for every sequence;
+    "sequence", a row for each sequence of the batch; "token", a row for each token, as in a packed batch.
+    signature: a number for what is deleted, by content and not by name. deletes: whether a row does. codebooks:
+    layer -> sha256 that its masks were made for. hold: keeps the rows; None once the context was left. keys: for each
+    row the layers and digests of what it deletes. outer: what held where the context was entered.
     """
 
     rows: tuple[int, ...]
-    per_sequence: bool
+    of: Literal["all", "sequence", "token"]
     signature: int
     codebooks: dict[str, str]
-    held: list[frozenset[str]]
+    hold: Hold | None
+    keys: list[frozenset[str]] = dataclasses.field(default_factory=list)
+    outer: Request | None = None
+
+    def __post_init__(self) -> None:
+        self.deletes = any(row >= 0 for row in self.rows)
+        self._rows_on: dict[Any, Tensor] = {}
+
+    @property
+    def closed(self) -> bool:
+        return self.hold is None
+
+    def close(self) -> None:
+        self.hold = None
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """The rows as int32 on a device, copied there once per stream."""
+        key = device, stream_of(device)
+        if key not in self._rows_on:
+            self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
+        return self._rows_on[key]
 
 
 class Topics:
     """The masks of an attachment by name, and the table rows of those in use.
 
-    A row has the same number in every layer's table. Rows are shared by content, counted, and used again.
+    A row has the same number in every layer's table. Rows are shared by content, counted, and used again once the last
+    Hold is gone and the streams that read them have come past that point.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.masks: dict[str, tuple[Mask, ...]] = {}
+        self.always: frozenset[str] = frozenset()
+        self.nothing = NOTHING  # the signature of a request that deletes nothing
         self._layers = layers
         self._lock = threading.Lock()
         self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, holders]
-        self._free: list[int] = []
+        self._free: list[tuple[int, list[Any]]] = []  # rows, and the events that must have come before a row is written
+        self._returned: collections.deque[tuple[list[frozenset[str]], set[Any]]] = collections.deque()
 
     def add(self, masks: Mask | Iterable[Mask], name: str | None) -> str:
         masks = (masks,) if isinstance(masks, Mask) else tuple(masks)
@@ -73,21 +124,32 @@ class Topics:
             raise ValueError(f"there is a mask {name!r} already; remove it first, or give another name")
         for mask in masks:
             self.route(mask)
+            if mask.num_deleted == 0 and "erased" not in mask.method:
+                raise ValueError(
+                    f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
+                )
         self.masks[name] = masks
         return name
 
     def load(self, path: str | Path, name: str | None) -> str:
-        parts = sorted(part for part in Path(path).glob("*") if part.is_dir())
-        return self.add([Mask.load(part) for part in parts] or Mask.load(path), name)
+        return self.add(load_masks(path), name)
 
     def remove(self, name: str) -> None:
         self._check_name(name)
+        if name in self.always:
+            raise ValueError(f"mask {name!r} always holds; take it out of attachment.always first")
         del self.masks[name]
 
     def erase(self, name: str) -> None:
         """Remove a mask's codes from their codebooks for good; the other masks move to what remains."""
         self._check_name(name)
-        for layer, mask in self._route_again(name):
+        for layer, mask in self._route_again(name):  # before any of them is changed
+            if (left := mask.num_codes - mask.num_deleted) < (k := layer.bottleneck.config.k):
+                raise ValueError(
+                    f"erasing mask {name!r} leaves layer {layer.name!r} {left} codes; k = {k} should remain"
+                )
+        for i in range(len(self.masks[name])):
+            layer, mask = self._route_again(name)[i]  # with the numbers that an earlier one left
             before = mask.codebook_sha256
             kept = layer.bottleneck.erase(mask.ids())
             after = layer.bottleneck.codebook_sha256()
@@ -97,6 +159,10 @@ class Topics:
                     m.after_erasing(kept, after) if m.codebook_sha256 == before else m for m in masks
                 )
         del self.masks[name]
+        self.always -= {name}
+        # What was computed without masks before is not what is computed without masks now.
+        self.nothing = _signature_of(["erased", *(layer.bottleneck.codebook_sha256() for layer in self._layers)])
+        _remember(self.nothing, "no mask, after codes were erased")
 
     def route(self, mask: Mask) -> Layer:
         """The layer that a mask is for. Raises ValueError where its codebook is none of the layers', or several's."""
@@ -123,38 +189,54 @@ class Topics:
         ]
 
     def request(self, topics: Any) -> Request:
-        """Read what ``unlearn`` was given and hold the rows for it, until :meth:`release`.
+        """Read what ``unlearn`` was given and hold the rows for it, until the Request's Hold is gone.
 
         Raises:
-            ValueError: an unknown name, an empty list. RuntimeError: a codebook changed since its mask was added.
+            ValueError: an unknown name, an empty list. TypeError: not names. RuntimeError: a codebook changed since its
+                mask was added.
         """
-        per_sequence = isinstance(topics, (list, tuple))
-        entries = [self._names(entry) for entry in (topics if per_sequence else [topics])]
+        by_sequence = isinstance(topics, (list, tuple))
+        entries = [self._names(entry) for entry in (topics if by_sequence else [topics])]
         if not entries:
             raise ValueError("unlearn() was given an empty list; give an entry for each sequence, or None")
+        for layer in self._layers if any(entries) else ():
+            layer.bottleneck.refresh()
         routed = {name: self._route_again(name) for name in sorted(set().union(*entries))}
         wanted = [[pair for name in names for pair in routed[name]] for names in entries]
-        held = [frozenset(f"{layer.name} {mask.digest}" for layer, mask in masks) for masks in wanted]
+        keys = [frozenset(f"{layer.name} {mask.digest}" for layer, mask in masks) for masks in wanted]
         codebooks = {layer.name: mask.codebook_sha256 for masks in wanted for layer, mask in masks}
-        signature = self._sign(held, ", ".join(" + ".join(names) or "nothing" for names in entries))
+        signature = self._sign(keys, ", ".join(" + ".join(names) or "nothing" for names in entries))
+        hold, held = self._hold()
         with self._lock, torch.inference_mode(False):
-            rows = tuple(self._acquire(key, masks) for key, masks in zip(held, wanted))
-        return Request(rows, per_sequence, signature, codebooks, held)
+            rows = tuple(self._acquire(key, masks, held) for key, masks in zip(keys, wanted))
+        return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys)
 
-    def release(self, request: Request) -> None:
+    def share(self, request: Request, entry: int) -> Request:
+        """One entry of an open request as another request, with a Hold of its own."""
+        key = request.keys[entry]
+        hold, held = self._hold()
         with self._lock:
-            for key in filter(None, request.held):
-                self._rows[key][1] -= 1
-                if self._rows[key][1] == 0:
-                    self._free.append(self._rows.pop(key)[0])
+            row = self._acquire(key, [], held)  # it is there: the open request holds it
+        return Request((row,), "all", self._sign([key], "a request"), request.codebooks, hold, [key])
+
+    def _hold(self) -> tuple[Hold, list[frozenset[str]]]:
+        """A Hold, and the list of what is given back once it is gone, whatever happens to the request before it is one."""
+        hold: Hold = Hold()
+        held: list[frozenset[str]] = []
+        weakref.finalize(hold, self._returned.append, (held, hold.streams))
+        return hold, held
 
     def _names(self, entry: Any) -> tuple[str, ...]:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(sorted(entry))
-        if entry is not None and not names:
+        if entry is None:
+            return tuple(sorted(self.always))
+        names = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Collection) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"an entry of unlearn() is {entry!r}; it should be a mask's name, several, or None")
+        if not names:
             raise ValueError("an entry of unlearn() is an empty collection; say None to delete nothing")
         for name in names:
             self._check_name(name)
-        return names
+        return tuple(sorted({*names, *self.always}))
 
     def _check_name(self, name: str) -> None:
         if name not in self.masks:
@@ -168,37 +250,58 @@ class Topics:
                 f"a codebook changed since mask {name!r} was added (it was trained, or cast to another dtype): {error}"
             ) from error
 
-    def _acquire(self, key: frozenset[str], masks: list[tuple[Layer, Mask]]) -> int:
+    def _acquire(self, key: frozenset[str], masks: list[tuple[Layer, Mask]], held: list[frozenset[str]]) -> int:
         if not key:
             return -1
+        self._take_back()
         if key not in self._rows:
-            row = self._free.pop() if self._free else len(self._rows)
+            row, events = self._free.pop() if self._free else (len(self._rows), [])
             for layer in self._layers:
                 bits = torch.zeros(layer.table.table.shape[1], dtype=torch.int32)
                 for _, mask in (pair for pair in masks if pair[0] is layer):
                     bits |= mask.bits
-                layer.table.write(row, bits)
+                layer.table.write(row, bits, after=events)
             self._rows[key] = [row, 0]
         self._rows[key][1] += 1
+        held.append(key)
         return self._rows[key][0]
+
+    def _take_back(self) -> None:
+        # What finalizers left here: they may run at any moment, in any thread, and so take no lock.
+        while self._returned:
+            keys, streams = self._returned.popleft()
+            events = [stream.record_event() for stream in streams]
+            for key in keys:
+                self._rows[key][1] -= 1
+                if self._rows[key][1] == 0:
+                    self._free.append((self._rows.pop(key)[0], events))
 
     def _sign(self, held: list[frozenset[str]], text: str) -> int:
         """The signature: for each sequence the digests of its masks, and what a mask does."""
         if not any(held):
-            return NOTHING
+            return self.nothing
         content = [sorted(digests) for digests in held]
         if all(digests == content[0] for digests in content):
             content = content[:1]  # the same for every sequence, however many there are
         modes = [layer.bottleneck.mask_mode for layer in self._layers]
-        digest = hashlib.sha256(json.dumps([content, modes]).encode()).digest()
-        signature = int.from_bytes(digest[:8], "big") >> 1 or 1
-        _TEXT[signature] = f"{text} ({'/'.join(dict.fromkeys(modes))}, {digest.hex()[:8]})"
+        signature = _signature_of([content, modes])
+        _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
+
+
+def _signature_of(content: Any) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big") >> 1 or 1
+
+
+def _remember(signature: int, text: str) -> None:
+    _TEXT[signature] = text
+    if len(_TEXT) > TEXTS:
+        _TEXT.pop(next(name for name in list(_TEXT) if name not in (NOTHING, PACKED)), None)
 
 
 def text_of(signature: int) -> str:
     """What to call a request in a message."""
-    return _TEXT.get(signature, "the masks of another process")
+    return _TEXT.get(signature, "masks of another process, or of long ago")
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -300,7 +300,8 @@ def tokens_per_second(bundle: Bundle, rounds: int = 5, new_tokens: int = 64) -> 
 
     def run(tokens: int) -> float:
         start = time.perf_counter()
-        bundle.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+        with bundle.attachment.unlearn(None):
+            bundle.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
         return tokens / (time.perf_counter() - start)
 
     try:

@@ -8,18 +8,21 @@ A forward hook on each named layer replaces the hidden state that leaves it, aft
 bottleneck is a child module of the layer, so it moves, trains and is saved with the model. The model keeps its
 class, its parameters and their names, and ``detach()`` takes everything out again.
 
-Which masks hold is a context variable, so threads and tasks do not disturb one another. What cannot be done
-raises; the model never quietly runs without a mask. The private halves, in reading order: ``_topics`` (from names
-to rows of a mask table), ``_active`` (what holds now, and what a compiled model calls), ``_hooks`` (what runs in a
-forward), ``_files`` (an attachment on disk).
+Which masks hold is a context variable, so threads and tasks do not disturb one another. Once there is a mask, a
+forward whose context has said nothing raises, and so does whatever else cannot be done: the model never quietly runs
+without a mask. The private halves, in reading order: ``_topics`` (from names to rows of a mask table), ``_active``
+(what holds now, and what a compiled model calls), ``_context`` (the block ``unlearn`` opens), ``_hooks`` (what runs in a
+forward), ``_sites`` (what attaching needs to know of a model), ``_batching`` (transformers' continuous batching),
+``_files`` (an attachment on disk).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,24 +32,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cu_fast import _files
-from cu_fast._active import Active, StaleCacheError
+from cu_fast._active import Active, Silent, StaleCacheError
+from cu_fast._batching import wrap_batching
+from cu_fast._context import Unlearning
 from cu_fast._hooks import CHILD, LayerHook, ModelHook, wrap_generate
-from cu_fast._topics import NOTHING, Layer, Topics, near
+from cu_fast._sites import device_of, hidden_size, is_in, model_type, part, prefixes, sequences, submodule
+from cu_fast._topics import Layer, Topics, near
 from cu_fast.config import BottleneckConfig
 from cu_fast.masks import Mask, MaskTable
 from cu_fast.nn import CodebookBottleneck
 
 __all__ = ["Attachment", "StaleCacheError", "attach"]
 
+# Models that keep their recurrent state in their own modules, where it cannot be told what it was computed under.
+KEEP_THEIR_STATE = ("recurrent_gemma",)
 
-def attach(model: nn.Module, source: str | Path | Mapping[str, BottleneckConfig], *, impl: str = "auto") -> Attachment:
+
+def attach(
+    model: nn.Module,
+    source: str | Path | Mapping[str, BottleneckConfig],
+    *,
+    impl: str = "auto",
+    silent: Silent = "refuse",
+) -> Attachment:
     """Put bottlenecks behind layers of a live model, in place.
 
+    Whatever ``torch.compile`` made in this process before is compiled again at its next call: it would not run them.
+
     Args:
-        model: a ``transformers`` model, dispatched over devices or not, not yet compiled.
+        model: a ``transformers`` model, dispatched over devices or not.
         source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
             layer's name in ``model.named_modules()``, for fresh bottlenecks.
         impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu", "cuda" or "triton".
+        silent: what a forward means that runs outside every :meth:`Attachment.unlearn`, once there is a mask that does
+            not always hold. "refuse": it raises. "plain": it deletes nothing but :attr:`Attachment.always`; work that
+            is handed to a thread then runs without its request's masks.
 
     Returns:
         The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The
@@ -54,33 +74,43 @@ def attach(model: nn.Module, source: str | Path | Mapping[str, BottleneckConfig]
 
     Raises:
         ValueError: no such layer (near names are listed), a width that is not the model's, a model that already
-            has bottlenecks, a damaged folder or one made for another model. TypeError: not a model, or a compiled
-            one. RuntimeError: ``impl`` cannot run here. The model is then as before.
+            has bottlenecks or keeps its state where masks cannot be checked, a damaged folder or one made for another
+            model. TypeError: not a model, or one whose code is fixed (torch.jit, or the wrapper of torch.compile).
+            RuntimeError: ``impl`` cannot run here. The model is then as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it should be a transformers model")
+    if silent not in typing.get_args(Silent):
+        raise ValueError(f"silent is {silent!r}; it should be 'refuse' or 'plain'")
     if hasattr(model, "_orig_mod"):
         raise TypeError("model is compiled; attach to the model itself, then call torch.compile")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            "model holds torch.jit code, which would not run bottlenecks; attach before scripting or tracing"
+        )
+    if model_type(model) in KEEP_THEIR_STATE:
+        raise ValueError(
+            f"a {model_type(model)} model keeps its recurrent state in its modules, where it cannot be told which masks "
+            f"it was computed under"
+        )
+    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise ValueError("model holds a batching manager; call destroy_cached_continuous_batching_manager() first")
     taken = [name for name, module in model.named_modules() if CHILD in module._modules]
     if taken:
         raise ValueError(f"layers {taken} already have bottlenecks; detach() them, or name all layers in one call")
     with torch.inference_mode(False):
-        if isinstance(source, Mapping):
-            bottlenecks = _fresh(model, source)
-        else:
-            bottlenecks = _load(model, Path(source))
+        bottlenecks, masks = _fresh(model, source) if isinstance(source, Mapping) else _load(model, Path(source))
         for name, bottleneck in bottlenecks.items():
             bottleneck.impl = impl
             layer = model.get_submodule(name)
-            device = _device_of(layer)
+            device = device_of(layer)
             if device.type == "meta":
                 raise ValueError(f"layer {name!r} is on the meta device; load the model's weights first")
             bottleneck.to(device).train(layer.training)
             bottleneck.receipt()  # an impl that cannot run raises here, not in the first forward
-        attachment = Attachment(model, bottlenecks)
-        if not isinstance(source, Mapping):
-            for name, folder in _files.mask_folders(Path(source)).items():
-                attachment._topics.load(folder, name)
+        attachment = Attachment(model, bottlenecks, silent)
+        for name, parts in masks.items():
+            attachment._topics.add(parts, name)
     attachment._install()
     return attachment
 
@@ -91,15 +121,15 @@ class Attachment:
     model: the model. bottlenecks: layer name -> CodebookBottleneck. masks: name -> its masks, a layer each.
     """
 
-    def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck]) -> None:
+    def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck], silent: Silent) -> None:
         self.model = model
         self.bottlenecks: Mapping[str, CodebookBottleneck] = MappingProxyType(dict(bottlenecks))
         self._layers = [
             Layer(name, b, MaskTable(b.config.num_codes, b.codebook.codes.device)) for name, b in bottlenecks.items()
         ]
         self._modules = [model.get_submodule(name) for name in bottlenecks]
-        self._active = Active(self._layers)
         self._topics = Topics(self._layers)
+        self._active = Active(self._layers, self._topics, silent)
         self._undo: list[Callable[[], None]] | None = None
 
     # -- masks -----------------------------------------------------------------------------------------------
@@ -122,7 +152,7 @@ class Attachment:
         return self._topics.load(path, name)
 
     def remove_mask(self, name: str) -> None:
-        """Forget a name. A context that uses it goes on."""
+        """Forget a name. A context that uses it goes on. Raises ValueError: unknown, or one that always holds."""
         self._check_usable()
         self._topics.remove(name)
 
@@ -136,43 +166,62 @@ class Attachment:
             ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open.
         """
         self._check_usable()
-        if self._active.masked_contexts:
-            raise RuntimeError("erase() inside an unlearn context; leave it first")
+        self._active.check_idle("erase()")
         self._topics.erase(name)
+        self._hold_always()
 
     # -- what holds ------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def unlearn(self, topics: str | set[str] | list | None) -> Iterator[Attachment]:
-        """Delete topics while the context is open, in this thread (or task) only.
+    @property
+    def always(self) -> frozenset[str]:
+        """Names of masks that hold for every forward, whatever ``unlearn`` says, and where nothing is said too.
+
+        Set it to a collection of names while no masks hold. It is a setting of this process: ``save`` leaves it out.
+        """
+        return self._topics.always
+
+    @always.setter
+    def always(self, names: Collection[str]) -> None:
+        self._check_usable()
+        if isinstance(names, str):
+            raise TypeError(f"always is {names!r}; it should be a set of names")
+        if unknown := sorted(set(names) - self.masks.keys()):
+            raise ValueError(f"there is no mask {unknown[0]!r}; {near(unknown[0], self.masks)}")
+        self._active.check_idle("always cannot change")
+        self._topics.always = frozenset(names)
+        self._hold_always()
+
+    def _hold_always(self) -> None:
+        self._active.standing = self._topics.request(None) if self.always else None
+
+    def unlearn(self, topics: str | Collection[str] | list | None) -> Unlearning:
+        """Delete topics while the context is open, in this thread (or task) only: ``with attachment.unlearn("a"):``.
 
         Args:
             topics: a mask's name; a set of names, their union; None, explicitly nothing; or a list with one entry
-                a sequence of the batch, each a name, None, or a collection of names (their union).
+                per sequence of the batch, each a name, None, or a collection of names (their union). What
+                :attr:`always` names is deleted too.
 
-        An inner context replaces the outer one, whatever either deletes. Another thread starts with none: while
-        masks are active anywhere, a forward there raises unless it says what holds, with its own ``unlearn``.
-        Inside ``generate`` the entries are those of its input, and beams and return sequences follow theirs.
+        An inner context replaces the outer one, whatever either deletes. Another thread starts with none; a copy of the
+        context (``contextvars.copy_context``, a task) holds what it was copied with, until the block is left. After
+        that, as where nothing was said, a forward raises. Inside ``generate`` the entries are those of its input, and
+        beams and return sequences follow theirs. Work given to transformers' continuous batching inside the block keeps
+        its masks until it ends.
 
-        Raises:
+        Raises, where the block is entered:
             ValueError: an unknown name. RuntimeError: the model is in training mode, a swapped layer is no longer
-                in the model, or a codebook is not the one that a mask was made for.
+                in the model, or a codebook is not the one that a mask was made for. And where it is left:
+                RuntimeError: other contexts of this thread were entered or left in between, as generators in turns do.
         """
         self._check_usable()
-        request = self._topics.request(topics)
-        try:
-            if request.signature != NOTHING:
-                self._check_model()
-            with self._active.holding(request):
-                yield self
-        finally:
-            self._topics.release(request)
+        return Unlearning(self, self._active, topics, self._check_model)
 
     def _check_model(self) -> None:
+        self._check_usable()
         if self.model.training or any(module.training for module in self._modules):
             raise RuntimeError("the model is in training mode; call model.eval() before unlearn()")
         for layer, module in zip(self._layers, self._modules):
-            if _submodule(self.model, layer.name) is not module or CHILD not in module._modules:
+            if submodule(self.model, layer.name) is not module or CHILD not in module._modules:
                 raise RuntimeError(f"layer {layer.name!r} was replaced since attach(); masks would not reach it")
 
     @contextlib.contextmanager
@@ -200,10 +249,10 @@ class Attachment:
     def mask_mode(self, mode: str) -> None:
         if mode not in ("ablate", "reselect"):
             raise ValueError(f"mask_mode is {mode!r}; it should be 'ablate' or 'reselect'")
-        if self._active.masked_contexts:
-            raise RuntimeError("mask_mode cannot change while an unlearn context is open")
+        self._active.check_idle("mask_mode cannot change")
         for bottleneck in self.bottlenecks.values():
             bottleneck.mask_mode = mode
+        self._hold_always()
 
     def report(self) -> list[dict[str, Any]]:
         """For each layer what ran since :meth:`reset_report`.
@@ -241,21 +290,21 @@ class Attachment:
         Raises FileExistsError where ``path`` holds anything else than an attachment: that is not replaced.
         """
         self._check_usable()
-        _files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, _model_type(self.model))
+        _files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, model_type(self.model))
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Take the bottlenecks out; the model is then as before ``attach``, bit for bit. No further use.
 
-        Raises RuntimeError inside an unlearn context.
+        Raises RuntimeError while masks hold in any thread.
         """
         self._check_usable()
-        if self._active.masked_contexts:
-            raise RuntimeError("detach() inside an unlearn context; leave it first")
+        self._active.check_idle("detach()")
         for undo in reversed(self._undo):
             undo()
         self._undo = None
+        _forget_compiled()
 
     def _check_usable(self) -> None:
         if self._undo is None:
@@ -264,15 +313,21 @@ class Attachment:
     def _install(self) -> None:
         # First all that may fail: which models hold swapped layers, one in another; the innermost runs them.
         owners: list[nn.Module] = []
-        for layer in self._layers:
-            around = [self.model.get_submodule(prefix) for prefix in _prefixes(layer.name)]
+        for layer, module in zip(self._layers, self._modules):
+            around = [self.model.get_submodule(prefix) for prefix in prefixes(layer.name)]
             around = [m for m in around if m is self.model or isinstance(m, PreTrainedModel)]
             owners += [m for m in around if not any(m is owner for owner in owners)]
             layer.runner = next(i for i, owner in enumerate(owners) if owner is around[-1])
+            layer.in_encoder = is_in(module, part(self.model, "encoder"))
+            layer.in_decoder = is_in(module, part(self.model, "decoder"))
         guards = [
-            ModelHook(self._active, runner, _encoder_is_swapped(owner, self._modules))
+            ModelHook(
+                self._active, owner, runner,
+                encoder_is_swapped=any(is_in(module, part(owner, "encoder")) for module in self._modules),
+                sequences=sequences(self.model, owner),
+            )
             for runner, owner in enumerate(owners)
-        ]
+        ]  # fmt: skip
         undo = self._undo = []
         for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
             module.add_module(CHILD, layer.bottleneck)
@@ -281,32 +336,38 @@ class Attachment:
             undo.append(module.register_forward_hook(LayerHook(self._active, index).after, prepend=True).remove)
         for owner, guard in zip(owners, guards):
             undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
-            undo.append(owner.register_forward_hook(guard.after).remove)
+            undo.append(owner.register_forward_hook(guard.after, with_kwargs=True).remove)
         if hasattr(self.model, "generate"):
             undo.append(wrap_generate(self.model, self._active))
+        if hasattr(self.model, "init_continuous_batching"):
+            undo.append(wrap_batching(self.model, self._active))
+        _forget_compiled()
 
 
 # -- what attach needs to know about models ----------------------------------------------------------------------
 
 
-def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> dict[str, CodebookBottleneck]:
+Parts = tuple[dict[str, CodebookBottleneck], dict[str, list[Mask]]]  # by layer, and by name
+
+
+def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> Parts:
     for name, config in configs.items():
         if not isinstance(config, BottleneckConfig):
             raise TypeError(f"the config of layer {name!r} is {type(config).__name__}; it should be BottleneckConfig")
     _check_layers(model, configs)
     with torch.random.fork_rng(devices=[]):
-        return {name: CodebookBottleneck(config) for name, config in configs.items()}
+        return {name: CodebookBottleneck(config) for name, config in configs.items()}, {}
 
 
-def _load(model: nn.Module, path: Path) -> dict[str, CodebookBottleneck]:
+def _load(model: nn.Module, path: Path) -> Parts:
     record = _files.read_record(path)
-    if record.model_type != _model_type(model):
+    if record.model_type != model_type(model):
         raise ValueError(
             f"{path} was made for a model of type {record.model_type!r} ({record.model_class}), and this one is "
-            f"{_model_type(model)!r} ({type(model).__name__})"
+            f"{model_type(model)!r} ({type(model).__name__})"
         )
     _check_layers(model, record.configs)
-    return _files.read_bottlenecks(path, record)
+    return _files.read_bottlenecks(path, record), _files.read_masks(path, record)
 
 
 def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> None:
@@ -316,47 +377,12 @@ def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> 
     for name, config in configs.items():
         if name not in names:
             raise ValueError(f"the model has no layer {name!r}; {near(name, names)}")
-        width = _hidden_size(model, name)
+        width = hidden_size(model, name)
         if width is not None and config.d_model != width:
             raise ValueError(f"d_model of layer {name!r} is {config.d_model}; the model's hidden size is {width}")
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _prefixes(name: str) -> list[str]:
-    """The names of the modules around a layer, outermost first: "a.b.c" -> "", "a", "a.b"."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]
-
-
-def _hidden_size(model: nn.Module, name: str) -> int | None:
-    """The width that the config of the innermost model around a layer states, None where it states none."""
-    configs = [getattr(model.get_submodule(prefix), "config", None) for prefix in _prefixes(name)]
-    config = [config for config in configs if config is not None][-1:]
-    return getattr(config[0].get_text_config(), "hidden_size", None) if config else None
-
-
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate's execution device where its weights are offloaded, else theirs."""
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in (hook, *getattr(hook, "hooks", ())):
-            if getattr(part, "execution_device", None) is not None:
-                return torch.device(part.execution_device)
-    return next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
-
-
-def _encoder_is_swapped(owner: nn.Module, layers: list[nn.Module]) -> bool:
-    if not getattr(getattr(owner, "config", None), "is_encoder_decoder", False) or not hasattr(owner, "get_encoder"):
-        return False
-    encoder = owner.get_encoder()
-    return encoder is not owner and any(module is layer for module in encoder.modules() for layer in layers)
+def _forget_compiled() -> None:
+    """What was compiled knows the hooks that were there then: torch.compile does not look whether others came since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

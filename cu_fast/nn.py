@@ -29,6 +29,7 @@ from cu_fast.config import BottleneckConfig
 # A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
+SAMPLE = 509  # of a parameter's elements are looked at; a prime, so that they lie in different columns
 FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
 
 
@@ -154,6 +155,7 @@ class CodebookBottleneck(TrainingPath):
         for name in FOLDED:
             self.register_buffer(f"folded_{name}", None, persistent=False)
         self._folded_version: tuple | None = None
+        self._folded_sample: Tensor | None = None
         self._sha256: tuple[tuple, str] | None = None
         self.register_load_state_dict_post_hook(_fold_loaded)
 
@@ -277,12 +279,33 @@ class CodebookBottleneck(TrainingPath):
                 self.folded_table = ops.sae_encode(codes, self.folded_W_dec, activation="none", impl=self.impl)
         if self.folded_table is not None:
             self.folded_table = self.folded_table.to(codes.dtype)
-        self._folded_version = self._version()
+        self._folded_version, self._folded_sample = self._version(), self._sample()
 
-    def _version(self) -> tuple:
+    def refresh(self) -> None:
+        """Fold again, and forget the codebook's sha256, where a parameter was written to without torch counting it.
+
+        As ``.data``, a NumPy view or a fused optimizer does. Seen by a sample of each parameter, so a write to a few
+        elements may not be. Called by ``eval()``, and before a mask is used.
+        """
+        if self._folded_sample is not None and not torch.equal(self._folded_sample, self._sample()):
+            self._sha256 = None
+            self.fold()
+
+    def _weights(self) -> tuple[Tensor, ...]:
         sae = self.autoencoder  # by name: self.parameters() walks all modules, in every call
         weights = () if sae is None else (sae.W_enc, sae.b_enc, sae.b_pre, sae.W_dec, sae.b_dec)
-        return tuple(map(_tensor_version, (self.codebook.codes, self.rms, *weights)))
+        return (self.codebook.codes, self.rms, *weights)
+
+    def _version(self) -> tuple:
+        return tuple(map(_tensor_version, self._weights()))
+
+    def _sample(self) -> Tensor:
+        """SAMPLE elements of each parameter, evenly spread, as fp32's bits on the CPU."""
+        parts = []
+        for weight in self._weights():
+            flat = weight.detach().reshape(-1)
+            parts.append(flat[:: max(1, flat.numel() // SAMPLE)].float())
+        return torch.cat(parts).cpu().view(torch.int32)
 
     def _check_folded(self) -> None:
         if torch.compiler.is_compiling():
@@ -294,10 +317,11 @@ class CodebookBottleneck(TrainingPath):
     def train(self, mode: bool = True) -> CodebookBottleneck:
         super().train(mode)
         if mode:
-            self._folded_version = self._sha256 = None
+            self._folded_version = self._folded_sample = self._sha256 = None
             for name in FOLDED:
                 setattr(self, f"folded_{name}", None)
         elif not self.codebook.codes.is_meta:
+            self.refresh()
             self._check_folded()
         return self
 

@@ -49,7 +49,8 @@ def test_the_token_that_fires_most(attachment, tokenizer, masks):
         weak.ids()[::5].tolist(), num_codes=300, codebook_sha256=weak.codebook_sha256, topic="few"
     )
     attachment.add_mask(mask)
-    with torch.inference_mode(), attachment.observe(lambda x, bottleneck: seen.append(bottleneck.select(x).ids)):
+    look = attachment.observe(lambda x, bottleneck: seen.append(bottleneck.select(x).ids))
+    with torch.inference_mode(), attachment.unlearn(None), look:
         for text in TEXTS:
             attachment.model(**tokenizer(text, return_tensors="pt"))
     want = [float(torch.isin(ids, mask.ids().to(ids)).sum(1).max()) for ids in seen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, D, add_masks, attach_to, build, inputs, logits
+from tiny_models import FAMILIES, D, add_masks, attach_to, build, inputs, logits, under
 
 from cu_fast.hf import StaleCacheError
 
@@ -51,7 +51,8 @@ def test_the_cache_changes_nothing(name):
     add_masks(attachment, given)
     prompt = {key: given[key] for key in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 5, "do_sample": False}
-    plain = model.generate(**prompt, **options)
+    with attachment.unlearn(None):
+        plain = model.generate(**prompt, **options)
     for topics in ("a", ["a", None]):
         with attachment.unlearn(topics):
             cached = model.generate(**prompt, **options, use_cache=True)
@@ -100,6 +101,7 @@ def test_per_sequence_masks_equal_single_runs(name):
     layer = attachment._layers[0]
 
     entered = []
+    under(attachment, None, inputs(name, batch=2))  # a batch from which it can be told which dimension is the batch
     with attachment.observe(lambda x, _: entered.append(x.clone())):
         with attachment.unlearn(entries) as active:
             together = logits(model, given)
@@ -150,9 +152,10 @@ def test_a_cache_is_not_continued_under_other_masks(name):
             model(**more, **{key: cache}, use_cache=True)
             with attachment.unlearn("b"), pytest.raises(StaleCacheError, match=r"under a \(.*now b \("):
                 model(**more, **{key: cache}, use_cache=True)
-        with pytest.raises(StaleCacheError, match=r"under a \(.*now no mask"):
-            model(**more, **{key: cache}, use_cache=True)
-        unmasked = getattr(model(**given, use_cache=True), key)
+        with attachment.unlearn(None):
+            with pytest.raises(StaleCacheError, match=r"under a \(.*now no mask"):
+                model(**more, **{key: cache}, use_cache=True)
+            unmasked = getattr(model(**given, use_cache=True), key)
         with attachment.unlearn("a"), pytest.raises(StaleCacheError, match=r"under no mask, and now a"):
             model(**more, **{key: unmasked}, use_cache=True)
 

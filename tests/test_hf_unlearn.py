@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, D, add_masks, attach_to, build, in_thread, inputs, logits, mask_for, under
+from tiny_models import FAMILIES, add_masks, attach_to, build, in_thread, inputs, logits, mask_for, under
 
 from cu_fast.hf import StaleCacheError
 
@@ -37,7 +37,7 @@ def attachment(model, given):
 
 
 def test_what_unlearn_understands(attachment, given):
-    base = logits(attachment.model, given)
+    base = under(attachment, None, given)
     a, b, both = (under(attachment, topics, given) for topics in ("a", "b", {"a", "b"}))
     assert len({tuple(t.flatten().tolist()) for t in (base, a, b, both)}) == 4
     assert torch.equal(under(attachment, None, given), base)
@@ -109,24 +109,23 @@ def test_an_inner_context_replaces_the_outer_one(attachment, given):
         with pytest.raises(KeyError), attachment.unlearn("b"):
             raise KeyError
         assert torch.equal(logits(attachment.model, given), a)
-    assert torch.equal(logits(attachment.model, given), base)
+    assert torch.equal(under(attachment, None, given), base)
 
 
 def test_rows_are_shared_counted_and_used_again(attachment, given):
     bottleneck, table = attachment.bottlenecks[LAYER], attachment._layers[0].table
-    used = bottleneck.select(torch.randn(8, D)).ids.flatten().unique()
-    for i in range(12):
-        attachment.add_mask(mask_for(bottleneck, used[i : i + 1], f"m{i}"))
-    for i in range(12):
+    for i in range(70):
+        attachment.add_mask(mask_for(bottleneck, [i], f"m{i}"))
+    for i in range(70):
         with attachment.unlearn(f"m{i}"), attachment.unlearn([f"m{i}", None]):
             assert attachment._active.request.get().rows == (0, -1)
-    assert len(table.table) == 8
+    assert len(table.table) == 64
     kept = table.table
-    with torch.inference_mode(), attachment.unlearn([f"m{i}" for i in range(12)]):
-        assert attachment._active.request.get().rows == tuple(range(12))
-        with attachment.unlearn("m11"):
-            assert attachment._active.request.get().rows == (11,)
-    assert len(table.table) == 16 and table.table is not kept
+    with torch.inference_mode(), attachment.unlearn([f"m{i}" for i in range(70)]):
+        assert attachment._active.request.get().rows == tuple(range(70))
+        with attachment.unlearn("m69"):
+            assert attachment._active.request.get().rows == (69,)
+    assert len(table.table) == 128 and table.table is not kept
     with attachment.unlearn("m3"):  # the table that grew in inference mode is written to outside it
         pass
 
@@ -136,8 +135,8 @@ def test_a_row_that_is_held_is_not_handed_out(attachment):
     table = attachment._layers[0].table.table
     first, second = attachment._topics.request("a"), attachment._topics.request("b")
     again = attachment._topics.request("b")
-    attachment._topics.release(first)
-    attachment._topics.release(again)
+    first.close()
+    again.close()
     third = attachment._topics.request({"a", "b"})
     assert (first.rows, second.rows, again.rows, third.rows) == ((0,), (1,), (1,), (0,))
     assert torch.equal(table[1], attachment.masks["b"][0].bits)
@@ -179,9 +178,10 @@ def test_a_thread_that_was_not_told_raises(attachment, given):
         assert torch.equal(in_thread(lambda: context.run(model.generate, **options))["value"], expected)
         assert torch.equal(in_thread(lambda: under(attachment, "b", given))["value"], under(attachment, "b", given))
         assert "value" in in_thread(lambda: under(attachment, None, given))
-    assert "value" in in_thread(lambda: model.generate(**options))
-    with attachment.unlearn(None):  # deletes nothing, so nobody can miss it
-        assert "value" in in_thread(lambda: logits(model, given))
+    for fn in (lambda: model.generate(**options), lambda: logits(model, given)):  # no mask holds anywhere now
+        assert "nothing was said here" in str(in_thread(fn)["error"])
+    with pytest.raises(RuntimeError, match="nothing was said here of what holds"):
+        logits(model, given)
 
 
 # -- caches ------------------------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ def test_encoder_outputs_are_not_decoded_under_other_masks():
     source = {key: given[key] for key in ("input_ids", "attention_mask")}
     target = {"decoder_input_ids": given["decoder_input_ids"], "attention_mask": given["attention_mask"]}
     with torch.no_grad():
-        unmasked = model.get_encoder()(**source)
+        with attachment.unlearn(None):
+            unmasked = model.get_encoder()(**source)
         with attachment.unlearn("a"):
             encoded = model.get_encoder()(**source)
             got = model(encoder_outputs=encoded, **target).logits
@@ -238,7 +239,10 @@ def test_encoder_outputs_are_not_decoded_under_other_masks():
                     model(encoder_outputs=stale, **target)
             with pytest.raises(StaleCacheError):
                 model.generate(encoder_outputs=unmasked)
-        with pytest.raises(StaleCacheError, match=r"encoder's output was computed under a \(.*now no mask holds"):
+        with (
+            attachment.unlearn(None),
+            pytest.raises(StaleCacheError, match=r"encoder's output was computed under a \(.*now no mask holds"),
+        ):
             model(encoder_outputs=encoded, **target)
 
 

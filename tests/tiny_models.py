@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from cu_fast import BottleneckConfig, attach
 from cu_fast.masks import Mask
 
 VOCABULARY, D, C, K = 64, 32, 150, 4
+# `make test-all`: what is too heavy for every check.
+TEST_ALL = os.environ.get("CU_FAST_TEST_ALL") == "1"
 _LLAMA = {
     "vocab_size": VOCABULARY, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
@@ -95,11 +98,11 @@ def bottleneck_config(**changes) -> BottleneckConfig:
     return BottleneckConfig(**{"d_model": D, "code_dim": 24, "num_codes": C, "k": K, "activation": "none", **changes})
 
 
-def attach_to(model: torch.nn.Module, *layers: str, **changes):
+def attach_to(model: torch.nn.Module, *layers: str, attach_options: dict | None = None, **changes):
     """Fresh bottlenecks on the layers, always with the same weights; no two layers have the same codes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        return attach(model, {layer: bottleneck_config(**changes) for layer in layers})
+        return attach(model, {layer: bottleneck_config(**changes) for layer in layers}, **(attach_options or {}))
 
 
 def inputs(name: str, batch: int = 2, tokens: int = 6) -> dict[str, torch.Tensor]:
@@ -119,7 +122,7 @@ def add_masks(attachment, given: dict[str, torch.Tensor], names: str = "ab") -> 
     def look(x, bottleneck):
         used[names_of[id(bottleneck)]] = bottleneck.select(x).ids.flatten().unique()
 
-    with torch.no_grad(), attachment.observe(look):
+    with torch.no_grad(), attachment.unlearn(None), attachment.observe(look):
         attachment.model(**given)
     for i, name in enumerate(names):
         masks = [

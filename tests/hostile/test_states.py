@@ -1,0 +1,265 @@
+"""What a forward continues from: caches of every kind, states that are no cache, encoder outputs, and what they were
+filled under."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    D,
+    add_masks,
+    attach_to,
+    bottleneck_config,
+    build,
+    inputs,
+    logits,
+    mask_for,
+    under,
+)
+
+import cu_fast
+from cu_fast.hf import StaleCacheError
+
+LAYER = "model.layers.1"
+
+
+@pytest.fixture
+def given():
+    return inputs("llama")
+
+
+@pytest.fixture
+def attachment(given):
+    attached = attach_to(build("llama"), LAYER)
+    add_masks(attached, given)
+    return attached
+
+
+# -- states that are no cache ----------------------------------------------------------------------------------------
+
+
+def rwkv():
+    return hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=3)), "rwkv.blocks.1"
+
+
+def xlnet():
+    config = hf.XLNetConfig(vocab_size=VOCABULARY, d_model=D, n_layer=3, n_head=4, d_inner=48, mem_len=8)
+    return hf.XLNetLMHeadModel(config), "transformer.layer.1"
+
+
+@pytest.mark.parametrize(("make", "state"), [(rwkv, "state"), (xlnet, "mems")])
+def test_a_state_that_carries_no_stamp(make, state):
+    torch.manual_seed(0)
+    model, layer = make()
+    model, given = model.eval(), inputs("llama")
+    more = {"input_ids": torch.tensor([[5], [6]])}
+    attachment = attach_to(model, layer)
+    use = {"use_cache": True} if state == "state" else {"use_mems": True}
+    with torch.no_grad():
+        filled = getattr(model(input_ids=given["input_ids"], **use), state)
+        model(**more, **{state: filled})  # there are no masks yet
+        add_masks(attachment, {"input_ids": given["input_ids"]})
+        for topics in ("a", None):
+            with attachment.unlearn(topics):
+                with pytest.raises(StaleCacheError, match=f"{state} is .*only a transformers.Cache can tell"):
+                    model(**more, **{state: filled})
+                model(**more)
+
+
+def test_a_model_that_keeps_its_state_in_its_modules():
+    config = hf.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        lru_width=D,
+    )
+    with pytest.raises(ValueError, match="a recurrent_gemma model keeps its recurrent state in its modules"):
+        cu_fast.attach(hf.RecurrentGemmaForCausalLM(config), {"model.layers.1": bottleneck_config()})
+
+
+# -- encoder-decoders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def t5():
+    model, given = build("t5_encoder"), inputs("t5_encoder")
+    attachment = attach_to(model, FAMILIES["t5_encoder"].layer)
+    add_masks(attachment, given)
+    return model, given, attachment
+
+
+def encoded_under(attachment, model, given, topics):
+    with torch.no_grad(), attachment.unlearn(topics):
+        return model.get_encoder()(given["input_ids"], attention_mask=given["attention_mask"])
+
+
+def test_encoder_outputs_by_position(t5):
+    model, given, attachment = t5
+    plain = encoded_under(attachment, model, given, None)
+    mask, target = given["attention_mask"], given["decoder_input_ids"]
+    with torch.no_grad(), attachment.unlearn("a"):
+        for stale in (plain, (plain.last_hidden_state,)):
+            with pytest.raises(StaleCacheError, match="encoder's output was computed under no mask"):
+                model(None, mask, target, None, stale)
+        fresh = model.get_encoder()(given["input_ids"], attention_mask=mask)
+        got = model(None, mask, target, None, fresh).logits
+        torch.testing.assert_close(got, logits(model, given), atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_output_whose_tensor_was_replaced(t5):
+    model, given, attachment = t5
+    plain = encoded_under(attachment, model, given, None)
+    rest = {"attention_mask": given["attention_mask"], "decoder_input_ids": given["decoder_input_ids"]}
+    with torch.no_grad(), attachment.unlearn("a"):
+        replaced, written = (encoded_under(attachment, model, given, "a") for _ in range(2))
+        replaced.last_hidden_state = plain.last_hidden_state
+        written.last_hidden_state.copy_(plain.last_hidden_state)
+        for stale in (replaced, written):
+            with pytest.raises(StaleCacheError, match="holds another tensor than the encoder gave"):
+                model(encoder_outputs=stale, **rest)
+            with pytest.raises(StaleCacheError, match="holds another tensor than the encoder gave"):
+                model.generate(encoder_outputs=stale, max_new_tokens=2)
+        whole = encoded_under(attachment, model, given, "a")
+        beams = model.generate(encoder_outputs=whole, max_new_tokens=3, num_beams=2, do_sample=False)
+        again = model.generate(given["input_ids"], max_new_tokens=3, num_beams=2, do_sample=False)
+        assert torch.equal(beams, again)
+
+
+def test_a_cross_attention_cache_from_another_forward(t5):
+    """Beside a self-attention cache that is new, and so holds nothing that could be stale."""
+    model, given, attachment = t5
+    more = {"decoder_input_ids": torch.tensor([[5], [6]]), "attention_mask": given["attention_mask"]}
+    with torch.no_grad():
+        with attachment.unlearn(None):
+            old = model(**given, use_cache=True).past_key_values
+        fresh = encoded_under(attachment, model, given, "a")
+        swapped = copy.deepcopy(old)
+        swapped.self_attention_cache = hf.DynamicCache()
+        for cache in (hf.EncoderDecoderCache(hf.DynamicCache(), copy.deepcopy(old.cross_attention_cache)), swapped):
+            with attachment.unlearn("a"), pytest.raises(StaleCacheError, match="KV cache was computed under no mask"):
+                model(encoder_outputs=fresh, past_key_values=cache, **more)
+        old.reset()
+        with attachment.unlearn("a"):
+            got = model(encoder_outputs=fresh, past_key_values=old, **more).logits
+            want = model(encoder_outputs=fresh, **more).logits
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+# -- erasing, and rows -----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_from_before_codes_were_erased(attachment, given):
+    model, more = attachment.model, {"input_ids": torch.tensor([[5], [6]])}
+    with torch.no_grad():
+        with attachment.unlearn(None):
+            caches = [model(**given, use_cache=True).past_key_values for _ in range(2)]
+        attachment.erase("a")
+        with attachment.unlearn(None):
+            with pytest.raises(
+                StaleCacheError, match="computed under no mask, and now no mask, after codes were erased"
+            ):
+                model(**more, past_key_values=caches[0])
+            cache = model(**given, use_cache=True).past_key_values
+            model(**more, past_key_values=cache)
+        attachment.erase("b")
+        with attachment.unlearn(None), pytest.raises(StaleCacheError):
+            model(**more, past_key_values=cache)
+        # Silence means the same as None here, there are no masks left.
+        with pytest.raises(StaleCacheError):
+            model(**more, past_key_values=caches[1])
+
+
+def select(cache):
+    cache.batch_select_indices(torch.tensor([1, 0]))
+
+
+def reorder(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def by_hand(cache):
+    cache.layers[0].keys = cache.layers[0].keys.flip(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "move"), [("dynamic", select), ("dynamic", reorder), ("dynamic", by_hand), ("static", reorder)]
+)
+def test_rows_of_a_cache_that_were_moved(attachment, given, kind, move):
+    """Under a mask for each sequence, a row's keys and values carry its mask; who moves rows moves masks."""
+    model, more = attachment.model, {"input_ids": torch.tensor([[5], [6]])}
+
+    def fill(topics):
+        cache = hf.DynamicCache() if kind == "dynamic" else hf.StaticCache(config=model.config, max_cache_len=16)
+        with attachment.unlearn(topics):
+            model(**given, past_key_values=cache, use_cache=True)
+        return cache
+
+    with torch.no_grad():
+        moved = fill(["a", None])
+        move(moved)
+        with attachment.unlearn(["a", None]), pytest.raises(StaleCacheError, match="rows were selected or moved"):
+            model(**more, past_key_values=moved)
+        kept = fill(["a", None])
+        for cache in (copy.deepcopy(kept), kept):
+            with attachment.unlearn(["a", None]):
+                for _ in range(2):
+                    model(**more, past_key_values=cache)
+        same = fill("a")  # one mask for all: order says nothing
+        move(same)
+        with attachment.unlearn("a"):
+            model(**more, past_key_values=same)
+
+
+def test_beams_move_the_rows_of_their_own_sequence(attachment, given):
+    with attachment.unlearn(["a", "b"]):
+        together = attachment.model.generate(**given, num_beams=3, max_new_tokens=4, do_sample=False)
+    for i, topic in enumerate("ab"):
+        with attachment.unlearn(topic):
+            alone = attachment.model.generate(
+                given["input_ids"][i : i + 1], num_beams=3, max_new_tokens=4, do_sample=False
+            )
+        assert torch.equal(together[i : i + 1], alone)
+
+
+def test_an_early_exit_that_is_refused_leaves_the_model_whole(attachment, given):
+    """transformers cuts the model's depth for it, and does not mend that where an error comes."""
+    model, one = attachment.model, given["input_ids"][:1]
+    before = under(attachment, None, given)
+    with attachment.unlearn("a"), pytest.raises(RuntimeError, match=r"swapped layers \['model.layers.1'\] did not run"):
+        model.generate(one, assistant_early_exit=1, max_new_tokens=4)
+    assert model.config.num_hidden_layers == 3
+    assert torch.equal(under(attachment, None, given), before)
+
+
+def test_a_mask_whose_codes_another_erased(attachment, given, tmp_path):
+    """It deletes nothing more, because there is nothing more to delete; its name still says so, and is saved."""
+    first, second = attachment.masks["a"][0].ids().tolist()[:2]
+    bottleneck = attachment.bottlenecks[LAYER]
+    attachment.add_mask(mask_for(bottleneck, [first], "part"))
+    attachment.add_mask([mask_for(bottleneck, [first], "x"), mask_for(bottleneck, [second], "y")], "two of a layer")
+    before = bottleneck.codebook.codes.detach().clone()
+    attachment.erase("two of a layer")
+    kept = [i for i in range(len(before)) if i not in (first, second)]
+    assert torch.equal(bottleneck.codebook.codes, before[kept])
+    assert torch.equal(under(attachment, "part", given), under(attachment, None, given))
+    attachment.save(tmp_path / "saved")
+    again = cu_fast.attach(build("llama"), tmp_path / "saved")
+    assert again.masks["part"][0].method["erased"] and set(again.masks) == {"a", "b", "part"}
+
+
+def test_erasing_is_refused_before_anything_is_erased(given):
+    layers = ("model.layers.0", LAYER)
+    attachment = attach_to(build("llama"), *layers)
+    first, second = attachment.bottlenecks.values()
+    attachment.add_mask([mask_for(first, [1], "x", layers[0]), mask_for(second, range(147), "x", LAYER)])
+    shas = [b.codebook_sha256() for b in (first, second)]
+    with pytest.raises(ValueError, match=r"erasing mask 'x' leaves layer 'model.layers.1' 3 codes; k = 4 should remain"):
+        attachment.erase("x")
+    assert [b.codebook_sha256() for b in (first, second)] == shas
