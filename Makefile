@@ -8,13 +8,17 @@ TORCH ?= torch==2.13.0
 OUTPUT ?= runs/gpu-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint format wheel wheel-check machine-code gpu-check clean
+.PHONY: demo test test-all lint format wheel wheel-check machine-code gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Also what is too heavy for every check: all cases of tests/hostile.
+test-all: $(VENV)/installed
+	CU_FAST_TEST_ALL=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

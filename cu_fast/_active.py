@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cu_fast._topics import NOTHING, PACKED, Hold, Layer, Request, Topics, text_of
+from cu_fast._topics import PACKED, Hold, Layer, Request, Topics, text_of
 
 Silent = Literal["refuse", "plain"]
 UNKNOWN = -1  # how many sequences a forward was given, where its arguments do not tell
@@ -59,7 +60,8 @@ class Active:
         self.observer: ContextVar[Callable | None] = ContextVar("cu_fast.observer", default=None)
         # Inside generate: how many rows of the batch a sequence becomes (beams, return sequences). Else 0.
         self.expand: ContextVar[int] = ContextVar("cu_fast.expand", default=0)
-        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Request] = weakref.WeakSet()
+        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()  # of these those that delete, and what runs under them
         self._thread = _Thread()
         self.handle = next(_handles)
         _by_handle[self.handle] = self
@@ -74,23 +76,24 @@ class Active:
 
     def open(self, topics: Any) -> Request:
         """A request for these topics, open until :meth:`close`; it holds nowhere yet."""
-        request = self.topics.request(topics)
+        return self._opened(self.topics.request(topics))
+
+    def _opened(self, request: Request) -> Request:
+        self._open.add(request)
         if request.deletes:
             self._in_use.add(request)
         return request
 
     def share(self, request: Request, entry: int) -> Request:
         """One entry of an open request as a request of its own, for work that goes on after its context is left."""
-        request = self.topics.share(request, entry)
-        if request.deletes:
-            self._in_use.add(request)
-        return request
+        return self._opened(self.topics.share(request, entry))
 
     def close(self, request: Request) -> None:
         """Nothing may run under it any more; its rows are given back once the forwards that read them have ended."""
         if self._thread.hold is request.hold:
             self._thread.hold = None  # a forward of this thread, if there was one, has ended
         self._in_use.discard(request)
+        self._open.discard(request)
         request.close()  # last: where an interrupt keeps it from being closed, it is closed again
 
     def check_idle(self, what: str) -> None:
@@ -99,6 +102,12 @@ class Active:
             raise RuntimeError(
                 f"{what} while masks hold; leave every unlearn context, and let every generate end, first"
             )
+
+    def check_nothing_open(self, what: str) -> None:
+        """Raises RuntimeError where anything was said in any thread, be it None."""
+        self.check_idle(what)
+        if len(self._open):
+            raise RuntimeError(f"{what} while an unlearn context is open; leave every one first")
 
     def now(self) -> Request | None:
         """The request that holds here, None where nothing was ever to be deleted.
@@ -110,7 +119,9 @@ class Active:
         request = self.request.get()
         if request is None:
             # Where all masks always hold, there is nothing that silence could have meant to delete.
-            if self.silent == "refuse" and (not self.topics.masks.keys() <= self.topics.always or len(self._in_use)):
+            if self.silent == "refuse" and (
+                not self.topics.masks.keys() <= self.topics.always or any(request.beyond for request in self._open)
+            ):
                 raise RuntimeError(
                     "this attachment has masks, and nothing was said here of what holds; enter "
                     "`with attachment.unlearn(...)` in this thread or task (unlearn(None) deletes nothing), or start "
@@ -119,7 +130,7 @@ class Active:
             return self.standing
         if request.closed:
             raise RuntimeError(
-                "the unlearn context that holds here was left, and what was deleted in it may be needed elsewhere; "
+                "the unlearn context that holds here was left, or entered in the process that this one was forked from; "
                 "enter `with attachment.unlearn(...)` in this thread or task, and let its work end inside"
             )
         return request
@@ -218,7 +229,7 @@ class Active:
         if observer := self.observer.get():
             observer(x, layer.bottleneck)
         request = self.now()
-        batch = self._thread.batch.get(layer.runner, UNKNOWN)
+        batch = self._thread.batch.get(layer.runner)
         if not layer.batch_first and x.dim() == 3:
             layer.batch_first = x.shape[0] == batch != x.shape[1]
         if request is None:
@@ -232,6 +243,10 @@ class Active:
             )
         if not request.deletes:
             return None
+        if batch is None:
+            raise RuntimeError(
+                f"layer {layer.name!r} ran outside its model, whose caches could not be looked at; call the model"
+            )
         if layer.name in request.codebooks and layer.bottleneck.codebook_sha256() != request.codebooks[layer.name]:
             raise RuntimeError(f"the codebook of layer {layer.name!r} changed inside the unlearn context")
         if layer.bottleneck.training:
@@ -245,9 +260,9 @@ class Active:
         rows = request.rows_on(x.device)
         return rows if len(rows) == tokens else rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
 
-    def _check_batch(self, x: Tensor, batch: int, entries: int, layer: Layer) -> None:
+    def _check_batch(self, x: Tensor, batch: int | None, entries: int, layer: Layer) -> None:
         expected = entries * (1 if layer.in_encoder else max(1, self.expand.get()))
-        if batch == UNKNOWN:
+        if batch is None or batch == UNKNOWN:
             raise RuntimeError(
                 f"layer {layer.name!r} ran where the number of sequences is not known, outside its model or on images; "
                 f"give unlearn() one entry for all"
@@ -274,7 +289,8 @@ class Active:
         """The stamp, int64 [], for a cache that is about to be continued under the present request.
 
         Args:
-            stamp: the one it carries, None where it carries none: then it counts as filled without masks.
+            stamp: the one it carries, None where it carries none: then it counts as filled without masks, until codes
+                are erased.
             length: how many tokens it holds. An empty one may be filled under anything.
             what: what messages call it.
 
@@ -283,7 +299,7 @@ class Active:
         """
         request = self.now()
         present = self.topics.nothing if request is None else request.signature
-        filled = NOTHING if stamp is None else int(stamp)
+        filled = self.topics.unstamped if stamp is None else int(stamp)
         if filled != present and int(length) > 0:
             raise StaleCacheError(
                 f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with an "
@@ -300,6 +316,17 @@ class _Ticket:
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, Active] = weakref.WeakValueDictionary()
+
+
+def _close_in_child() -> None:
+    """A forked worker outlives the block that it was forked in, and its copy of a request would never be closed."""
+    for active in list(_by_handle.values()):
+        for request in list(active._open):
+            request.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _operator(name: str):

@@ -41,9 +41,9 @@ class Unlearning:
             )
 
     def __del__(self) -> None:
-        # An interrupt at the wrong moment leaves __exit__ out.
-        if self._request is not None and not self._request.closed:
-            self._close()
+        # It was never left: an interrupt came at the wrong moment, or only __enter__ was called. What holds stays closed.
+        if self._request is not None:
+            self._active.close(self._request)
 
     def _close(self) -> bool:
         """Whether it was what held here."""

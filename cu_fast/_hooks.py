@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
 from cu_fast._active import UNKNOWN, Active, StaleCacheError
@@ -23,8 +25,9 @@ STAMP = "_cu_fast_stamp"  # on a cache or an encoder's output: what it was compu
 ROWS = "_cu_fast_rows"  # on a cache whose sequences have different masks, and on its first tensor: still in that order
 VALUE = "_cu_fast_value"  # on an encoder's output: which tensor the stamp is of
 
-# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, other kinds cannot.
-STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, and the one of continuous
+# batching is each request's own; other kinds cannot.
+STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 # Arguments whose first dimension is the sequences, whatever the model. Of images or sounds a sequence may have several.
 SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -38,6 +41,10 @@ class LayerHook:
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
         layer, bottleneck = self.layer, getattr(module, CHILD)
+        if getattr(bottleneck, "_orig_mod", bottleneck) is not layer.bottleneck:
+            raise RuntimeError(
+                f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
+            )
         if x.shape[-1] != bottleneck.config.d_model:
             raise ValueError(
                 f"layer {layer.name!r} returned width {x.shape[-1]}; its bottleneck's d_model is "
@@ -79,6 +86,9 @@ class ModelHook:
             sequences,
         )
         self.arguments = argument_names(model.forward)
+        # Some models have another argument of that name, which is a tensor and no state.
+        is_recurrent = getattr(getattr(model, "config", None), "model_type", None) in ("rwkv", "xlstm")
+        self.recurrent = ("mems", "past_buckets_states", *(["state"] if is_recurrent else []))
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.arguments, args)), **kwargs}
@@ -89,14 +99,17 @@ class ModelHook:
             self.active.enter(self.runner, batch)
         for name in STATES:
             value = given.get(name)
-            if not (value is None or isinstance(value, (Tensor, Cache))) and self.active.topics.masks:
+            known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)
+            if not (value is None or isinstance(value, known)) and self.active.topics.masks:
                 raise StaleCacheError(
                     f"{name} is {type(value).__name__}, and only a transformers.Cache can tell what it was computed "
                     f"under; pass use_cache=False, or None for {name}"
                 )
-        for value in given.values():
+        for value in (*args, *kwargs.values()):
             for cache in _caches(value):
-                self._check_order(cache)
+                # Inside generate, transformers moves rows, each within its sequence.
+                if not torch.compiler.is_compiling() and not self.active.expand.get():
+                    check_order(cache)
                 setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
         if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
             check_encoded(self.active, given["encoder_outputs"])
@@ -120,19 +133,6 @@ class ModelHook:
     def _check_filled(self, value: Any, length: int | Tensor, what: str) -> Tensor:
         return check_filled(self.active, value, length, what)
 
-    # A request with a mask for each sequence takes a cache's rows to be in the order in which it filled them. Inside
-    # generate, transformers moves them, each within its sequence; elsewhere nothing should.
-
-    def _check_order(self, cache: Cache) -> None:
-        if torch.compiler.is_compiling() or not getattr(cache, ROWS, False):
-            return
-        state = _first_tensor(cache)
-        if state is not None and not hasattr(state, ROWS) and not self.active.expand.get():
-            raise StaleCacheError(
-                "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which "
-                "row has which mask is no longer known; start with a new one"
-            )
-
     def _mark_order(self, cache: Cache) -> None:
         if torch.compiler.is_compiling():
             return
@@ -141,6 +141,19 @@ class ModelHook:
         setattr(cache, ROWS, moves)
         if moves:
             setattr(state, ROWS, True)
+
+
+def check_order(cache: Cache) -> None:
+    """A request with a mask for each sequence takes a cache's rows to be in the order in which it filled them.
+
+    Raises StaleCacheError where they were selected or moved since.
+    """
+    state = _first_tensor(cache) if getattr(cache, ROWS, False) else None
+    if state is not None and not hasattr(state, ROWS):
+        raise StaleCacheError(
+            "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which row "
+            "has which mask is no longer known; start with a new one"
+        )
 
 
 def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
@@ -186,6 +199,8 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
                     f"generate() was given {_batch(model, given)} sequences, and unlearn() {len(request.rows)} entries; "
                     f"give an entry for each sequence"
                 )
+            for cache in itertools.chain.from_iterable(map(_caches, given.values())):
+                check_order(cache)
             if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
                 check_encoded(active, given["encoder_outputs"])
             with active.generating(_expansion(model, given)):

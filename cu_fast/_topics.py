@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import threading
 import weakref
@@ -19,13 +20,13 @@ from torch import Tensor
 from cu_fast.masks import Mask, MaskTable, load_masks, stream_of
 from cu_fast.nn import CodebookBottleneck
 
-NOTHING = 0  # the signature of a request that deletes nothing, until codes are erased
-PACKED = -1  # and of a packed batch, which holds sequences under different ones
-_TEXT: dict[int, str] = {
-    NOTHING: "no mask",
-    PACKED: "the masks of a packed batch",
-}  # signature -> what messages call it, the newest TEXTS of them
+UNKNOWN_FILLING = 0  # stands for the signature of what carries none
+PACKED = -1  # the signature of a packed batch, which holds sequences under different ones
+# signature -> what messages call it: for good, and the newest TEXTS of those that come and go
+_KEPT: dict[int, str] = {UNKNOWN_FILLING: "what it does not say", PACKED: "the masks of a packed batch"}
+_TEXT: dict[int, str] = {}
 TEXTS = 1024
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass
@@ -64,7 +65,8 @@ class Request:
     "sequence", a row for each sequence of the batch; "token", a row for each token, as in a packed batch.
     signature: a number for what is deleted, by content and not by name. deletes: whether a row does. codebooks:
     layer -> sha256 that its masks were made for. hold: keeps the rows; None once the context was left. keys: for each
-    row the layers and digests of what it deletes. outer: what held where the context was entered.
+    row the layers and digests of what it deletes. outer: what held where the context was entered. beyond: whether it
+    deletes more than what always holds.
     """
 
     rows: tuple[int, ...]
@@ -74,6 +76,7 @@ class Request:
     hold: Hold | None
     keys: list[frozenset[str]] = dataclasses.field(default_factory=list)
     outer: Request | None = None
+    beyond: bool = False
 
     def __post_init__(self) -> None:
         self.deletes = any(row >= 0 for row in self.rows)
@@ -104,7 +107,9 @@ class Topics:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.masks: dict[str, tuple[Mask, ...]] = {}
         self.always: frozenset[str] = frozenset()
-        self.nothing = NOTHING  # the signature of a request that deletes nothing
+        self.erased = 0
+        self._number = next(_numbers)
+        self._name_nothing()
         self._layers = layers
         self._lock = threading.Lock()
         self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, holders]
@@ -128,7 +133,8 @@ class Topics:
                 raise ValueError(
                     f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
                 )
-        self.masks[name] = masks
+        # Bits of its own: whoever writes to the caller's changes nothing here.
+        self.masks[name] = tuple(dataclasses.replace(mask, bits=mask.bits.clone()) for mask in masks)
         return name
 
     def load(self, path: str | Path, name: str | None) -> str:
@@ -160,9 +166,21 @@ class Topics:
                 )
         del self.masks[name]
         self.always -= {name}
-        # What was computed without masks before is not what is computed without masks now.
-        self.nothing = _signature_of(["erased", *(layer.bottleneck.codebook_sha256() for layer in self._layers)])
-        _remember(self.nothing, "no mask, after codes were erased")
+        self.erased += 1
+        self._name_nothing()
+
+    def _name_nothing(self) -> None:
+        """The signature of a request that deletes nothing: of this attachment, and of its codes as they are now.
+
+        What another one computed without masks, or this one before codes were erased, is something else.
+        """
+        self.nothing = _signature_of(["nothing", self._number, self.erased])
+        _KEPT[self.nothing] = "no mask, after codes were erased" if self.erased else "no mask"
+
+    @property
+    def unstamped(self) -> int:
+        """What counts as the signature of a state that carries none."""
+        return UNKNOWN_FILLING if self.erased else self.nothing
 
     def route(self, mask: Mask) -> Layer:
         """The layer that a mask is for. Raises ValueError where its codebook is none of the layers', or several's."""
@@ -195,7 +213,9 @@ class Topics:
             ValueError: an unknown name, an empty list. TypeError: not names. RuntimeError: a codebook changed since its
                 mask was added.
         """
-        by_sequence = isinstance(topics, (list, tuple))
+        if isinstance(topics, tuple):
+            raise TypeError(f"topics is the tuple {topics!r}; give a list, an entry per sequence, or a set, a union")
+        by_sequence = isinstance(topics, list)
         entries = [self._names(entry) for entry in (topics if by_sequence else [topics])]
         if not entries:
             raise ValueError("unlearn() was given an empty list; give an entry for each sequence, or None")
@@ -209,7 +229,8 @@ class Topics:
         hold, held = self._hold()
         with self._lock, torch.inference_mode(False):
             rows = tuple(self._acquire(key, masks, held) for key, masks in zip(keys, wanted))
-        return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys)
+        beyond = not set().union(*entries) <= self.always
+        return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, beyond=beyond)
 
     def share(self, request: Request, entry: int) -> Request:
         """One entry of an open request as another request, with a Hold of its own."""
@@ -217,7 +238,8 @@ class Topics:
         hold, held = self._hold()
         with self._lock:
             row = self._acquire(key, [], held)  # it is there: the open request holds it
-        return Request((row,), "all", self._sign([key], "a request"), request.codebooks, hold, [key])
+        signature = self._sign([key], "a request")
+        return Request((row,), "all", signature, request.codebooks, hold, [key], beyond=request.beyond)
 
     def _hold(self) -> tuple[Hold, list[frozenset[str]]]:
         """A Hold, and the list of what is given back once it is gone, whatever happens to the request before it is one."""
@@ -296,12 +318,12 @@ def _signature_of(content: Any) -> int:
 def _remember(signature: int, text: str) -> None:
     _TEXT[signature] = text
     if len(_TEXT) > TEXTS:
-        _TEXT.pop(next(name for name in list(_TEXT) if name not in (NOTHING, PACKED)), None)
+        _TEXT.pop(next(iter(list(_TEXT))), None)
 
 
 def text_of(signature: int) -> str:
     """What to call a request in a message."""
-    return _TEXT.get(signature, "masks of another process, or of long ago")
+    return _KEPT.get(signature) or _TEXT.get(signature, "masks of another process, or of long ago")
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -60,7 +60,8 @@ def attach(
     Whatever ``torch.compile`` made in this process before is compiled again at its next call: it would not run them.
 
     Args:
-        model: a ``transformers`` model, dispatched over devices or not.
+        model: a ``transformers`` model, dispatched over devices or not. The outermost one that is called: what a model
+            around it is given, caches and encoder outputs, is not looked at.
         source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
             layer's name in ``model.named_modules()``, for fresh bottlenecks.
         impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu", "cuda" or "triton".
@@ -163,10 +164,11 @@ class Attachment:
         next best codes take the places of the erased, as mask_mode "reselect" does: measure in that mode first.
 
         Raises:
-            ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open.
+            ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open, or a
+                generate under masks has not ended.
         """
         self._check_usable()
-        self._active.check_idle("erase()")
+        self._active.check_nothing_open("erase()")
         self._topics.erase(name)
         self._hold_always()
 
@@ -176,7 +178,7 @@ class Attachment:
     def always(self) -> frozenset[str]:
         """Names of masks that hold for every forward, whatever ``unlearn`` says, and where nothing is said too.
 
-        Set it to a collection of names while no masks hold. It is a setting of this process: ``save`` leaves it out.
+        Set it to a collection of names while no ``unlearn`` context is open. It is a setting of this process: ``save`` leaves it out.
         """
         return self._topics.always
 
@@ -187,7 +189,7 @@ class Attachment:
             raise TypeError(f"always is {names!r}; it should be a set of names")
         if unknown := sorted(set(names) - self.masks.keys()):
             raise ValueError(f"there is no mask {unknown[0]!r}; {near(unknown[0], self.masks)}")
-        self._active.check_idle("always cannot change")
+        self._active.check_nothing_open("always cannot change")
         self._topics.always = frozenset(names)
         self._hold_always()
 

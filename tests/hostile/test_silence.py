@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import multiprocessing
 import sys
 import threading
 import time
@@ -151,6 +152,34 @@ def test_a_copied_context_after_its_block(attachment, model, given):
     with attachment.unlearn(None):
         empty = contextvars.copy_context()
     raises(lambda: empty.run(logits, model, given), LEFT)
+
+
+def forked(attachment, given):
+    """Which topics a worker answers under, or its error. By name: a pool can send neither a model nor a closure."""
+    try:
+        return logits(attachment.model, given).numpy()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_worker_that_was_forked_in_a_block(attachment, model, given):
+    """It outlives the block, and would answer all later requests under its topics."""
+    context = multiprocessing.get_context("fork")
+
+    def answers(queue, asked):
+        while asked.get():
+            queue.put(forked(attachment, given))
+
+    queue, asked = context.Queue(), context.Queue()
+    with attachment.unlearn(None):
+        worker = context.Process(target=answers, args=(queue, asked), daemon=True)
+        worker.start()
+    with attachment.unlearn("a"):
+        asked.put(True)
+        assert "the process that this one was forked from" in queue.get(timeout=60)
+        assert torch.equal(logits(model, given), under(attachment, "a", given)), "here it still holds"
+    asked.put(False)
+    worker.join()
 
 
 def test_a_task_that_goes_on_after_its_block(attachment, generate):
@@ -302,6 +331,11 @@ def test_what_always_holds(attachment, model, given):
     raises(lambda: logits(model, given), SILENT)  # "b" could have been meant
     attachment.always = ["a", "b"]
     assert torch.equal(logits(model, given), both)
+    silent = model.generate(**given, max_new_tokens=3, do_sample=False)
+    with attachment.unlearn(None):
+        assert torch.equal(model.generate(**given, max_new_tokens=3, do_sample=False), silent)
+        with pytest.raises(RuntimeError, match="always cannot change while"):
+            attachment.always = {}
     assert torch.equal(in_thread(lambda: logits(model, given))["value"], both)
     attachment.add_mask(attachment.masks["a"], "c")
     raises(lambda: logits(model, given), SILENT)
@@ -336,6 +370,16 @@ def test_names_that_are_no_names(attachment):
     for topics in (3, [3], [b"a"], b"a", ["a", [1]]):
         with pytest.raises(TypeError, match=r"an entry of unlearn\(\) is .*; it should be a mask's name"):
             attachment.unlearn(topics).__enter__()
+    with pytest.raises(TypeError, match="give a list, an entry per sequence, or a set, a union"):
+        attachment.unlearn(("a", "b")).__enter__()
+
+
+def test_bits_that_are_written_to_after_their_mask_was_added(attachment, given):
+    mask = mask_for(attachment.bottlenecks[LAYER], attachment.masks["a"][0].ids(), "mine")
+    attachment.add_mask(mask)
+    want = under(attachment, "a", given)
+    mask.bits.zero_()
+    assert torch.equal(under(attachment, "mine", given), want)
 
 
 def test_texts_of_many_requests_are_not_kept(attachment, given):
@@ -343,4 +387,4 @@ def test_texts_of_many_requests_are_not_kept(attachment, given):
         with attachment.unlearn(["a" if i >> bit & 1 else "b" for bit in range(11)] + [None]):
             pass
     assert len(_topics._TEXT) <= _topics.TEXTS
-    assert _topics.text_of(_topics.NOTHING) == "no mask"
+    assert _topics.text_of(attachment._topics.nothing) == "no mask"

@@ -66,8 +66,9 @@ def test_a_state_that_carries_no_stamp(make, state):
         add_masks(attachment, {"input_ids": given["input_ids"]})
         for topics in ("a", None):
             with attachment.unlearn(topics):
-                with pytest.raises(StaleCacheError, match=f"{state} is .*only a transformers.Cache can tell"):
-                    model(**more, **{state: filled})
+                for given_state in (filled, torch.stack(filled)):
+                    with pytest.raises(StaleCacheError, match=f"{state} is .*only a transformers.Cache can tell"):
+                        model(**more, **{state: given_state})
                 model(**more)
 
 
@@ -159,7 +160,9 @@ def test_a_cache_from_before_codes_were_erased(attachment, given):
     model, more = attachment.model, {"input_ids": torch.tensor([[5], [6]])}
     with torch.no_grad():
         with attachment.unlearn(None):
-            caches = [model(**given, use_cache=True).past_key_values for _ in range(2)]
+            caches = [model(**given, use_cache=True).past_key_values for _ in range(3)]
+            with pytest.raises(RuntimeError, match=r"erase\(\) while an unlearn context is open"):
+                attachment.erase("a")
         attachment.erase("a")
         with attachment.unlearn(None):
             with pytest.raises(
@@ -174,6 +177,10 @@ def test_a_cache_from_before_codes_were_erased(attachment, given):
         # Silence means the same as None here, there are no masks left.
         with pytest.raises(StaleCacheError):
             model(**more, past_key_values=caches[1])
+        attachment.detach()
+        attach_to(model, LAYER)  # with all codes: neither is it what a new attachment computes
+        with pytest.raises(StaleCacheError):
+            model(**more, past_key_values=caches[2])
 
 
 def select(cache):
@@ -215,6 +222,9 @@ def test_rows_of_a_cache_that_were_moved(attachment, given, kind, move):
         move(same)
         with attachment.unlearn("a"):
             model(**more, past_key_values=same)
+        with attachment.unlearn(["a", None]), pytest.raises(StaleCacheError, match="rows were selected or moved"):
+            longer = torch.cat([given["input_ids"], more["input_ids"]], 1)
+            model.generate(longer, past_key_values=moved, max_new_tokens=2)
 
 
 def test_beams_move_the_rows_of_their_own_sequence(attachment, given):
@@ -260,6 +270,8 @@ def test_erasing_is_refused_before_anything_is_erased(given):
     first, second = attachment.bottlenecks.values()
     attachment.add_mask([mask_for(first, [1], "x", layers[0]), mask_for(second, range(147), "x", LAYER)])
     shas = [b.codebook_sha256() for b in (first, second)]
-    with pytest.raises(ValueError, match=r"erasing mask 'x' leaves layer 'model.layers.1' 3 codes; k = 4 should remain"):
+    with pytest.raises(
+        ValueError, match=r"erasing mask 'x' leaves layer 'model.layers.1' 3 codes; k = 4 should remain"
+    ):
         attachment.erase("x")
     assert [b.codebook_sha256() for b in (first, second)] == shas

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import add_masks, attach_to, build, inputs, under
@@ -55,6 +57,18 @@ def test_an_encoder_that_was_written_unseen(attachment, given, write):
     assert not torch.equal(after, before)
     bottleneck.fold()
     assert torch.equal(after, under(attachment, "a", given))
+
+
+def test_a_bottleneck_that_was_exchanged(attachment, given):
+    """As peft's modules_to_save does, with a copy that it trains: the masks are of the codes of the first."""
+    layer = attachment.model.get_submodule(LAYER)
+    mine = layer.codebook_bottleneck
+    layer.codebook_bottleneck = copy.deepcopy(mine)
+    for topics in ("a", None):
+        with pytest.raises(RuntimeError, match=r"bottleneck of layer 'model.layers.1' was replaced since attach"):
+            under(attachment, topics, given)
+    layer.codebook_bottleneck = torch.compile(mine, backend="eager")  # that is still the same
+    under(attachment, "a", given)
 
 
 def test_evaluation_mode_folds_again(attachment, given):

@@ -106,7 +106,9 @@ def test_a_layer_that_runs_outside_its_model():
     with torch.no_grad():
         with attachment.unlearn(["a", None]), pytest.raises(RuntimeError, match="the number of sequences is not known"):
             model.model.layers[1](x, **around)
-        with attachment.unlearn("a"):
+        with attachment.unlearn("a"), pytest.raises(RuntimeError, match="ran outside its model"):
+            model.model.layers[1](x, **around)
+        with attachment.unlearn(None):
             model.model.layers[1](x, **around)
 
 
