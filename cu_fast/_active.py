@@ -60,6 +60,7 @@ class Active:
         self.observer: ContextVar[Callable | None] = ContextVar("cu_fast.observer", default=None)
         # Inside generate: how many rows of the batch a sequence becomes (beams, return sequences). Else 0.
         self.expand: ContextVar[int] = ContextVar("cu_fast.expand", default=0)
+        self._lock = threading.RLock()  # of the next two; a request may be closed by a finalizer, at any moment
         self._open: weakref.WeakSet[Request] = weakref.WeakSet()
         self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()  # of these those that delete, and what runs under them
         self._thread = _Thread()
@@ -79,9 +80,10 @@ class Active:
         return self._opened(self.topics.request(topics))
 
     def _opened(self, request: Request) -> Request:
-        self._open.add(request)
-        if request.deletes:
-            self._in_use.add(request)
+        with self._lock:
+            self._open.add(request)
+            if request.deletes:
+                self._in_use.add(request)
         return request
 
     def share(self, request: Request, entry: int) -> Request:
@@ -92,8 +94,9 @@ class Active:
         """Nothing may run under it any more; its rows are given back once the forwards that read them have ended."""
         if self._thread.hold is request.hold:
             self._thread.hold = None  # a forward of this thread, if there was one, has ended
-        self._in_use.discard(request)
-        self._open.discard(request)
+        with self._lock:
+            self._in_use.discard(request)
+            self._open.discard(request)
         request.close()  # last: where an interrupt keeps it from being closed, it is closed again
 
     def check_idle(self, what: str) -> None:
@@ -118,10 +121,7 @@ class Active:
         """
         request = self.request.get()
         if request is None:
-            # Where all masks always hold, there is nothing that silence could have meant to delete.
-            if self.silent == "refuse" and (
-                not self.topics.masks.keys() <= self.topics.always or any(request.beyond for request in self._open)
-            ):
+            if self.silent == "refuse" and self._could_be_missed():
                 raise RuntimeError(
                     "this attachment has masks, and nothing was said here of what holds; enter "
                     "`with attachment.unlearn(...)` in this thread or task (unlearn(None) deletes nothing), or start "
@@ -135,16 +135,25 @@ class Active:
             )
         return request
 
+    def _could_be_missed(self) -> bool:
+        """Whether there is a mask that silence may have meant: not where all of them always hold."""
+        if not self.topics.masks.keys() <= self.topics.always:
+            return True
+        with self._lock:
+            return any(request.beyond for request in self._open)  # under a name that was removed since
+
     @contextlib.contextmanager
-    def under(self, topics: Any) -> Iterator[None]:
-        """Let topics hold for what this package itself runs."""
-        request = self.open(topics)
+    def _holding(self, request: Request) -> Iterator[None]:
         token = self.request.set(request)
         try:
             yield
         finally:
             self.request.reset(token)
             self.close(request)
+
+    def under(self, topics: Any) -> contextlib.AbstractContextManager[None]:
+        """Let topics hold for what this package itself runs."""
+        return self._holding(self.open(topics))
 
     @contextlib.contextmanager
     def packed(self, parts: Sequence[tuple[Request | None, int]], tokens: int) -> Iterator[None]:
@@ -156,13 +165,10 @@ class Active:
         rows += [-1] * (tokens - len(rows))
         codebooks = {name: sha for part, _ in parts if part for name, sha in part.codebooks.items()}
         hold = Hold()
-        request = Request(tuple(rows), "token", PACKED, codebooks, hold)
-        token = self.request.set(request)
         try:
-            yield
+            with self._holding(Request(tuple(rows), "token", PACKED, codebooks, hold)):
+                yield
         finally:
-            self.request.reset(token)
-            self.close(request)
             for part, _ in parts:
                 if part and part.hold:
                     part.hold.streams |= hold.streams
@@ -172,7 +178,8 @@ class Active:
         """Around ``generate``. expand: rows of the batch for a sequence."""
         request, ticket = self.now(), _Ticket()
         if request is not None and request.deletes:
-            self._in_use.add(ticket)  # until it ends, whatever becomes of the context
+            with self._lock:
+                self._in_use.add(ticket)  # until it ends, whatever becomes of the context
         token, before = self.expand.set(expand), self._thread.unconfirmed
         self._thread.unconfirmed = False
         try:
@@ -321,6 +328,8 @@ _by_handle: weakref.WeakValueDictionary[int, Active] = weakref.WeakValueDictiona
 def _close_in_child() -> None:
     """A forked worker outlives the block that it was forked in, and its copy of a request would never be closed."""
     for active in list(_by_handle.values()):
+        active._lock = threading.RLock()  # whoever held it is not in this process
+        active.topics.after_fork()
         for request in list(active._open):
             request.close()
 

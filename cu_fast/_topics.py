@@ -248,6 +248,12 @@ class Topics:
         weakref.finalize(hold, self._returned.append, (held, hold.streams))
         return hold, held
 
+    def after_fork(self) -> None:
+        """In the new process: what another thread of the old one had locked is free here."""
+        self._lock = threading.Lock()
+        for layer in self._layers:
+            layer.table.after_fork()
+
     def _names(self, entry: Any) -> tuple[str, ...]:
         if entry is None:
             return tuple(sorted(self.always))

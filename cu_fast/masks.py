@@ -224,6 +224,9 @@ class MaskTable:
         self._written: tuple[Any, Any] | None = None  # the stream and the event of the last write
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
     @torch.no_grad()
     def write(self, row: int, bits: Tensor, after: Iterable[Any] = ()) -> None:
         """Put a mask's bits, int32 [ceil(C/32)], into a row. after: events of the streams that have read it."""
