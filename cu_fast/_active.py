@@ -2,8 +2,8 @@
 
 A context variable holds the request that ``attachment.unlearn`` made. A compiled model cannot read one, and must
 not bake it in either, so everything that depends on it is reached through the four operators at the end of this
-file. They are opaque to the compiler and marked as ordered effects: they run at every call, in order, and are
-never merged, dropped, folded into a constant or captured in a CUDA graph.
+file. They are opaque to the compiler, which is told that they write to one tensor: they run at every call, in order,
+and are never merged, dropped, folded into a constant or captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -338,12 +338,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+# What each of them says that it writes to; none touches it. As ordered effects they would be moved past one another
+# where inductor splits a graph round what CUDA graphs cannot hold: torch 2.13 drops there what orders effects.
+ORDER = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 def _operator(name: str):
-    return torch.library.custom_op(f"cu_fast::{name}", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+    return torch.library.custom_op(f"cu_fast::{name}", mutates_args=("order",), tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @_operator("mask_rows")
-def mask_rows(x: Tensor, handle: int, layer: int) -> Tensor:
+def mask_rows(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
     """:meth:`Active.mask_rows`; where nothing is deleted, -1 for every token."""
     rows = _by_handle[handle].mask_rows(x, layer)
     if rows is None:
@@ -352,34 +357,32 @@ def mask_rows(x: Tensor, handle: int, layer: int) -> Tensor:
 
 
 @mask_rows.register_fake
-def _(x: Tensor, handle: int, layer: int) -> Tensor:
+def _(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
     return x.new_empty((x.numel() // x.shape[-1],), dtype=torch.int32)
 
 
 @_operator("enter")
-def enter(handle: int, runner: int, batch: int) -> None:
+def enter(order: Tensor, handle: int, runner: int, batch: int) -> None:
     """:meth:`Active.enter`."""
     _by_handle[handle].enter(runner, batch)
 
 
 @_operator("leave")
-def leave(handle: int, runner: int) -> None:
+def leave(order: Tensor, handle: int, runner: int) -> None:
     """:meth:`Active.leave`."""
     _by_handle[handle].leave(runner)
 
 
 @_operator("check_filled")
-def check_filled(stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
+def check_filled(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
     """:meth:`Active.check_filled`; length is int64 []."""
     return _by_handle[handle].check_filled(stamp, length, what)
 
 
 @check_filled.register_fake
-def _(stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
+def _(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-enter.register_fake(lambda handle, runner, batch: None)
-leave.register_fake(lambda handle, runner: None)
-for _op in (mask_rows, enter, leave, check_filled):
-    _op.register_effect(torch.library.EffectType.ORDERED)
+enter.register_fake(lambda order, handle, runner, batch: None)
+leave.register_fake(lambda order, handle, runner: None)

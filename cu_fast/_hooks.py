@@ -18,7 +18,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
-from cu_fast._active import UNKNOWN, Active, StaleCacheError
+from cu_fast._active import ORDER, UNKNOWN, Active, StaleCacheError
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
 STAMP = "_cu_fast_stamp"  # on a cache or an encoder's output: what it was computed under
@@ -55,7 +55,7 @@ class LayerHook:
                 "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
             )
         if torch.compiler.is_compiling():
-            row = torch.ops.cu_fast.mask_rows(x.detach(), self.active.handle, self.index)
+            row = torch.ops.cu_fast.mask_rows(ORDER, x.detach(), self.active.handle, self.index)
         else:
             row = self.active.mask_rows(x, self.index)
         if row is None or bottleneck.training:  # a mask in training has raised already
@@ -94,7 +94,7 @@ class ModelHook:
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         if torch.compiler.is_compiling():
-            torch.ops.cu_fast.enter(self.active.handle, self.runner, batch)
+            torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch)
         else:
             self.active.enter(self.runner, batch)
         for name in STATES:
@@ -116,7 +116,7 @@ class ModelHook:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
-            torch.ops.cu_fast.leave(self.active.handle, self.runner)
+            torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
         else:
             self.active.leave(self.runner)
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
@@ -162,7 +162,7 @@ def check_filled(active: Active, value: Any, length: int | Tensor, what: str) ->
     if not torch.compiler.is_compiling():
         return active.check_filled(stamp, length, what)
     length = length if isinstance(length, Tensor) else torch.full((), length)
-    return torch.ops.cu_fast.check_filled(stamp, length, what, active.handle)
+    return torch.ops.cu_fast.check_filled(ORDER, stamp, length, what, active.handle)
 
 
 def check_encoded(active: Active, value: Any) -> None:

@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, D, add_masks, attach_to, build, in_thread, inputs, logits
+from tiny_models import FAMILIES, TEST_ALL, D, add_masks, attach_to, build, in_thread, inputs, logits
 
 from cu_fast.hf import StaleCacheError
 
@@ -106,11 +106,13 @@ def test_compiled_without_a_swapped_layer_raises(attachment, given):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
-def test_compiled_by_inductor(given):
+@pytest.mark.parametrize("mode", ["reduce-overhead", *(["default", "max-autotune-no-cudagraphs"] if TEST_ALL else [])])
+def test_compiled_by_inductor(given, mode):
+    """reduce-overhead, generate's own choice for static caches, splits the graph round our operators, here too."""
     model = shortened(build("llama"), 1)
     attachment = attach_to(model, LAYERS[0])
     add_masks(attachment, given)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad():
         with attachment.unlearn(None):
             compiled(**given, use_cache=False)
