@@ -225,7 +225,7 @@ def test_deleted_codes_bite_in_a_model(mask_mode):
     attachment, given, used = llama(CHOSEN)
     attachment.mask_mode = mask_mode
     attachment.reset_report()
-    plain = tiny.logits(attachment.model, given)
+    plain = tiny.under(attachment, None, given)
     masked = tiny.under(attachment, ["a", None], given)
     assert not torch.equal(masked[0], plain[0]) and torch.equal(masked[1], plain[1])
     (report,) = attachment.report()
@@ -254,7 +254,8 @@ def test_deleted_codes_bite_in_a_model(mask_mode):
 def test_generation_without_a_topic():
     attachment, given, _ = llama(CHOSEN)
     options = {"max_new_tokens": 5, "do_sample": False}
-    plain = attachment.model.generate(**given, **options)
+    with attachment.unlearn(None):
+        plain = attachment.model.generate(**given, **options)
     with attachment.unlearn(["a", None]):
         masked = attachment.model.generate(**given, **options)
     assert masked.shape == plain.shape and torch.equal(masked[1], plain[1])

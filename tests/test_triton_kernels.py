@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import types
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,24 +36,50 @@ EVERY = ("sm_90", "gfx942")  # compiled with every configuration that they take,
 SCORES = {
     "score_codes", "score_candidates", "encode_tile", "gather_sum", "dot_slots", "sum_pieces", "sum_codes",
 }  # fmt: skip
+SCRIPTS = {
+    "test_equals_the_reference": "triton_interpreted.py",
+    "test_gradients": "triton_gradients.py",
+    "test_is_an_operator_that_can_be_compiled": "triton_operators.py",
+}
 # What the tiles were chosen with. Older ones (torch 2.11 brings 3.6) spill a little, and on sm_100 use older matrix units.
 TUNED_FOR = (3, 9)
 OLDER = HAS_TRITON and kernels.version(importlib.metadata.version("triton")) < TUNED_FOR
 
 
+# Each takes tens of seconds of one core: those that the collected tests need are run side by side, from the first test on.
+PROCESSES = ThreadPoolExecutor(os.cpu_count())
+
+
 @functools.cache
-def lines(script: str, *arguments: str, **environment: str) -> list[dict]:
+def started(script: str, *arguments: str) -> Future[list[dict]]:
+    """What a script prints, once it has ended."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent),
-        "TRITON_CACHE_DIR": str(HERE.parent / "build" / "triton"), **environment,
+        "TRITON_CACHE_DIR": str(HERE.parent / "build" / "triton"),
+        "TRITON_INTERPRET": "0" if script == "triton_compiled.py" else "1",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, HERE / script, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def run() -> list[dict]:
+        command = [sys.executable, HERE / script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return PROCESSES.submit(run)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start_what_is_needed(request):
+    for item in request.session.items if HAS_TRITON else ():
+        if item.path == Path(__file__):
+            if item.originalname in SCRIPTS:
+                started(SCRIPTS[item.originalname])
+            elif "arch" in getattr(getattr(item, "callspec", None), "params", {}):
+                started("triton_compiled.py", *of_arch(item.callspec.params["arch"]))
 
 
 def passed(script: str, case: str) -> None:
-    failures = {line["case"]: line["failure"] for line in lines(script, TRITON_INTERPRET="1")}
+    failures = {line["case"]: line["failure"] for line in started(script).result()}
     assert failures[case] is None, failures[case]
 
 
@@ -86,8 +113,12 @@ def test_schemas_are_those_of_the_native_operators(name):
     assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns]
 
 
+def of_arch(arch: str) -> tuple[str, ...]:
+    return (arch, "every") if arch in EVERY else (arch,)
+
+
 def compiled(arch: str) -> list[dict]:
-    return lines("triton_compiled.py", arch, *(["every"] if arch in EVERY else []), TRITON_INTERPRET="0")
+    return started("triton_compiled.py", *of_arch(arch)).result()
 
 
 @needs_triton
