@@ -275,3 +275,19 @@ def test_erasing_is_refused_before_anything_is_erased(given):
     ):
         attachment.erase("x")
     assert [b.codebook_sha256() for b in (first, second)] == shas
+
+
+def test_a_cache_that_was_filled_by_hand(attachment, given):
+    """As prefix tuning does, with keys and values that it learned: nothing says under which masks they are right."""
+    with torch.no_grad(), attachment.unlearn(None):
+        learned = attachment.model(**given, use_cache=True).past_key_values
+        cache = hf.DynamicCache()
+        for i, layer in enumerate(learned.layers):
+            cache.update(layer.keys, layer.values, i)
+    more = {"input_ids": torch.tensor([[5], [6]])}
+    with torch.no_grad(), attachment.unlearn("a"):
+        with pytest.raises(StaleCacheError, match="this KV cache was computed under no mask"):
+            attachment.model(**more, past_key_values=copy.deepcopy(cache))
+        with pytest.raises(StaleCacheError, match="this KV cache was computed under no mask"):
+            longer = torch.cat([given["input_ids"], more["input_ids"]], 1)
+            attachment.model.generate(longer, past_key_values=cache, max_new_tokens=2)

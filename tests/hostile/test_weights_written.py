@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from tiny_models import add_masks, attach_to, build, inputs, under
@@ -78,3 +79,20 @@ def test_evaluation_mode_folds_again(attachment, given):
     bottleneck.autoencoder.W_dec.data.mul_(3)
     attachment.model.eval()
     assert not torch.equal(under(attachment, None, given), before)
+
+
+def test_weights_that_are_offloaded_after_attach(attachment, given):
+    """accelerate puts them on the meta device between forwards, where there is nothing to select from: an error."""
+    accelerate.cpu_offload(attachment.model, execution_device=torch.device("cpu"))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        under(attachment, "a", given)
+
+
+def test_a_model_that_is_vectorised(attachment, given):
+    """vmap has no rule for the operators; it does not leave them out."""
+
+    def one(ids):
+        return attachment.model(input_ids=ids[None], use_cache=False).logits
+
+    with torch.no_grad(), attachment.unlearn("a"), pytest.raises(RuntimeError):
+        torch.func.vmap(one)(given["input_ids"])
