@@ -104,18 +104,17 @@ class Batching:
         del self.manager._cu_fast
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> str | None:
-        held = self.active.now()
-        if held is not None:
-            entries = self.entries.get()
-            if entries is None:
-                check_entries(held, 1)
-            held = self.active.share(held, 0 if entries is None else next(entries))
         if request_id is None:
             with self.manager._request_lock:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is that of a request that has not ended; give another")
+        held, entries = self.active.now(), self.entries.get()
+        if entries is None:
+            check_entries(held, 1)
+        if held is not None:
+            held = self.active.share(held, 0 if entries is None else next(entries))
         self.requests[request_id] = held  # before the manager's thread can see it
         added = None
         try:

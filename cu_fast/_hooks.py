@@ -28,6 +28,8 @@ VALUE = "_cu_fast_value"  # on an encoder's output: which tensor the stamp is of
 # Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, and the one of continuous
 # batching is each request's own; other kinds cannot.
 STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Arguments that hold what a part for images or sounds has computed. transformers passes them on inside generate.
+OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_outputs")
 # Arguments whose first dimension is the sequences, whatever the model. Of images or sounds a sequence may have several.
 SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -72,19 +74,23 @@ class LayerHook:
 class ModelHook:
     """Around a model that holds swapped layers: guards what its forward continues from, and that none was left out.
 
-    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder. sequences: the
-    arguments that tell how many sequences there are.
+    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder. tower_is_swapped:
+    it is the whole model, and some are in a part that is neither its encoder nor its decoder. sequences: the arguments
+    that tell how many sequences there are.
     """
 
     def __init__(
-        self, active: Active, model: nn.Module, runner: int, encoder_is_swapped: bool, sequences: tuple[str, ...]
+        self,
+        active: Active,
+        model: nn.Module,
+        runner: int,
+        *,
+        encoder_is_swapped: bool,
+        tower_is_swapped: bool,
+        sequences: tuple[str, ...],
     ) -> None:
-        self.active, self.runner, self.encoder_is_swapped, self.sequences = (
-            active,
-            runner,
-            encoder_is_swapped,
-            sequences,
-        )
+        self.active, self.runner, self.sequences = active, runner, sequences
+        self.encoder_is_swapped, self.tower_is_swapped = encoder_is_swapped, tower_is_swapped
         self.arguments = argument_names(model.forward)
         # Some models have another argument of that name, which is a tensor and no state.
         is_recurrent = getattr(getattr(model, "config", None), "model_type", None) in ("rwkv", "xlstm")
@@ -113,6 +119,8 @@ class ModelHook:
                 setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
         if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
             check_encoded(self.active, given["encoder_outputs"])
+        if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
+            check_towers(self.active, given)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -174,6 +182,13 @@ def check_encoded(active: Active, value: Any) -> None:
             raise StaleCacheError("this encoder's output holds another tensor than the encoder gave; encode again")
 
 
+def check_towers(active: Active, given: Mapping[str, Any]) -> None:
+    """Raises StaleCacheError where a swapped part's output is given, which carries no stamp."""
+    name = next((name for name in OF_TOWERS if given.get(name) is not None), None)
+    if name is not None and active.topics.masks:
+        raise StaleCacheError(f"{name} does not tell under which masks it was computed; give what it was computed from")
+
+
 def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
     """Let ``model.generate`` check the batch, say how far it expands it, and tell its steps. Returns what undoes it."""
     undo = contextlib.ExitStack()
@@ -203,6 +218,8 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
                 check_order(cache)
             if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
                 check_encoded(active, given["encoder_outputs"])
+            if any(not (layer.in_encoder or layer.in_decoder) for layer in active.layers):
+                check_towers(active, given)
             with active.generating(_expansion(model, given)):
                 return generate(*args, **kwargs)
 

@@ -324,7 +324,7 @@ def _signature_of(content: Any) -> int:
 def _remember(signature: int, text: str) -> None:
     _TEXT[signature] = text
     if len(_TEXT) > TEXTS:
-        _TEXT.pop(next(iter(list(_TEXT))), None)
+        _TEXT.pop(next(iter(_TEXT)), None)
 
 
 def text_of(signature: int) -> str:

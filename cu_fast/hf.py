@@ -326,6 +326,8 @@ class Attachment:
             ModelHook(
                 self._active, owner, runner,
                 encoder_is_swapped=any(is_in(module, part(owner, "encoder")) for module in self._modules),
+                tower_is_swapped=owner is self.model
+                and any(not (layer.in_encoder or layer.in_decoder) for layer in self._layers),
                 sequences=sequences(self.model, owner),
             )
             for runner, owner in enumerate(owners)

@@ -153,6 +153,46 @@ def test_a_cross_attention_cache_from_another_forward(t5):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+def test_what_a_swapped_vision_tower_computed_before():
+    """Given in place of the images, it was computed under other masks, and carries no stamp."""
+    vision = hf.models.mllama.configuration_mllama.MllamaVisionConfig(
+        hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=16,
+        patch_size=8, vision_output_dim=2 * D, intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1]],
+        max_num_tiles=1,
+    )  # fmt: skip
+    text = hf.models.mllama.configuration_mllama.MllamaTextConfig(
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.MllamaForConditionalGeneration(hf.MllamaConfig(vision_config=vision, text_config=text)).eval()
+    ids, one = torch.randint(3, VOCABULARY, (2, 6)), torch.ones(2, 1, dtype=torch.long)
+    pictures = {
+        "pixel_values": torch.randn(2, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": one,
+        "aspect_ratio_mask": one[..., None],
+    }
+
+    def seen():
+        return model.model.multi_modal_projector(model.model.vision_model(**pictures).last_hidden_state).reshape(
+            2, -1, D
+        )
+
+    attachment = attach_to(model, "model.vision_model.transformer.layers.1")
+    with torch.no_grad():
+        logits(model, {"input_ids": ids, "cross_attention_states": seen()})  # there are no masks yet
+        add_masks(attachment, {"input_ids": ids, **pictures})
+        with attachment.unlearn(None):
+            plain = seen()
+        with attachment.unlearn("a"):
+            with pytest.raises(StaleCacheError, match="cross_attention_states does not tell under which masks"):
+                model(input_ids=ids, cross_attention_states=plain)
+            with pytest.raises(StaleCacheError, match="cross_attention_states does not tell under which masks"):
+                model.generate(ids, cross_attention_states=plain, max_new_tokens=2)
+            model(input_ids=ids, **pictures)
+
+
 # -- erasing, and rows -----------------------------------------------------------------------------------------------
 
 
