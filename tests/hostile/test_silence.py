@@ -265,6 +265,18 @@ def test_blocks_of_one_thread_end_inside_out(attachment, model, given):
     raises(outer.__enter__, "was entered before")
 
 
+def test_a_block_whose_object_is_not_kept(attachment, model, given):
+    """Python drops it at once; that must not bring back what held before."""
+
+    def careless():
+        attachment.unlearn("a").__enter__()
+        raises(lambda: logits(model, given), LEFT)
+
+    with attachment.unlearn(None):
+        contextvars.copy_context().run(careless)
+        logits(model, given)
+
+
 FILES = {module.__file__ for module in (hf, _active, _context, _topics)}
 
 

@@ -331,3 +331,17 @@ def test_a_cache_that_was_filled_by_hand(attachment, given):
         with pytest.raises(StaleCacheError, match="this KV cache was computed under no mask"):
             longer = torch.cat([given["input_ids"], more["input_ids"]], 1)
             attachment.model.generate(longer, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_cache_given_by_position_to_a_forward_that_others_wrapped(given):
+    """Its signature names nothing; the cache is looked at all the same."""
+    model = build("llama").model
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    attachment = attach_to(model, "layers.1")
+    with torch.no_grad(), attachment.unlearn(None):
+        cache = model(given["input_ids"], None, None, hf.DynamicCache()).past_key_values
+    bottleneck = attachment.bottlenecks["layers.1"]
+    attachment.add_mask(mask_for(bottleneck, range(0, 150, 2), "a"))
+    with torch.no_grad(), attachment.unlearn("a"), pytest.raises(StaleCacheError, match="computed under no mask"):
+        model(torch.tensor([[5], [6]]), None, None, cache)
