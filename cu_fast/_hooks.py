@@ -43,7 +43,7 @@ class LayerHook:
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
         layer, bottleneck = self.layer, getattr(module, CHILD)
-        if getattr(bottleneck, "_orig_mod", bottleneck) is not layer.bottleneck:
+        if bottleneck is not layer.bottleneck and getattr(bottleneck, "_orig_mod", None) is not layer.bottleneck:
             raise RuntimeError(
                 f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
             )
@@ -209,9 +209,10 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
         given = {**dict(zip(names, args)), **kwargs}
         with _ended_streamer(given.get("streamer")), _same_depth(model):
             request = active.now()
-            if request is not None and request.of == "sequence" and _batch(model, given) != len(request.rows):
+            batch = _batch(model, given)
+            if request is not None and request.of == "sequence" and batch != len(request.rows):
                 raise ValueError(
-                    f"generate() was given {_batch(model, given)} sequences, and unlearn() {len(request.rows)} entries; "
+                    f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
                     f"give an entry for each sequence"
                 )
             for cache in itertools.chain.from_iterable(map(_caches, given.values())):
