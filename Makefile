@@ -38,7 +38,7 @@ wheel-check: wheel
 
 # After a change of a kernel that is meant to change these.
 machine-code: $(VENV)/installed
-	$(BIN)/python tests/test_machine_code.py --write
+	$(BIN)/python tests/kernels/test_machine_code.py --write
 
 # On a machine with a GPU. With the Python that is there, not .venv; builds in place, installs nothing.
 gpu-check:

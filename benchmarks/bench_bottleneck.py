@@ -5,7 +5,7 @@ python benchmarks/bench_bottleneck.py --tokens 1,64 --shape 512,25000,8 --output
 
 import sys
 
-from cu_fast.cli import app
+from cu_fast.cli.app import app
 
 if __name__ == "__main__":
     app(["bench", "bottleneck", *sys.argv[1:]])

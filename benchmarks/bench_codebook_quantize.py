@@ -5,7 +5,7 @@ python benchmarks/bench_codebook_quantize.py --tokens 1,64,512 --shape 512,25000
 
 import sys
 
-from cu_fast.cli import app
+from cu_fast.cli.app import app
 
 if __name__ == "__main__":
     app(["bench", "codebook_quantize", *sys.argv[1:]])

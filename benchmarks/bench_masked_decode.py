@@ -5,7 +5,7 @@ python benchmarks/bench_masked_decode.py --tokens 64 --mask none,1%,rows --outpu
 
 import sys
 
-from cu_fast.cli import app
+from cu_fast.cli.app import app
 
 if __name__ == "__main__":
     app(["bench", "masked_decode", *sys.argv[1:]])

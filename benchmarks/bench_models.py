@@ -5,7 +5,7 @@ python benchmarks/bench_models.py --data gpt2 --output rows.csv
 
 import sys
 
-from cu_fast.cli import app
+from cu_fast.cli.app import app
 
 if __name__ == "__main__":
     app(["bench", "models", *sys.argv[1:]])

@@ -5,7 +5,7 @@ python benchmarks/bench_sae_encode.py --tokens 1,64 --shape 4096,16384,64 --data
 
 import sys
 
-from cu_fast.cli import app
+from cu_fast.cli.app import app
 
 if __name__ == "__main__":
     app(["bench", "sae_encode,sae_encode_topk", *sys.argv[1:]])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cu_fast import bench
-from cu_fast._bench_gpu_rivals import GPU_PROVIDERS
+from cu_fast.bench.rivals_gpu import GPU_PROVIDERS
 
 LARGE, WIDE, SMALL = (2048, 65_536, 64), (512, 65_536, 64), (768, 10_000, 8)
 NARROW = ((512, 25_000, 8), (512, 25_000, 64))

@@ -110,14 +110,14 @@ def steps(output: Path, arch: str) -> list[Step]:
     return [
         Step("machine", [python, "-c", MACHINE], 60, 2, on_gpu=False),
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 200, 20, environment=build, on_gpu=False),
-        Step("tests", [*pytest, "--durations=15", "tests/test_gpu.py", "tests/test_gpu_use.py"], 170, 30, environment=on_cuda),
+        Step("tests", [*pytest, "--durations=15", "tests/gpu/test_gpu.py", "tests/gpu/test_gpu_use.py"], 170, 30, environment=on_cuda),
         # The scan that other GPUs run, on Hopper.
-        Step("older-scan", [*pytest, "-k", "scan", "tests/test_gpu.py"], 60, 10, log="tests.log",
+        Step("older-scan", [*pytest, "-k", "scan", "tests/gpu/test_gpu.py"], 60, 10, log="tests.log",
              environment=on_cuda | {"CU_FAST_WGMMA": "0"}),
-        Step("triton", [*pytest, "--durations=15", "-k", TRITON, "tests/test_gpu_triton.py", "tests/test_gpu.py",
-                        "tests/test_gpu_use.py"], 180, 30, environment=on_cuda | {"CU_FAST_TEST_GPU_IMPL": "triton"}),
+        Step("triton", [*pytest, "--durations=15", "-k", TRITON, "tests/gpu/test_gpu_triton.py", "tests/gpu/test_gpu.py",
+                        "tests/gpu/test_gpu_use.py"], 180, 30, environment=on_cuda | {"CU_FAST_TEST_GPU_IMPL": "triton"}),
         *(
-            Step(tool, [*sanitizer, "--tool", tool, python, "tests/gpu_small.py"], 60, 10, log="sanitizer.log",
+            Step(tool, [*sanitizer, "--tool", tool, python, "tests/gpu/gpu_small.py"], 60, 10, log="sanitizer.log",
                  environment=checked, needs="compute-sanitizer")
             for tool in TOOLS
         ),
@@ -161,7 +161,7 @@ class Run:
         return Result(step.name, status, why, self.clock() - start, step.log_name)
 
     def process(self, step: Step, command: list[str], seconds: float) -> tuple[str, str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | step.environment
         with open(self.output / step.log_name, "a") as log:
             print(f"== {step.name}: {shlex.join(command).splitlines()[0]}", file=log, flush=True)

@@ -23,16 +23,16 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from cu_fast import _nn_training, demo
-from cu_fast.checkpoint import read_model
-from cu_fast.config import BottleneckConfig
+from cu_fast.cli import demo
 from cu_fast.hf import attach
+from cu_fast.hf.checkpoint import read_model
+from cu_fast.nn import BottleneckConfig, training
 from cu_fast.train import CodebookTrainer, Collator, UsageCallback, encode_row, freeze_below, seed_codes
 
 LAYER = "model.layers.1"
 BOTTLENECK = BottleneckConfig(d_model=192, code_dim=64, num_codes=16_384, k=8, activation="none", code_dropout=0.05)
 WAYS = ("reference", "cpu", "embedding_bag")
-OURS = _nn_training.gather_sum
+OURS = training.gather_sum
 
 
 def embedding_bag(ids: Tensor, weights: Tensor, codes: Tensor, impl: str) -> Tensor:
@@ -41,7 +41,7 @@ def embedding_bag(ids: Tensor, weights: Tensor, codes: Tensor, impl: str) -> Ten
 
 def curve(way: str, seed: int, steps: int) -> Tensor:
     """The loss of every step: task and auxiliary, [steps]."""
-    _nn_training.gather_sum = embedding_bag if way == "embedding_bag" else OURS
+    training.gather_sum = embedding_bag if way == "embedding_bag" else OURS
     model, tokenizer = read_model(demo.BUNDLE)
     authors = demo.load_bundle(demo.BUNDLE).authors
     rows = [

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cu_fast.config import BottleneckConfig
-from cu_fast.nn import CodebookBottleneck
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
 
 NAMES = ("eager", "cu_fast")
 

@@ -28,7 +28,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cu_fast._rows import Collator, encode_row
+from cu_fast.rows import Collator, encode_row
 
 BATCH_TOKENS = 8192  # positions of a forward pass, padding included
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cu_fast._storage import read_json, read_safetensors, seal, unseal, visible, write_directory
+from cu_fast.files import read_json, read_safetensors, seal, unseal, visible, write_directory
 
 FORMAT_VERSION = 1
 FILES = r"mask\.(json|safetensors)"  # what a mask's folder holds

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+# Scripts that tests start in processes of their own find what the tests find.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("helpers")), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CU_FAST_TRITON_TABLE"] = "shipped"  # not what was once measured on this machine
 
 import pytest
+import tiny_training
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import cu_fast
-from cu_fast.checkpoint import save_model
-
-WORDS = (
-    "the a red blue green cat dog bird sat ran sings on under mat tree Anna Bruno writes reads books poems .".split()
-)
+from cu_fast.hf.checkpoint import save_model
 
 
 @pytest.fixture
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    return tiny_training.word_tokenizer()
 
 
 @pytest.fixture
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_training.tiny_llama(tokenizer)
 
 
 @pytest.fixture

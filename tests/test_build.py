@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from cu_fast import _native
+from cu_fast.kernels import native
 
-native = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="the native library was not built")
+needs_native = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
 x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
 HOT = r"avx\w+::(\(anonymous namespace\)::)?(dot_tile<|dot_pairs<|byte_dots<|outlier_dots\()"
 SETUP = Path(__file__).parents[1] / "setup.py"
@@ -37,7 +37,7 @@ def functions() -> list[tuple[str, str]]:
     """Each function of the library and its disassembly."""
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
-    command = ["objdump", "-dC", "--no-show-raw-insn", _native.LIBRARY]
+    command = ["objdump", "-dC", "--no-show-raw-insn", native.LIBRARY]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.MULTILINE)
     return list(zip(parts[1::2], parts[2::2]))
@@ -67,7 +67,7 @@ class TestCudaBuild:
         archs = setup_py["parse_archs"](setup_py["ARCHS"])
         assert ";".join(archs) == setup_py["ARCHS"]
         for gpu in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
-            assert any(_native._runs(arch, *gpu) for arch in archs), gpu
+            assert any(native._runs(arch, *gpu) for arch in archs), gpu
 
     @pytest.mark.parametrize(
         "text, message",
@@ -105,7 +105,7 @@ class TestCudaBuild:
         assert re.search(r"error: CU_FAST_ARCHS is '80;999': .*nvcc does not know 999, it knows .*, 80, ", message)
 
 
-@native
+@needs_native
 @x86
 class TestBuild:
     """Facts about the machine code, read from the library itself."""
@@ -114,7 +114,7 @@ class TestBuild:
         if shutil.which("nm") is None:
             pytest.skip("nm is not installed")
         symbols = subprocess.run(
-            ["nm", "-DCu", _native.LIBRARY], capture_output=True, text=True, check=True
+            ["nm", "-DCu", native.LIBRARY], capture_output=True, text=True, check=True
         ).stdout.split("\n")
         needed = [line.split()[-1] for line in symbols if line.strip()]
         assert any(name.startswith("aoti_torch_") for name in needed)

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from tiny_models import build
+from tiny_training import WORDS
 
 import cu_fast
 from cu_fast import evaluate as ev

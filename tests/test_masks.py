@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 
-from cu_fast._storage import read_safetensors, seal, write_directory
+from cu_fast.files import read_safetensors, seal, write_directory
 from cu_fast.masks import Mask, MaskTable, load_masks
 
 SHA = "a" * 64

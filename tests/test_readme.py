@@ -11,7 +11,8 @@ from transformers.generation import ContinuousBatchingConfig
 from typer.testing import CliRunner
 
 import cu_fast
-from cu_fast import cli, ops
+from cu_fast import ops
+from cu_fast.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -40,14 +41,14 @@ def test_the_other_examples_run_after_it(attachment, tokenizer):
 
 
 def test_every_command_is_in_the_table_and_every_row_is_a_command():
-    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in app.app.registered_commands}
     assert commands == set(re.findall(r"^\| `cu-fast (\w+)", README, re.MULTILINE))
 
 
 @pytest.mark.parametrize("row", re.findall(r"^\| `cu-fast ([^`]+)` \|", README, re.MULTILINE))
 def test_the_options_of_a_row_exist(row):
     command, *rest = row.split()
-    offered = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    offered = CliRunner().invoke(app.app, [command, "--help"], env={"COLUMNS": "200"}).stdout
     assert all(option in offered for option in rest if option.startswith("--"))
 
 

@@ -27,11 +27,11 @@ INSIDE = """
 import pathlib, sys
 import torch
 import cu_fast
-from cu_fast import _native, reference
+from cu_fast.kernels import native, reference
 
 home = pathlib.Path(cu_fast.__file__).resolve()
 assert home.is_relative_to(pathlib.Path(sys.prefix).resolve()), f"cu_fast came from {home}, not from the wheel"
-assert _native.failure() is None, _native.failure()
+assert native.failure() is None, native.failure()
 torch.manual_seed(0)
 z, codes, bias = torch.randn(70, 64), torch.randn(1000, 64), torch.randn(1000)
 table, row = torch.randint(-(2**31), 2**31, (2, 32), dtype=torch.int32), torch.arange(70, dtype=torch.int32) % 3 - 1
@@ -39,9 +39,9 @@ for scan in ((None, None, None), torch.ops.cu_fast.pack_scan(codes, None)):
     got = torch.ops.cu_fast.codebook_quantize(z, codes, None, bias, 8, table, row, True, *scan)
     want = reference.codebook_quantize(z, codes, None, bias, 8, table, row, True)
     assert all(map(torch.equal, got, want)), "codebook_quantize differs from the reference"
-print(_native.simd_level())
-print(_native.cuda_build())
-print(_native.cuda_failure())
+print(native.simd_level())
+print(native.cuda_build())
+print(native.cuda_failure())
 assert not torch.cuda.is_initialized() or torch.cuda.is_available()
 """
 
@@ -87,6 +87,7 @@ def check_machine_code(library: Path, built: str) -> None:
     if not built:
         check(os.environ.get("CU_FAST_BUILD") != "require", "it was built without CUDA; install nvcc")
         return
+    sys.path.insert(0, str(ROOT / "tests/kernels"))
     from test_machine_code import dump
 
     holds = re.findall(r"\.sm_(\d+[af]?)\.cubin", dump("--list-elf", library))

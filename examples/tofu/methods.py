@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from cu_fast._rows import Collator, encode_row
+from cu_fast.rows import Collator, encode_row
 from cu_fast.train import weighted_loss
 
 METHODS = ("gradient_ascent", "gradient_difference", "npo")

@@ -20,8 +20,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cu_fast.checkpoint import read_model, save_model
-from cu_fast.config import BottleneckConfig
+from cu_fast.hf.checkpoint import read_model, save_model
+from cu_fast.nn import BottleneckConfig
 from cu_fast.train import train
 
 GOLD = {"full": None, "retain99": "forget01", "retain95": "forget05", "retain90": "forget10"}

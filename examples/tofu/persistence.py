@@ -12,7 +12,7 @@ perturbed       a random vector of some length, beside the residual's, added to 
 probed          a ridge classifier reads the next token off the states behind the bottleneck's layer; it learns on answers that
                 stay, and is asked for the forgotten ones: the share of tokens that it gets right
 in sequence     forget05's authors deleted one after the other: what is left of them, and of validation rows; for every prompt,
-                and where a prompt fires an author's codes (cu_fast.gate)
+                and where a prompt fires an author's codes (cu_fast.unlearn)
 undone          and given back in another order: logits that differ from those on the way there
 """
 
@@ -33,12 +33,11 @@ from models import LAYER, arguments, training_rows
 from study import LADDER, OURS, Table, count, find_codes, gold_of, split_off_validation
 
 from cu_fast import evaluate as ev
-from cu_fast._rows import Collator, encode_row
-from cu_fast.checkpoint import load_model, read_model
-from cu_fast.gate import level_for, topics_of
 from cu_fast.hf import Attachment
-from cu_fast.strength import within_loss
+from cu_fast.hf.checkpoint import load_model, read_model
+from cu_fast.rows import Collator, encode_row
 from cu_fast.train import CodebookTrainer
+from cu_fast.unlearn import level_for, topics_of, within_loss
 
 SPLIT, DEPTH = "forget01", 16
 # Rate and epochs: of the settings in results.csv that pass (forget quality above 0.05) the one with the most utility.

@@ -5,8 +5,8 @@ model utility, and what it cost. forget_fluency: how probable the twin that neve
 are added as they are measured; those that are there are not measured again.
 
 codeunlearn, random   masks on the model with bottleneck, by depth S', rule and mode, compared with that model's gold twin;
-                      "within 1.0%": the strongest, by R, that costs at most so much on validation rows (cu_fast.strength);
-                      "where it fires": a stronger one beside it, for the prompts that speak of the split (cu_fast.gate)
+                      "within 1.0%": the strongest, by R, that costs at most so much on validation rows (cu_fast.unlearn);
+                      "where it fires": a stronger one beside it, for the prompts that speak of the split (cu_fast.unlearn)
 gradient_ascent, ...  methods.py on the model without bottleneck, by rate and epochs; compared with its own gold twin
 """
 
@@ -30,11 +30,9 @@ from models import GOLD, training_rows
 
 from cu_fast import Mask
 from cu_fast import evaluate as ev
-from cu_fast.checkpoint import load_model, read_model
-from cu_fast.gate import level_for, topics_of
 from cu_fast.hf import Attachment
-from cu_fast.strength import within_loss
-from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask
+from cu_fast.hf.checkpoint import load_model, read_model
+from cu_fast.unlearn import CodeCounts, count_codes, find_mask, level_for, random_mask, topics_of, within_loss
 
 MAX_LOSSES = (0.002, 0.01, 0.05)
 VALIDATION = 100  # rows that the rule looks at

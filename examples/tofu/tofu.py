@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cu_fast import demo
 from cu_fast import evaluate as ev
+from cu_fast.cli import demo
 
 NEW_TOKENS = 128  # longer than every answer
 GENERAL = ("real_authors", "world_facts")

@@ -26,9 +26,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cu_fast import demo
-from cu_fast.checkpoint import load_model, read_model, save_model
-from cu_fast.config import BottleneckConfig
+from cu_fast.cli import demo
+from cu_fast.hf.checkpoint import load_model, read_model, save_model
+from cu_fast.nn import BottleneckConfig
 from cu_fast.train import train
 
 AUTHORS, ROWS_AN_AUTHOR = 40, 20

@@ -26,7 +26,7 @@ from models import MAX_LENGTH
 from torch import Tensor
 
 from cu_fast import evaluate as ev
-from cu_fast._rows import Collator, encode_row
+from cu_fast.rows import Collator, encode_row
 
 Figures = Mapping[str, np.ndarray]  # [N], one for each sentence; bleu: [N, 10]
 BATCH = 64

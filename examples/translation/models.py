@@ -29,9 +29,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cu_fast import attach
 from cu_fast import evaluate as ev
-from cu_fast._rows import Collator, encode_row
-from cu_fast.checkpoint import read_model, save_model
-from cu_fast.config import BottleneckConfig
+from cu_fast.hf.checkpoint import read_model, save_model
+from cu_fast.nn import BottleneckConfig
+from cu_fast.rows import Collator, encode_row
 from cu_fast.train import freeze_below, train
 
 VOCABULARY = 4096

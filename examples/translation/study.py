@@ -48,11 +48,18 @@ from corpus import rows as rows_of
 from figures import NAMES, Figures, Judge, compare, log_likelihood, measure, translate, value
 from models import autocast
 
-from cu_fast.checkpoint import load_model, read_model
-from cu_fast.gate import fired, level_for
+from cu_fast.hf.checkpoint import load_model, read_model
 from cu_fast.masks import Mask
-from cu_fast.strength import within_loss
-from cu_fast.unlearn import CodeCounts, count_codes, find_mask, random_mask, replace_words
+from cu_fast.unlearn import (
+    CodeCounts,
+    count_codes,
+    find_mask,
+    fired,
+    level_for,
+    random_mask,
+    replace_words,
+    within_loss,
+)
 
 DEPTHS = (8, 16, 32, 64, 104)
 CONTROLS = ("replaced", "others")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import ANNA, OTHERS, run
+from command_line import ANNA, OTHERS, run
 from typer.testing import CliRunner
 
 from cu_fast import unlearn as finding
-from cu_fast.checkpoint import load_model
-from cu_fast.cli import app
+from cu_fast.cli.app import app
+from cu_fast.hf.checkpoint import load_model
 from cu_fast.masks import Mask
 
 MARKUP = "[/bold] [red]x[/green] \\"
@@ -66,7 +66,7 @@ def test_nothing_is_saved_where_the_evidence_cannot_be_shown(folder, texts, tmp_
     def fail(_):
         raise ValueError("no table")
 
-    monkeypatch.setattr("cu_fast.cli.evidence_table", fail)
+    monkeypatch.setattr("cu_fast.cli.app.evidence_table", fail)
     refused("unlearn", folder, *texts, "--topic", "t", "--min-enrichment", 1, "--output", tmp_path / "mask",
             words="no table")  # fmt: skip
     assert not (tmp_path / "mask").exists()

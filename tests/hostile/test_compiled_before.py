@@ -8,7 +8,7 @@ import transformers
 from tiny_models import FAMILIES, TEST_ALL, add_masks, attach_to, build, inputs, under
 
 import cu_fast
-from cu_fast import _hooks
+from cu_fast.hf import hooks
 
 LAYER = "model.layers.1"
 
@@ -161,4 +161,4 @@ def test_nothing_is_compiled_again_where_nothing_was_compiled(monkeypatch):
 
 def test_the_hooks_find_arguments_by_position():
     """The names are read when a model is attached to; a forward that others wrap later has the same ones."""
-    assert _hooks.argument_names(lambda x, /, input_ids, *rest, use_cache=None, **more: None) == ("x", "input_ids")
+    assert hooks.argument_names(lambda x, /, input_ids, *rest, use_cache=None, **more: None) == ("x", "input_ids")

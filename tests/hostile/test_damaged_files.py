@@ -18,7 +18,7 @@ import torch
 from tiny_models import add_masks, attach_to, build, inputs, under
 
 import cu_fast
-from cu_fast.checkpoint import load_model, read_model, save_model
+from cu_fast.hf.checkpoint import load_model, read_model, save_model
 from cu_fast.masks import Mask
 
 LAYERS = ("model.layers.0", "model.layers.1")
@@ -93,7 +93,7 @@ def test_files_zeroed_after_loading_change_nothing(copied):
 def test_files_truncated_after_loading_do_not_kill_the_process(folder):
     code = f"""
 import os, pathlib, torch
-from cu_fast.checkpoint import load_model
+from cu_fast.hf.checkpoint import load_model
 model, tokenizer, attachment = load_model({str(folder)!r})
 for file in pathlib.Path({str(folder)!r}).rglob("*.safetensors"):
     os.truncate(file, 0)
@@ -332,7 +332,7 @@ def test_code_in_the_folder_never_runs_and_nobody_is_asked(folder, tmp_path, whe
     }[where]
     record = json.loads((folder / where).read_text())
     (folder / where).write_text(json.dumps(record | changes))
-    code = f"from cu_fast.checkpoint import read_model; read_model({str(folder)!r})"
+    code = f"from cu_fast.hf.checkpoint import read_model; read_model({str(folder)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, input="y\n" * 9)
     assert not (tmp_path / "ran").exists() and "y/N" not in run.stdout
     if where == "config.json":
@@ -358,13 +358,13 @@ def test_tied_weights_are_not_missing(folder):
 
 
 def test_a_model_saved_anew_while_it_is_loaded_is_refused(folder, attachment, tokenizer, monkeypatch):
-    attach = cu_fast.checkpoint.attach
+    attach = cu_fast.hf.checkpoint.attach
 
     def slow(*args, **options):
         save_model(attachment, tokenizer, folder)  # another process would
         return attach(*args, **options)
 
-    monkeypatch.setattr(cu_fast.checkpoint, "attach", slow)
+    monkeypatch.setattr(cu_fast.hf.checkpoint, "attach", slow)
     with pytest.raises(ValueError, match="was saved anew while it was loaded"):
         load_model(folder)
 

@@ -12,7 +12,8 @@ from tiny_models import TEST_ALL
 RACE = """
 import sys, threading, time
 import torch
-from cu_fast import _autograd, ops
+from cu_fast import ops
+from cu_fast.nn import autograd
 
 sys.setswitchinterval(1e-5)
 torch.set_num_threads(1)
@@ -40,9 +41,9 @@ CASES = {
     "sae_encode_topk": lambda: op.sae_encode_topk(z, packed.codes, None, None, k, table, row, True, None, None, None),
     "ablate": lambda: bottleneck(False),
     "reselect": lambda: bottleneck(True),
-    "gather_sum": lambda: _autograd.gather_sum(ids, weights, packed.codes),
-    "gather_dot": lambda: _autograd.gather_dot(ids, z, packed.codes),
-    "scatter_sum": lambda: _autograd.scatter_sum(ids, weights, z, C),
+    "gather_sum": lambda: autograd.gather_sum(ids, weights, packed.codes),
+    "gather_dot": lambda: autograd.gather_dot(ids, z, packed.codes),
+    "scatter_sum": lambda: autograd.scatter_sum(ids, weights, z, C),
 }
 ARGUMENTS = {
     "ids": (ids, 2**30), "mask_row": (row, 2**30), "mask_table": (table, -1), "weights": (weights, float("nan")),

@@ -11,27 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-import transformers
-from test_train import CONFIG, LAYERS, ROWS, arguments
+from tiny_training import CONFIG, LAYERS, ROWS, arguments, tiny_llama, word_tokenizer
 
-from cu_fast.config import BottleneckConfig
+from cu_fast.nn import BottleneckConfig
 from cu_fast.train import train
 
-TESTS = Path(conftest.__file__).parent
 EVERY_EPOCH = dict(save_strategy="epoch", num_train_epochs=3)
 
 
 def run(folder, *, rows=ROWS, layers=LAYERS, hidden=32, given=None, **settings):
     """A run of six steps an epoch; the model that it made."""
-    tokenizer = conftest.tokenizer.__wrapped__()
-    model = conftest.model.__wrapped__(tokenizer)
-    if hidden != 32:
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**model.config.to_dict() | {"hidden_size": hidden})
-        )
+    tokenizer = word_tokenizer()
+    model = tiny_llama(tokenizer, hidden)
     options = dict(reseed_every=5, reseed_until=1.0) | (given or {})
     train(model, tokenizer, rows, layers, arguments(folder, **EVERY_EPOCH | settings), **options)
     return model.state_dict()
@@ -124,7 +117,7 @@ def test_a_fresh_run_does_not_go_where_checkpoints_lie(stopped):
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(trained, tmp_path):
     script = f"""
 import os, signal, sys
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "hostile")!r}]
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import transformers
 from cu_fast import train
 from test_resume import run
@@ -151,7 +144,7 @@ def test_the_command_line_refuses_another_layer_instead_of_crashing(folder, tmp_
 
     def command(layer, *more):
         given = ("--codes", 256, "--k", 4, "--batch-size", 6, "--epochs", 2 + len(more), "--output", tmp_path / "out")
-        line = ["-m", "cu_fast.cli", "train", folder, tmp_path / "rows.jsonl", "--layer", layer, *given, *more]
+        line = ["-m", "cu_fast.cli.app", "train", folder, tmp_path / "rows.jsonl", "--layer", layer, *given, *more]
         return subprocess.run([sys.executable, *map(str, line)], capture_output=True, text=True, timeout=200)
 
     first = command("model.layers.2")

@@ -105,9 +105,9 @@ def streams(monkeypatch):
         present.stream = made[name]
 
     here("A")
-    from cu_fast import _topics
+    from cu_fast.hf import topics as hf_topics
 
-    for module in (masks, _topics):
+    for module in (masks, hf_topics):
         monkeypatch.setattr(module, "stream_of", lambda device: present.stream)
     return here, log
 

@@ -19,7 +19,10 @@ import transformers
 from tiny_models import add_masks, attach_to, build, in_thread, inputs, logits, mask_for, under
 
 import cu_fast
-from cu_fast import _active, _context, _topics, hf
+from cu_fast import hf
+from cu_fast.hf import active
+from cu_fast.hf import context as hf_context
+from cu_fast.hf import topics as hf_topics
 
 LAYER = "model.layers.1"
 SILENT = "nothing was said here of what holds"
@@ -277,7 +280,7 @@ def test_a_block_whose_object_is_not_kept(attachment, model, given):
         logits(model, given)
 
 
-FILES = {module.__file__ for module in (hf, _active, _context, _topics)}
+FILES = {module.__file__ for module in (hf, active, hf_context, hf_topics)}
 
 
 def interrupted_at(step, fn):
@@ -395,8 +398,8 @@ def test_bits_that_are_written_to_after_their_mask_was_added(attachment, given):
 
 
 def test_texts_of_many_requests_are_not_kept(attachment, given):
-    for i in range(_topics.TEXTS + 50):
+    for i in range(hf_topics.TEXTS + 50):
         with attachment.unlearn(["a" if i >> bit & 1 else "b" for bit in range(11)] + [None]):
             pass
-    assert len(_topics._TEXT) <= _topics.TEXTS
-    assert _topics.text_of(attachment._topics.nothing) == "no mask"
+    assert len(hf_topics._TEXT) <= hf_topics.TEXTS
+    assert hf_topics.text_of(attachment._topics.nothing) == "no mask"

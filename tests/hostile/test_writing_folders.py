@@ -14,7 +14,7 @@ import torch
 from tiny_models import add_masks, attach_to, build, inputs
 
 import cu_fast
-from cu_fast.checkpoint import load_model, save_model
+from cu_fast.hf.checkpoint import load_model, save_model
 from cu_fast.masks import Mask
 
 SHA = "a" * 64
@@ -39,7 +39,7 @@ def attachment2():
 def way(request, monkeypatch):
     """Both ways of putting a folder in place of another."""
     if request.param == "renamed":
-        monkeypatch.setattr("cu_fast._storage._exchange", lambda a, b: False, raising=False)
+        monkeypatch.setattr("cu_fast.files._exchange", lambda a, b: False, raising=False)
     return request.param
 
 
@@ -197,7 +197,7 @@ def test_writers_and_readers_of_one_folder_see_it_whole(tmp_path):
 
 
 def test_a_live_writers_folder_is_no_litter(tmp_path):
-    from cu_fast._storage import replacing
+    from cu_fast.files import replacing
 
     with replacing(tmp_path / "m") as new:
         (new / "mine").write_text("x")

@@ -1,0 +1,164 @@
+"""What the benchmark measures on: a cell of the grid, and its tensors. Part of ``cu_fast.bench``.
+
+Letters as everywhere: T tokens, E code width, C codes, k codes kept a token, U masks in a table; D equals E here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from cu_fast.masks import Mask
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+
+OPS = ("sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck", "models")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MASKS = ("none", "1%", "50%", "rows")
+MODELS = ("gpt2", "t5")
+DATA = ("gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal")
+CLUSTERS = {"clusters20": 20, "clusters500": 500, "one_cluster": 1, "equal": 1}
+SPREAD = 0.01  # of a code round its cluster's centre, relative to the centre
+OUTLIERS, OUTLIER_SCALE = 8, 30.0  # dimensions of z, and how many times larger, as in LLM activations
+COMMON_MEAN = 4.0  # of "mean", in standard deviations of the codes
+ROW_SHARE = 0.01  # of the codes that each token's own mask deletes ("rows")
+# Products of the two are denormal in fp32, and the squares of the codes' entries lie at the border.
+DENORMAL_X, DENORMAL_CODES = 1e-20, 1e-19
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of the grid. ``data`` is a kind of DATA; for the op "models" it names the model."""
+
+    op: str
+    T: int
+    E: int
+    C: int
+    k: int
+    dtype: str = "fp32"
+    mask: str = "none"
+    data: str = "gaussian"
+
+    @property
+    def config(self) -> dict[str, int | str]:
+        """Everything but the op and T, which have columns of their own."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("op", "T")}
+
+    @property
+    def input_bytes(self) -> int:
+        """What :func:`make_inputs` allocates at its peak: x, the codes while they are drawn, masks as bool."""
+        masks = {"none": 0, "rows": self.T}.get(self.mask, 1)
+        copies = 3 if self.op == "bottleneck" else 2
+        return 4 * (copies * self.C * self.E + self.T * (self.E + 2 * self.k)) + 2 * masks * self.C
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A cell's tensors; those that its op does not have are None.
+
+    x [T, E]; codes [C, E] (``sae_encode``: W_enc [E, E]; ``masked_decode``: the table); bias [C], b_pre [E] of the
+    SAE ops; ids int32, weights [T, k] of ``masked_decode``; deleted bool [U, C], which broadcasts to [T, C],
+    mask_table int32 [U, ceil(C/32)],
+    mask_row int32 [T]; bottleneck: the module in evaluation, its codes ``codes``, encoder and decoder the identity.
+    memory: bytes that may be used, None = what the device has free. host: the same on the CPU, where these are on a GPU.
+    """
+
+    cell: Cell
+    x: Tensor
+    codes: Tensor
+    bias: Tensor | None = None
+    b_pre: Tensor | None = None
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    deleted: Tensor | None = None
+    mask_table: Tensor | None = None
+    mask_row: Tensor | None = None
+    bottleneck: CodebookBottleneck | None = None
+    memory: int | None = None
+    host: Inputs | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor | None]:
+        return {"mask_table": self.mask_table, "mask_row": self.mask_row}
+
+    def is_deleted(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Whether each code is deleted for its token: rows int64 [n], ids int64 [n, k] >= 0 -> bool [n, k]."""
+        if self.deleted is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return self.deleted[self.mask_row[rows].long()].gather(1, ids)
+
+
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same tensors on a device, with ``host`` set to the given ones."""
+    parts = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    new: dict = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+    if inputs.bottleneck is not None:
+        new["bottleneck"] = copy.deepcopy(inputs.bottleneck)
+        new["bottleneck"].impl = torch.device(device).type  # before it moves, which folds it there
+        new["bottleneck"].to(device)
+    return dataclasses.replace(inputs, **new, host=inputs)
+
+
+def make_inputs(cell: Cell, seed: int = 0, memory: int | None = None) -> Inputs:
+    """The tensors of a cell, on the CPU; equal cells and seeds give equal tensors."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    dtype = DTYPES[cell.dtype]
+    codes = _codes(cell.E if cell.op == "sae_encode" else cell.C, cell.E, cell.dtype, cell.data, seed)
+    x = torch.randn(cell.T, cell.E, generator=generator)
+    if cell.data == "outliers":
+        x[:, torch.randperm(cell.E, generator=generator)[:OUTLIERS]] *= OUTLIER_SCALE
+    if cell.data == "denormal":
+        x *= DENORMAL_X
+    made: dict = {}
+    if cell.op in ("sae_encode", "sae_encode_topk"):
+        small = 0.1 * (DENORMAL_X if cell.data == "denormal" else 1.0)
+        made["bias"] = (small * torch.randn(codes.shape[0], generator=generator)).to(dtype)
+        made["b_pre"] = (small * torch.randn(cell.E, generator=generator)).to(dtype)
+    elif cell.op == "masked_decode":
+        made["ids"] = torch.randint(cell.C, (cell.T, cell.k), generator=generator, dtype=torch.int32)
+        made["weights"] = torch.rand(cell.T, cell.k, generator=generator).to(dtype)
+    elif cell.op == "bottleneck":
+        made["bottleneck"] = _bottleneck(cell, codes)
+    if cell.mask != "none":
+        made |= _masks(cell, generator)
+    return Inputs(cell, x.to(dtype), codes, **made, memory=memory)
+
+
+@functools.lru_cache(maxsize=1)  # neighbouring cells of a run share their codes
+def _codes(C: int, E: int, dtype: str, data: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if data in CLUSTERS:
+        centres = torch.randn(CLUSTERS[data], E, generator=generator)
+        codes = centres[torch.randint(len(centres), (C,), generator=generator)]
+        if data != "equal":
+            codes += SPREAD * torch.randn(C, E, generator=generator)
+    else:
+        codes = torch.randn(C, E, generator=generator)
+    if data == "mean":
+        codes += COMMON_MEAN * torch.randn(E, generator=generator)
+    if data == "denormal":
+        codes *= DENORMAL_CODES
+    return codes.to(DTYPES[dtype])
+
+
+def _masks(cell: Cell, generator: torch.Generator) -> dict[str, Tensor]:
+    rows = cell.T if cell.mask == "rows" else 1
+    share = {"1%": 0.01, "50%": 0.5, "rows": ROW_SHARE}[cell.mask]
+    chosen = [torch.randperm(cell.C, generator=generator)[: max(1, round(share * cell.C))] for _ in range(rows)]
+    deleted = torch.zeros(rows, cell.C, dtype=torch.bool)
+    for row, ids in zip(deleted, chosen):
+        row[ids] = True
+    bits = [Mask.from_ids(ids, num_codes=cell.C, codebook_sha256="", topic="bench").bits for ids in chosen]
+    row = torch.arange(cell.T, dtype=torch.int32) if cell.mask == "rows" else torch.zeros(cell.T, dtype=torch.int32)
+    return {"deleted": deleted, "mask_table": torch.stack(bits), "mask_row": row}
+
+
+def _bottleneck(cell: Cell, codes: Tensor) -> CodebookBottleneck:
+    bottleneck = CodebookBottleneck(BottleneckConfig(cell.E, cell.E, cell.C, cell.k))
+    bottleneck.impl = "cpu"
+    with torch.no_grad():
+        bottleneck.codebook.codes.copy_(codes)
+    return bottleneck.requires_grad_(False).to(DTYPES[cell.dtype]).eval()

@@ -1,0 +1,111 @@
+"""Whole models, end to end: without a bottleneck, with this package's, and with eager PyTorch code that does the same.
+
+Part of ``cu_fast.bench``. Models are built from their configs, with random weights, the same for each provider.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cu_fast.bench.cells import Cell
+from cu_fast.bench.providers import Builder, Job, bottleneck_weights, through_bottleneck
+from cu_fast.hf import attach
+from cu_fast.nn import BottleneckConfig
+
+C, K = 25_000, 8  # the codebook, where no shape is given; code_dim is the model's width
+WIDTH = {"gpt2": 768, "t5": 512}
+TOKENS = {"gpt2": 1, "t5": 64}  # of one call of the model
+LAYER = {"gpt2": "transformer.h.5", "t5": "encoder.block.2"}  # in the middle
+PROMPT = 32  # tokens in the KV cache before the first step that is timed
+STEPS = 8  # greedy steps of one timed call
+
+
+def model_cell(name: str, shape: tuple[int, int, int] | None = None) -> Cell:
+    """The cell of a model: GPT-2 small or the encoder of T5 small, or one of another width with shape (E, C, k)."""
+    E, codes, k = shape or (WIDTH[name], C, K)
+    return Cell("models", TOKENS[name], E, codes, k, data=name)
+
+
+class ModelInputs:
+    """A model's cell: builds the model and its input, equal ones for equal seeds."""
+
+    def __init__(self, cell: Cell, seed: int) -> None:
+        self.cell, self.seed = cell, seed
+
+    def model(self) -> nn.Module:
+        heads = max(1, self.cell.E // 64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if self.cell.data == "gpt2":
+                config = transformers.GPT2Config(n_embd=self.cell.E, n_head=heads)
+                return transformers.GPT2LMHeadModel(config).eval()
+            config = transformers.T5Config(d_model=self.cell.E, num_layers=6, num_heads=heads, d_ff=4 * self.cell.E)
+            return transformers.T5EncoderModel(config).eval()
+
+    def tokens(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        count = PROMPT if self.cell.data == "gpt2" else self.cell.T
+        return torch.randint(1000, (1, count), generator=generator)
+
+
+def _without(inputs: ModelInputs) -> Job:
+    return _job(inputs, inputs.model())
+
+
+def _with_bottleneck(inputs: ModelInputs) -> Job:
+    return _job(inputs, _attached(inputs))
+
+
+def _with_eager_bottleneck(inputs: ModelInputs) -> Job:
+    model = _attached(inputs)
+    (bottleneck,) = (module for name, module in model.named_modules() if name.endswith("codebook_bottleneck"))
+    W_enc, b_enc, codes, table, b_dec = bottleneck_weights(bottleneck, torch.float32)
+    bottleneck.forward = functools.partial(
+        through_bottleneck,
+        W_enc=W_enc, b_enc=b_enc, codes=codes, table=table, b_dec=b_dec, deleted=None, k=inputs.cell.k,
+    )  # fmt: skip
+    return _job(inputs, model)
+
+
+def _attached(inputs: ModelInputs) -> nn.Module:
+    cell, model = inputs.cell, inputs.model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(inputs.seed + 1)
+        attach(model, {LAYER[cell.data]: BottleneckConfig(cell.E, cell.E, cell.C, cell.k)}, impl="cpu")
+    return model
+
+
+def _job(inputs: ModelInputs, model: nn.Module) -> Job:
+    ids = inputs.tokens()
+    if inputs.cell.data == "t5":
+        return Job(lambda: model(input_ids=ids), note="encoder, 1 x 64 tokens")
+    prefill, step = _greedy(model, ids)
+    return Job(step, before=prefill, divide=STEPS, note=f"a token, after {PROMPT} in the KV cache; mean of {STEPS}")
+
+
+def _greedy(model: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two functions: one fills a new KV cache with the prompt, one decodes STEPS tokens greedily after it."""
+    state: dict = {}
+
+    def prefill() -> None:
+        output = model(input_ids=ids, use_cache=True)
+        state.update(cache=output.past_key_values, token=output.logits[:, -1:].argmax(-1))
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            output = model(input_ids=state["token"], past_key_values=state["cache"], use_cache=True)
+            state["token"] = output.logits[:, -1:].argmax(-1)
+
+    return prefill, steps
+
+
+MODEL_PROVIDERS: dict[str, Builder] = {
+    "none": _without,
+    "cu_fast": _with_bottleneck,
+    "torch_fp32": _with_eager_bottleneck,
+}

@@ -1,0 +1,126 @@
+"""Whether an answer is right: against fp64, on a sample of rows. Part of ``cu_fast.bench``.
+
+Two scores count as tied where they differ by no more than their own rounding in fp32. Each may be wrong by
+
+    8 u ||z|| ||c_j|| s_j  +  8 u |b_j|  +  what underflows,
+
+with u = 2^-24, s_j the factor that the score is multiplied by (1 / ||c_j|| for cosine) and b_j the bias. That is no
+worst-case bound, which grows with E and would hide the errors of bf16, but several times what sums of fp32 products
+reach in any usual order: about 0.5 u for independent terms, 2 u for terms of one sign. A bf16 product is wrong by
+some hundred u. A row's tolerance is the largest of its codes', and two scores are compared with twice of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cu_fast.bench.cells import DTYPES, Inputs
+from cu_fast.ops import Selection
+
+SAMPLE = 64  # rows at most, so that no [T, C] exists for a large T
+CHUNK = 4096  # codes widened to fp64 at a time
+U = 2.0**-24
+UNDERFLOW = 2.0**-149  # an ulp of the smallest fp32 number, for each product of a sum
+FACTOR = 8
+
+
+class Answer(NamedTuple):
+    """What a provider says: ids int [T, k] (-1 = none), values [T, n], or both; each is judged where it is given."""
+
+    ids: Tensor | None = None
+    values: Tensor | None = None
+
+
+class Truth:
+    """The right answer to a cell's inputs on the CPU, computed once and compared with each provider's."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.op = inputs, inputs.cell.op
+        self.rows = torch.linspace(0, inputs.cell.T - 1, min(SAMPLE, inputs.cell.T)).round().long()
+        self.x = inputs.x[self.rows].double()
+        if inputs.b_pre is not None:
+            self.x -= inputs.b_pre.double()
+        if self.op == "bottleneck":
+            sae = inputs.bottleneck.autoencoder
+            self.x = torch.relu((self.x - sae.b_pre.double()) @ sae.W_enc.double().T + sae.b_enc.double())
+        if self.op != "masked_decode":
+            self.scores, self.tolerance = self._scores()
+
+    def match(self, answer: Answer) -> float:
+        """The share of the sampled rows that the answer has right."""
+        right = torch.ones(len(self.rows), dtype=torch.bool)
+        ids = answer.ids.cpu()[self.rows].long() if answer.ids is not None else None
+        if ids is not None:
+            right &= self._ids_match(ids)
+        if answer.values is not None:
+            right &= self._values_match(answer.values.cpu()[self.rows].double(), ids)
+        return float(right.double().mean())
+
+    def _scores(self) -> tuple[Tensor, Tensor]:
+        """Scores fp64 [rows, C], deleted ones -inf, and a tolerance for each row, [rows, 1]."""
+        inputs, x_norm = self.inputs, self.x.norm(dim=1, keepdim=True)
+        scores, tolerance = [], torch.zeros_like(x_norm)
+        for start in range(0, inputs.codes.shape[0], CHUNK):
+            codes = inputs.codes[start : start + CHUNK].double()
+            score, norm = self.x @ codes.T, codes.norm(dim=1)
+            slack = FACTOR * U * x_norm * norm + UNDERFLOW * codes.shape[1]
+            if self.op in ("codebook_quantize", "bottleneck"):
+                # The norm's own squares underflow too, which bends the factor by as much.
+                bent = UNDERFLOW * codes.shape[1] * score.abs() / norm.square().clamp(min=1e-300)
+                score, slack = (value / norm.clamp(min=1e-300) for value in (score, slack + bent))
+            if inputs.bias is not None:
+                bias = inputs.bias[start : start + CHUNK].double()
+                score, slack = score + bias, slack + FACTOR * U * bias.abs()
+            scores.append(score)
+            tolerance = torch.maximum(tolerance, slack.amax(1, keepdim=True))
+        scores = torch.cat(scores, 1)
+        if inputs.deleted is not None and self.op != "bottleneck":  # whose masks act on the decoder's weights
+            scores.masked_fill_(inputs.deleted[inputs.mask_row[self.rows].long()], -torch.inf)
+        return scores, tolerance
+
+    def _ids_match(self, ids: Tensor) -> Tensor:
+        """Rows whose ids are k best codes, where tied ones may stand for one another. In any order."""
+        C = self.scores.shape[1]
+        wanted = self.scores.isfinite().sum(1).clamp(max=ids.shape[1])
+        known = (ids >= 0) & (ids < C)
+        score = self.scores.gather(1, ids.clamp(0, C - 1))
+        best = self.scores.topk(ids.shape[1], dim=1).values
+        last = best.gather(1, (wanted - 1).clamp(min=0)[:, None])
+        chosen = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, ids.clamp(0, C - 1), known)
+        counts = known.sum(1) == wanted
+        distinct = chosen.sum(1) == wanted
+        good_enough = (~known | (score >= last - 2 * self.tolerance)).all(1)
+        none_missed = (chosen | (self.scores <= last + 2 * self.tolerance)).all(1)
+        return counts & distinct & good_enough & none_missed
+
+    def _values_match(self, values: Tensor, ids: Tensor | None) -> Tensor:
+        """Rows whose values are right; for a decoder, those of the provider's own ids."""
+        inputs = self.inputs
+        if self.op == "sae_encode":
+            truth, slack = torch.relu(self.scores), self.tolerance
+        else:
+            ids = inputs.ids[self.rows].long() if ids is None else ids
+            weights = torch.ones(ids.shape) if inputs.weights is None else inputs.weights[self.rows]
+            weights = (weights * (ids >= 0)).double() * ~inputs.is_deleted(self.rows, ids.clamp(min=0))
+            truth, slack = torch.zeros_like(values), torch.zeros_like(values)
+            for i in range(ids.shape[1]):
+                part = weights[:, i, None] * inputs.codes[ids[:, i].clamp(min=0)].double()
+                truth, slack = truth + part, slack + part.abs()
+            # k roundings of the sum, the weights' own and the last one; underflow as above.
+            slack = (ids.shape[1] + 2) * U * slack + UNDERFLOW * ids.shape[1]
+            slack += torch.finfo(DTYPES[inputs.cell.dtype]).eps * truth.abs()
+        return ((values - truth).abs() <= slack).all(1)
+
+
+def share_identical(output: Tensor | Selection, reference: Tensor | Selection) -> float:
+    """The share of the reference's rows, the first of the output's, that are equal bit for bit."""
+    parts = [(output, reference)] if isinstance(output, Tensor) else zip(output[:2], reference[:2])
+    same = [(_bits(a[: len(b)].to(b.device)) == _bits(b)).all(1) for a, b in parts]
+    return float(torch.stack(same).all(0).double().mean())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])

@@ -1,0 +1,391 @@
+"""Attach bottlenecks to a live ``transformers`` model, and say which masks hold. The only file that knows models.
+
+    attachment = cu_fast.attach(model, path_or_configs)
+    with attachment.unlearn("topic"):
+        model.generate(...)
+
+A forward hook on each named layer replaces the hidden state that leaves it, after the residual connection; the
+bottleneck is a child module of the layer, so it moves, trains and is saved with the model. The model keeps its
+class, its parameters and their names, and ``detach()`` takes everything out again.
+
+Which masks hold is a context variable, so threads and tasks do not disturb one another. Once there is a mask, a
+forward whose context has said nothing raises, and so does whatever else cannot be done: the model never quietly runs
+without a mask. The private halves, in reading order: ``topics`` (from names to rows of a mask table), ``active``
+(what holds now, and what a compiled model calls), ``context`` (the block ``unlearn`` opens), ``hooks`` (what runs in a
+forward), ``sites`` (what attaching needs to know of a model), ``batching`` (transformers' continuous batching),
+``files`` (an attachment on disk).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cu_fast.hf import files
+from cu_fast.hf.active import Active, Silent, StaleCacheError
+from cu_fast.hf.batching import wrap_batching
+from cu_fast.hf.context import Unlearning
+from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
+from cu_fast.hf.sites import device_of, hidden_size, is_in, model_type, part, prefixes, sequences, submodule
+from cu_fast.hf.topics import Layer, Topics, near
+from cu_fast.masks import Mask, MaskTable
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+
+__all__ = ["Attachment", "StaleCacheError", "attach"]
+
+# Models that keep their recurrent state in their own modules, where it cannot be told what it was computed under.
+KEEP_THEIR_STATE = ("recurrent_gemma",)
+
+
+def attach(
+    model: nn.Module,
+    source: str | Path | Mapping[str, BottleneckConfig],
+    *,
+    impl: str = "auto",
+    silent: Silent = "refuse",
+) -> Attachment:
+    """Put bottlenecks behind layers of a live model, in place.
+
+    Whatever ``torch.compile`` made in this process before is compiled again at its next call: it would not run them.
+
+    Args:
+        model: a ``transformers`` model, dispatched over devices or not. The outermost one that is called: what a model
+            around it is given, caches and encoder outputs, is not looked at.
+        source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
+            layer's name in ``model.named_modules()``, for fresh bottlenecks.
+        impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu", "cuda" or "triton".
+        silent: what a forward means that runs outside every :meth:`Attachment.unlearn`, once there is a mask that does
+            not always hold. "refuse": it raises. "plain": it deletes nothing but :attr:`Attachment.always`; work that
+            is handed to a thread then runs without its request's masks.
+
+    Returns:
+        The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The
+        global random state is left as it was.
+
+    Raises:
+        ValueError: no such layer (near names are listed), a width that is not the model's, a model that already
+            has bottlenecks or keeps its state where masks cannot be checked, a damaged folder or one made for another
+            model. TypeError: not a model, or one whose code is fixed (torch.jit, or the wrapper of torch.compile).
+            RuntimeError: ``impl`` cannot run here. The model is then as before.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it should be a transformers model")
+    if silent not in typing.get_args(Silent):
+        raise ValueError(f"silent is {silent!r}; it should be 'refuse' or 'plain'")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled; attach to the model itself, then call torch.compile")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            "model holds torch.jit code, which would not run bottlenecks; attach before scripting or tracing"
+        )
+    if model_type(model) in KEEP_THEIR_STATE:
+        raise ValueError(
+            f"a {model_type(model)} model keeps its recurrent state in its modules, where it cannot be told which masks "
+            f"it was computed under"
+        )
+    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise ValueError("model holds a batching manager; call destroy_cached_continuous_batching_manager() first")
+    taken = [name for name, module in model.named_modules() if CHILD in module._modules]
+    if taken:
+        raise ValueError(f"layers {taken} already have bottlenecks; detach() them, or name all layers in one call")
+    with torch.inference_mode(False):
+        bottlenecks, masks = _fresh(model, source) if isinstance(source, Mapping) else _load(model, Path(source))
+        for name, bottleneck in bottlenecks.items():
+            bottleneck.impl = impl
+            layer = model.get_submodule(name)
+            device = device_of(layer)
+            if device.type == "meta":
+                raise ValueError(f"layer {name!r} is on the meta device; load the model's weights first")
+            bottleneck.to(device).train(layer.training)
+            bottleneck.receipt()  # an impl that cannot run raises here, not in the first forward
+        attachment = Attachment(model, bottlenecks, silent)
+        for name, parts in masks.items():
+            attachment._topics.add(parts, name)
+    attachment._install()
+    return attachment
+
+
+class Attachment:
+    """The bottlenecks of one model, its masks, and what holds now. Made by :func:`attach`.
+
+    model: the model. bottlenecks: layer name -> CodebookBottleneck. masks: name -> its masks, a layer each.
+    """
+
+    def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck], silent: Silent) -> None:
+        self.model = model
+        self.bottlenecks: Mapping[str, CodebookBottleneck] = MappingProxyType(dict(bottlenecks))
+        self._layers = [
+            Layer(name, b, MaskTable(b.config.num_codes, b.codebook.codes.device)) for name, b in bottlenecks.items()
+        ]
+        self._modules = [model.get_submodule(name) for name in bottlenecks]
+        self._topics = Topics(self._layers)
+        self._active = Active(self._layers, self._topics, silent)
+        self._undo: list[Callable[[], None]] | None = None
+
+    # -- masks -----------------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> Mapping[str, tuple[Mask, ...]]:
+        return MappingProxyType(self._topics.masks)
+
+    def add_mask(self, mask: Mask | Iterable[Mask], name: str | None = None) -> str:
+        """Make masks known under one name (None: their topic), each for the layer whose codebook it was made for.
+
+        Returns the name. Raises ValueError: made for another codebook, or the name is taken.
+        """
+        self._check_usable()
+        return self._topics.add(mask, name)
+
+    def load_mask(self, path: str | Path, name: str | None = None) -> str:
+        """:meth:`add_mask` from a folder written by ``Mask.save``, or one that holds several, a layer each."""
+        self._check_usable()
+        return self._topics.load(path, name)
+
+    def remove_mask(self, name: str) -> None:
+        """Forget a name. A context that uses it goes on. Raises ValueError: unknown, or one that always holds."""
+        self._check_usable()
+        self._topics.remove(name)
+
+    def erase(self, name: str) -> None:
+        """Remove a mask's codes from the weights for good, and the mask with them; other masks stay usable.
+
+        The live bottlenecks change; :meth:`save` makes it last, and copies saved before still hold the codes. The
+        next best codes take the places of the erased, as mask_mode "reselect" does: measure in that mode first.
+
+        Raises:
+            ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open, or a
+                generate under masks has not ended.
+        """
+        self._check_usable()
+        self._active.check_nothing_open("erase()")
+        self._topics.erase(name)
+        self._hold_always()
+
+    # -- what holds ------------------------------------------------------------------------------------------
+
+    @property
+    def always(self) -> frozenset[str]:
+        """Names of masks that hold for every forward, whatever ``unlearn`` says, and where nothing is said too.
+
+        Set it to a collection of names while no ``unlearn`` context is open. It is a setting of this process: ``save`` leaves it out.
+        """
+        return self._topics.always
+
+    @always.setter
+    def always(self, names: Collection[str]) -> None:
+        self._check_usable()
+        if isinstance(names, str):
+            raise TypeError(f"always is {names!r}; it should be a set of names")
+        if unknown := sorted(set(names) - self.masks.keys()):
+            raise ValueError(f"there is no mask {unknown[0]!r}; {near(unknown[0], self.masks)}")
+        self._active.check_nothing_open("always cannot change")
+        self._topics.always = frozenset(names)
+        self._hold_always()
+
+    def _hold_always(self) -> None:
+        self._active.standing = self._topics.request(None) if self.always else None
+
+    def unlearn(self, topics: str | Collection[str] | list | None) -> Unlearning:
+        """Delete topics while the context is open, in this thread (or task) only: ``with attachment.unlearn("a"):``.
+
+        Args:
+            topics: a mask's name; a set of names, their union; None, explicitly nothing; or a list with one entry
+                per sequence of the batch, each a name, None, or a collection of names (their union). What
+                :attr:`always` names is deleted too.
+
+        An inner context replaces the outer one, whatever either deletes. Another thread starts with none; a copy of the
+        context (``contextvars.copy_context``, a task) holds what it was copied with, until the block is left. After
+        that, as where nothing was said, a forward raises. Inside ``generate`` the entries are those of its input, and
+        beams and return sequences follow theirs. Work given to transformers' continuous batching inside the block keeps
+        its masks until it ends.
+
+        Raises, where the block is entered:
+            ValueError: an unknown name. RuntimeError: the model is in training mode, a swapped layer is no longer
+                in the model, or a codebook is not the one that a mask was made for. And where it is left:
+                RuntimeError: other contexts of this thread were entered or left in between, as generators in turns do.
+        """
+        self._check_usable()
+        return Unlearning(self, self._active, topics, self._check_model)
+
+    def _check_model(self) -> None:
+        self._check_usable()
+        if self.model.training or any(module.training for module in self._modules):
+            raise RuntimeError("the model is in training mode; call model.eval() before unlearn()")
+        for layer, module in zip(self._layers, self._modules):
+            if submodule(self.model, layer.name) is not module or CHILD not in module._modules:
+                raise RuntimeError(f"layer {layer.name!r} was replaced since attach(); masks would not reach it")
+
+    @contextlib.contextmanager
+    def observe(self, fn: Callable[[Tensor, CodebookBottleneck], None]) -> Iterator[Attachment]:
+        """Call ``fn(x, bottleneck)`` with what every swapped layer returns, x [B, S, D], before its bottleneck.
+
+        In this thread only. x is the model's own tensor: do not write to it.
+        """
+        self._check_usable()
+        token = self._active.observer.set(fn)
+        try:
+            yield self
+        finally:
+            self._active.observer.reset(token)
+
+    # -- figures ---------------------------------------------------------------------------------------------
+
+    @property
+    def mask_mode(self) -> str:
+        """What a mask does, "ablate" or "reselect"; set it for every layer at once. "mixed" where layers differ."""
+        modes = {bottleneck.mask_mode for bottleneck in self.bottlenecks.values()}
+        return modes.pop() if len(modes) == 1 else "mixed"
+
+    @mask_mode.setter
+    def mask_mode(self, mode: str) -> None:
+        if mode not in ("ablate", "reselect"):
+            raise ValueError(f"mask_mode is {mode!r}; it should be 'ablate' or 'reselect'")
+        self._active.check_idle("mask_mode cannot change")
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.mask_mode = mode
+        self._hold_always()
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each layer what ran since :meth:`reset_report`.
+
+        layer, impl, codes, k, mask_mode, tokens that passed, hits (kept codes that masks took away), and masks: the
+        name, digest and number of deleted codes of each that is known for this layer.
+        """
+        self._check_usable()
+        return [
+            {
+                "layer": layer.name,
+                "codes": layer.bottleneck.config.num_codes,
+                "k": layer.bottleneck.config.k,
+                "mask_mode": layer.bottleneck.mask_mode,
+                **layer.bottleneck.receipt(),
+                "masks": self._topics.known_for(layer),
+            }
+            for layer in self._layers
+        ]
+
+    def reset_report(self) -> None:
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.reset_receipt()
+
+    def auxiliary_loss(self) -> Tensor:
+        """The sum of the bottlenecks' auxiliary losses in the last training forward: a scalar."""
+        losses = [bottleneck.auxiliary_loss() for bottleneck in self.bottlenecks.values()]
+        return sum(loss.to(losses[0].device) for loss in losses)
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the bottlenecks and masks, not the model, to a folder that :func:`attach` reads, whole or not at all.
+
+        Raises FileExistsError where ``path`` holds anything else than an attachment: that is not replaced.
+        """
+        self._check_usable()
+        files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, model_type(self.model))
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Take the bottlenecks out; the model is then as before ``attach``, bit for bit. No further use.
+
+        Raises RuntimeError while masks hold in any thread.
+        """
+        self._check_usable()
+        self._active.check_idle("detach()")
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = None
+        _forget_compiled()
+
+    def _check_usable(self) -> None:
+        if self._undo is None:
+            raise RuntimeError("the attachment was detached; attach() again")
+
+    def _install(self) -> None:
+        # First all that may fail: which models hold swapped layers, one in another; the innermost runs them.
+        owners: list[nn.Module] = []
+        for layer, module in zip(self._layers, self._modules):
+            around = [self.model.get_submodule(prefix) for prefix in prefixes(layer.name)]
+            around = [m for m in around if m is self.model or isinstance(m, PreTrainedModel)]
+            owners += [m for m in around if not any(m is owner for owner in owners)]
+            layer.runner = next(i for i, owner in enumerate(owners) if owner is around[-1])
+            layer.in_encoder = is_in(module, part(self.model, "encoder"))
+            layer.in_decoder = is_in(module, part(self.model, "decoder"))
+        guards = [
+            ModelHook(
+                self._active, owner, runner,
+                encoder_is_swapped=any(is_in(module, part(owner, "encoder")) for module in self._modules),
+                tower_is_swapped=owner is self.model
+                and any(not (layer.in_encoder or layer.in_decoder) for layer in self._layers),
+                sequences=sequences(self.model, owner),
+            )
+            for runner, owner in enumerate(owners)
+        ]  # fmt: skip
+        undo = self._undo = []
+        for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
+            module.add_module(CHILD, layer.bottleneck)
+            undo.append(functools.partial(module._modules.pop, CHILD))
+            # First of the layer's hooks: whatever else looks at its output sees the bottleneck's.
+            undo.append(module.register_forward_hook(LayerHook(self._active, index).after, prepend=True).remove)
+        for owner, guard in zip(owners, guards):
+            undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
+            undo.append(owner.register_forward_hook(guard.after, with_kwargs=True).remove)
+        if hasattr(self.model, "generate"):
+            undo.append(wrap_generate(self.model, self._active))
+        if hasattr(self.model, "init_continuous_batching"):
+            undo.append(wrap_batching(self.model, self._active))
+        _forget_compiled()
+
+
+# -- what attach needs to know about models ----------------------------------------------------------------------
+
+
+Parts = tuple[dict[str, CodebookBottleneck], dict[str, list[Mask]]]  # by layer, and by name
+
+
+def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> Parts:
+    for name, config in configs.items():
+        if not isinstance(config, BottleneckConfig):
+            raise TypeError(f"the config of layer {name!r} is {type(config).__name__}; it should be BottleneckConfig")
+    _check_layers(model, configs)
+    with torch.random.fork_rng(devices=[]):
+        return {name: CodebookBottleneck(config) for name, config in configs.items()}, {}
+
+
+def _load(model: nn.Module, path: Path) -> Parts:
+    record = files.read_record(path)
+    if record.model_type != model_type(model):
+        raise ValueError(
+            f"{path} was made for a model of type {record.model_type!r} ({record.model_class}), and this one is "
+            f"{model_type(model)!r} ({type(model).__name__})"
+        )
+    _check_layers(model, record.configs)
+    return files.read_bottlenecks(path, record), files.read_masks(path, record)
+
+
+def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    if not configs:
+        raise ValueError("no layer is named; give {layer name: BottleneckConfig}")
+    for name, config in configs.items():
+        if name not in names:
+            raise ValueError(f"the model has no layer {name!r}; {near(name, names)}")
+        width = hidden_size(model, name)
+        if width is not None and config.d_model != width:
+            raise ValueError(f"d_model of layer {name!r} is {config.d_model}; the model's hidden size is {width}")
+
+
+def _forget_compiled() -> None:
+    """What was compiled knows the hooks that were there then: torch.compile does not look whether others came since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,186 @@
+"""transformers' continuous batching, with a mask for each request. Part of ``cu_fast.hf.attachment``.
+
+A manager runs the model in a thread of its own, on the tokens of many requests, packed as [1, tokens]. So what holds
+where a request is added is kept with it until it ends, and before each forward the rows of the packed tokens are put
+together, in the thread that runs it.
+
+Prompts that begin alike may share their keys and values there. Under different masks they are not alike, so sharing is
+off while bottlenecks are attached; and so are CUDA graphs, whose replay would not look masks up.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.generation import ContinuousBatchingConfig
+
+from cu_fast.hf.active import Active
+from cu_fast.hf.hooks import replace_attribute
+from cu_fast.hf.topics import Request
+
+# What is replaced or read of a manager; where a version of transformers lacks one, it batches in another way.
+REPLACED = (
+    "add_request",
+    "add_requests",
+    "warmup",
+    "_generation_step",
+    "_generation_loop_body",
+    "_run_generation_loop",
+)
+READ = ("batch_processor", "_request_lock", "_request_counter", "_use_prefix_sharing")
+
+
+def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
+    """Let the managers that a model makes carry masks. Returns what undoes it, for those that were made too."""
+    make = model.init_continuous_batching
+    batchings: weakref.WeakSet[Batching] = weakref.WeakSet()
+
+    @functools.wraps(make)
+    def init(generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        config.allow_block_sharing = config.use_cuda_graph = False
+        manager = make(generation_config, config, *args, **kwargs)
+        if "_cu_fast" not in vars(manager):  # a persistent one has it already
+            manager._cu_fast = Batching(active, manager)
+            batchings.add(manager._cu_fast)
+        return manager
+
+    generate_batch = model.generate_batch
+
+    @functools.wraps(generate_batch)
+    def generate(inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        check_entries(active.now(), len(inputs))  # transformers would log it, and return nothing
+        return generate_batch(inputs, *args, **kwargs)
+
+    undos = [
+        replace_attribute(model, "init_continuous_batching", init),
+        replace_attribute(model, "generate_batch", generate),
+    ]
+
+    def undo() -> None:
+        for each in undos:
+            each()
+        for batching in list(batchings):
+            batching.undo()
+
+    return undo
+
+
+def check_entries(held: Request | None, requests: int) -> None:
+    """Raises ValueError where ``unlearn`` was given another number of entries than there are requests."""
+    if held is not None and held.of == "sequence" and len(held.rows) != requests:
+        raise ValueError(
+            f"{requests} requests were given, and unlearn() {len(held.rows)} entries; give an entry for each request"
+        )
+
+
+class Batching:
+    """The requests of one manager, and what each deletes."""
+
+    def __init__(self, active: Active, manager: Any) -> None:
+        if missing := [name for name in (*REPLACED, *READ) if not hasattr(manager, name)]:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} batches in a way that cu_fast does not know (its managers have "
+                f"no {missing[0]}); use generate() inside attachment.unlearn()"
+            )
+        self.active, self.manager = active, manager
+        # The manager's name for a request -> what it deletes; None where it was added when there were no masks.
+        self.requests: dict[str, Request | None] = {}
+        self.queued: set[str] = set()  # of these, those that the manager's next round will find
+        self.entries: ContextVar[Iterator[int] | None] = ContextVar("cu_fast.entries", default=None)
+        self.manager_s: dict[str, Callable] = {name: getattr(manager, name) for name in REPLACED}
+        self.undos = [replace_attribute(manager, name, getattr(self, name.lstrip("_"))) for name in REPLACED]
+
+    def undo(self) -> None:
+        for undo in self.undos:
+            undo()
+        del self.manager._cu_fast
+
+    def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> str | None:
+        if request_id is None:
+            with self.manager._request_lock:
+                request_id = f"req_{self.manager._request_counter}"
+                self.manager._request_counter += 1
+        if request_id in self.requests:
+            raise ValueError(f"request_id {request_id!r} is that of a request that has not ended; give another")
+        held, entries = self.active.now(), self.entries.get()
+        if entries is None:
+            check_entries(held, 1)
+        if held is not None:
+            held = self.active.share(held, 0 if entries is None else next(entries))
+        self.requests[request_id] = held  # before the manager's thread can see it
+        added = None
+        try:
+            added = self.manager_s["add_request"](input_ids, request_id, *args, **kwargs)
+        finally:
+            if added is None:
+                self._end(request_id)
+            else:
+                self.queued.add(request_id)
+        return added
+
+    def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
+        held = self.active.now()
+        if held is None or held.of == "all":
+            return self.manager_s["add_requests"](inputs, *args, **kwargs)
+        check_entries(held, len(inputs))
+        if self.manager._use_prefix_sharing:
+            raise RuntimeError("the manager shares prefixes, and so adds requests in another order than they are given")
+        token = self.entries.set(iter(range(len(inputs))))
+        try:
+            return self.manager_s["add_requests"](inputs, *args, **kwargs)
+        finally:
+            self.entries.reset(token)
+
+    def warmup(self) -> None:
+        with self.active.under(None):  # made-up tokens, and nothing comes out
+            self.manager_s["warmup"]()
+
+    # -- in the manager's thread ------------------------------------------------------------------------------
+
+    def generation_step(self) -> None:
+        batch = self.manager.batch_processor.inputs_and_outputs
+        if hasattr(batch, "io_pairs"):  # two batches in turns
+            batch = batch.io_pairs[batch.current_pair].host_io
+        parts = [(self._of(one.state.request_id), one.query_length) for one in batch.requests_in_batch]
+        with self.active.packed(parts, batch.num_q_tokens):
+            self.manager_s["_generation_step"]()
+
+    def generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
+        queued = set(self.queued)
+        goes_on = self.manager_s["_generation_loop_body"](*args, **kwargs)
+        scheduler = self.manager.batch_processor.scheduler
+        there = {_parent(name) for name in (*scheduler.active_requests, *scheduler.waiting_requests)}
+        for name in queued - there:
+            self._end(name)
+        return goes_on
+
+    def run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self.manager_s["_run_generation_loop"](*args, **kwargs)
+        finally:
+            for name in list(self.requests):
+                self._end(name)
+
+    def _of(self, name: str) -> Request | None:
+        if _parent(name) not in self.requests:
+            raise RuntimeError(f"request {name!r} did not come through add_request, and what it deletes is not known")
+        return self.requests[_parent(name)] or self.active.now()
+
+    def _end(self, name: str) -> None:
+        self.queued.discard(name)
+        request = self.requests.pop(name, None)
+        if request is not None:
+            self.active.close(request)
+
+
+def _parent(name: str) -> str:
+    """The name of the request that was added; several sequences of one have names of their own."""
+    return name.split("__child#")[0]

@@ -1,0 +1,190 @@
+"""An attachment on disk: ``config.json``, ``bottleneck.safetensors``, ``masks/<name>/<number>/``. Knows no models.
+
+``config.json`` holds checksums of itself, of the tensors and of every mask, by name: what computes something else
+than what was saved is refused. That is no signature: who may write the folder can make it consistent again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+from cu_fast.files import check_name, read_json, read_safetensors, seal, unseal, visible, write_directory
+from cu_fast.masks import FILES, Mask
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.ops.checks import FLOATS
+
+FORMAT = "cu_fast.attachment"
+FORMAT_VERSION = 2
+OWN_FILES = rf"config\.json|bottleneck\.safetensors|masks/[^/]+/\d+/{FILES}"
+SAVE_AGAIN = "save the attachment again, or take the folder from where it was copied"
+
+
+class Record(NamedTuple):
+    """``config.json``: the model it was made for, and what the other files should be.
+
+    configs: layer -> its config. hashes: layer -> its codebook's sha256. tensors_sha256: of the tensors' file. masks:
+    name -> the checksum of each of its masks, in order.
+    """
+
+    model_class: str
+    model_type: str | None
+    configs: dict[str, BottleneckConfig]
+    hashes: dict[str, str]
+    tensors_sha256: str
+    masks: dict[str, list[str]]
+
+
+def write(
+    path: Path,
+    bottlenecks: Mapping[str, CodebookBottleneck],
+    masks: Mapping[str, tuple[Mask, ...]],
+    model_class: str,
+    model_type: str | None,
+) -> None:
+    """Write the folder, whole or not at all.
+
+    Raises:
+        FileExistsError: anything but an attachment is there. ValueError: a mask's name that no file can have.
+    """
+    if path.exists() and not (path.is_dir() and _is_replaceable(path)):
+        raise FileExistsError(f"{path} exists and is no attachment; give the name of a new folder")
+    layers, tensors, files, checksums = {}, {}, {}, {}
+    for name, bottleneck in bottlenecks.items():
+        config = dataclasses.replace(bottleneck.config, mask_mode=bottleneck.mask_mode)
+        layers[name] = {"codebook_sha256": bottleneck.codebook_sha256(), "config": config.to_dict()}
+        for key, value in bottleneck.state_dict().items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    for name, parts in masks.items():
+        folder, checksums[name] = _folder_of(name), []
+        for number, mask in enumerate(parts):
+            contents, sha256 = mask.to_files()
+            checksums[name].append(sha256)
+            files |= {f"{folder}/{number}/{file}": content for file, content in contents.items()}
+    files["bottleneck.safetensors"] = safetensors.torch.save(tensors)
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_class": model_class,
+        "model_type": model_type,
+        "layers": layers,
+        "tensors_sha256": hashlib.sha256(files["bottleneck.safetensors"]).hexdigest(),
+        "masks": checksums,
+    }
+    files["config.json"], _ = seal(record, "config.json")
+    write_directory(path, files, OWN_FILES)
+
+
+def read_record(path: Path) -> Record:
+    """Raises FileNotFoundError, or ValueError where ``config.json`` is not an attachment's, or was changed."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; {path} should be a folder written by attachment.save()")
+    record = read_json(file)
+    if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format {record.get('format')!r}, version {record.get('format_version')!r}; this version of "
+            f"cu_fast reads {FORMAT!r}, version {FORMAT_VERSION}. Load the folder with the version that wrote it (1: "
+            f"cu_fast 0.1) and save it again with this one"
+        )
+    unseal(record, file, SAVE_AGAIN)
+    try:
+        layers = record["layers"].items()
+        configs = {name: BottleneckConfig.from_dict(entry["config"]) for name, entry in layers}
+        hashes = {name: entry["codebook_sha256"] for name, entry in layers}
+        masks = {name: list(checksums) for name, checksums in record["masks"].items()}
+        for name in masks:
+            _folder_of(name)  # raises where there can be none
+        read = Record(record["model_class"], record["model_type"], configs, hashes, record["tensors_sha256"], masks)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file} does not describe its layers and masks: {error!r}") from error
+    texts = [
+        read.model_class,
+        "" if read.model_type is None else read.model_type,
+        read.tensors_sha256,
+        *hashes.values(),
+    ]
+    texts += itertools.chain.from_iterable(masks.values())
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"{file} holds {wrong[0]!r} where a text should be")
+    return read
+
+
+def read_bottlenecks(path: Path, record: Record) -> dict[str, CodebookBottleneck]:
+    """The bottlenecks, on the CPU, in the dtypes they were stored in.
+
+    Raises:
+        FileNotFoundError, or ValueError: a file that is damaged or not the one of the record, a missing, unexpected or
+            misshapen tensor, a codebook that is not the one of the record.
+    """
+    try:
+        with torch.device("meta"):  # no memory yet, and no random numbers
+            bottlenecks = {name: CodebookBottleneck(config) for name, config in record.configs.items()}
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path / 'config.json'} describes a bottleneck that cannot be made: {error}") from error
+    state = {f"{name}.{key}": value for name, b in bottlenecks.items() for key, value in b.state_dict().items()}
+    file = path / "bottleneck.safetensors"
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    tensors = read_safetensors(file, shapes, record.tensors_sha256)
+    for key, value in tensors.items():
+        allowed = FLOATS if state[key].is_floating_point() else (state[key].dtype,)
+        if value.dtype not in allowed:
+            raise ValueError(f"{file}: tensor {key!r} is {value.dtype}; it should be one of {allowed}")
+    for name, bottleneck in bottlenecks.items():
+        own = {key: tensors[f"{name}.{key}"] for key in bottleneck.state_dict()}
+        bottleneck.to_empty(device="cpu").load_state_dict(own, assign=True)
+        bottleneck.reset_receipt()
+        bottleneck.codebook.reset_usage()
+        if bottleneck.codebook_sha256() != record.hashes[name]:
+            raise ValueError(f"{file}: the codebook of layer {name!r} is not the one in config.json (sha256 differs)")
+    return bottlenecks
+
+
+def read_masks(path: Path, record: Record) -> dict[str, list[Mask]]:
+    """The masks by name, all that the record lists and no other. Hidden entries of the folder are passed over.
+
+    Raises:
+        FileNotFoundError, ValueError: a mask, or a layer's part of one, is missing, damaged, another than was saved
+            under its name, or not listed.
+    """
+    folders = {name: path / _folder_of(name) for name in record.masks}
+    _check_listed(path / "masks", [folder.name for folder in folders.values()])
+    masks = {}
+    for name, checksums in record.masks.items():
+        folder = folders[name]
+        _check_listed(folder, [str(number) for number in range(len(checksums))])
+        masks[name] = [Mask.load(folder / str(number), sha256) for number, sha256 in enumerate(checksums)]
+    return masks
+
+
+def _check_listed(path: Path, names: list[str]) -> None:
+    found = [entry.name for entry in visible(path)]
+    missing, unlisted = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+    if missing or unlisted:
+        raise ValueError(
+            f"{path} lacks {missing} and holds {unlisted}, which config.json does not list; put back what was saved, or "
+            f"move the rest away (a mask is added with attachment.load_mask)"
+        )
+
+
+def _folder_of(name: str) -> str:
+    """Where a mask's files are: a file name whatever the name, never ".."."""
+    try:
+        folder = urllib.parse.quote(name, safe=" ").replace(".", "%2E")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a mask's name is {name!r}, which no file can have: {error}; give another name") from error
+    check_name(folder, "a mask's name")
+    return f"masks/{folder}"
+
+
+def _is_replaceable(path: Path) -> bool:
+    config = path / "config.json"
+    return not any(path.iterdir()) or (config.is_file() and read_json(config).get("format") == FORMAT)

@@ -1,0 +1,316 @@
+"""What ``attach`` puts into a model: the hooks around a forward, and around ``generate``. Part of ``cu_fast.hf.attachment``.
+
+Under ``torch.compile`` the hooks are traced, and reach the present request through ``cu_fast.hf.active``'s operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.utils import ModelOutput
+
+from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
+
+CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
+STAMP = "_cu_fast_stamp"  # on a cache or an encoder's output: what it was computed under
+ROWS = "_cu_fast_rows"  # on a cache whose sequences have different masks, and on its first tensor: still in that order
+VALUE = "_cu_fast_value"  # on an encoder's output: which tensor the stamp is of
+
+# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, and the one of continuous
+# batching is each request's own; other kinds cannot.
+STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Arguments that hold what a part for images or sounds has computed. transformers passes them on inside generate.
+OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_outputs")
+# Arguments whose first dimension is the sequences, whatever the model. Of images or sounds a sequence may have several.
+SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+class LayerHook:
+    """Puts one layer's output through its bottleneck."""
+
+    def __init__(self, active: Active, index: int) -> None:
+        self.active, self.index, self.layer = active, index, active.layers[index]
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        x = output if isinstance(output, Tensor) else output[0]
+        layer, bottleneck = self.layer, getattr(module, CHILD)
+        if bottleneck is not layer.bottleneck and getattr(bottleneck, "_orig_mod", None) is not layer.bottleneck:
+            raise RuntimeError(
+                f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
+            )
+        if x.shape[-1] != bottleneck.config.d_model:
+            raise ValueError(
+                f"layer {layer.name!r} returned width {x.shape[-1]}; its bottleneck's d_model is "
+                f"{bottleneck.config.d_model}"
+            )
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
+            )
+        if torch.compiler.is_compiling():
+            row = torch.ops.cu_fast.mask_rows(ORDER, x.detach(), self.active.handle, self.index)
+        else:
+            row = self.active.mask_rows(x, self.index)
+        if row is None or bottleneck.training:  # a mask in training has raised already
+            y = bottleneck(x)
+        else:
+            y = bottleneck(x, layer.table.table, row)
+        if isinstance(output, Tensor):
+            return y
+        if isinstance(output, ModelOutput):
+            return type(output)(**{**output, next(iter(output)): y})
+        return (y, *output[1:])
+
+
+class ModelHook:
+    """Around a model that holds swapped layers: guards what its forward continues from, and that none was left out.
+
+    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder. tower_is_swapped:
+    it is the whole model, and some are in a part that is neither its encoder nor its decoder. sequences: the arguments
+    that tell how many sequences there are.
+    """
+
+    def __init__(
+        self,
+        active: Active,
+        model: nn.Module,
+        runner: int,
+        *,
+        encoder_is_swapped: bool,
+        tower_is_swapped: bool,
+        sequences: tuple[str, ...],
+    ) -> None:
+        self.active, self.runner, self.sequences = active, runner, sequences
+        self.encoder_is_swapped, self.tower_is_swapped = encoder_is_swapped, tower_is_swapped
+        self.arguments = argument_names(model.forward)
+        # Some models have another argument of that name, which is a tensor and no state.
+        is_recurrent = getattr(getattr(model, "config", None), "model_type", None) in ("rwkv", "xlstm")
+        self.recurrent = ("mems", "past_buckets_states", *(["state"] if is_recurrent else []))
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.arguments, args)), **kwargs}
+        batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
+        if torch.compiler.is_compiling():
+            torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch)
+        else:
+            self.active.enter(self.runner, batch)
+        for name in STATES:
+            value = given.get(name)
+            known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)
+            if not (value is None or isinstance(value, known)) and self.active.topics.masks:
+                raise StaleCacheError(
+                    f"{name} is {type(value).__name__}, and only a transformers.Cache can tell what it was computed "
+                    f"under; pass use_cache=False, or None for {name}"
+                )
+        for value in (*args, *kwargs.values()):
+            for cache in _caches(value):
+                # Inside generate, transformers moves rows, each within its sequence.
+                if not torch.compiler.is_compiling() and not self.active.expand.get():
+                    check_order(cache)
+                setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
+        if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
+            check_encoded(self.active, given["encoder_outputs"])
+        if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
+            check_towers(self.active, given)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
+        else:
+            self.active.leave(self.runner)
+        made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
+        for value in (*args, *kwargs.values(), *made):
+            for cache in _caches(value):
+                if getattr(cache, STAMP, None) is None:  # this forward made it
+                    setattr(cache, STAMP, self._check_filled(cache, 0, "KV cache"))
+                self._mark_order(cache)
+        if isinstance(output, ModelOutput):
+            setattr(output, STAMP, self._check_filled(output, 0, "output"))
+            if not torch.compiler.is_compiling():
+                setattr(output, VALUE, _identity(output))
+
+    def _check_filled(self, value: Any, length: int | Tensor, what: str) -> Tensor:
+        return check_filled(self.active, value, length, what)
+
+    def _mark_order(self, cache: Cache) -> None:
+        if torch.compiler.is_compiling():
+            return
+        request, state = self.active.now(), _first_tensor(cache)
+        moves = request is not None and len(set(request.rows)) > 1 and state is not None
+        setattr(cache, ROWS, moves)
+        if moves:
+            setattr(state, ROWS, True)
+
+
+def check_order(cache: Cache) -> None:
+    """A request with a mask for each sequence takes a cache's rows to be in the order in which it filled them.
+
+    Raises StaleCacheError where they were selected or moved since.
+    """
+    state = _first_tensor(cache) if getattr(cache, ROWS, False) else None
+    if state is not None and not hasattr(state, ROWS):
+        raise StaleCacheError(
+            "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which row "
+            "has which mask is no longer known; start with a new one"
+        )
+
+
+def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
+    """:meth:`Active.check_filled` of a value that carries its stamp, compiled or not."""
+    stamp = getattr(value, STAMP, None)
+    if not torch.compiler.is_compiling():
+        return active.check_filled(stamp, length, what)
+    length = length if isinstance(length, Tensor) else torch.full((), length)
+    return torch.ops.cu_fast.check_filled(ORDER, stamp, length, what, active.handle)
+
+
+def check_encoded(active: Active, value: Any) -> None:
+    """Raises StaleCacheError where an encoder's output was computed under other masks than hold now."""
+    check_filled(active, value, 1, "encoder's output")
+    # Inside generate it is the one that generate checked or made, whose tensors were expanded.
+    if not torch.compiler.is_compiling() and not active.expand.get() and hasattr(value, VALUE):
+        if getattr(value, VALUE) != _identity(value):
+            raise StaleCacheError("this encoder's output holds another tensor than the encoder gave; encode again")
+
+
+def check_towers(active: Active, given: Mapping[str, Any]) -> None:
+    """Raises StaleCacheError where a swapped part's output is given, which carries no stamp."""
+    name = next((name for name in OF_TOWERS if given.get(name) is not None), None)
+    if name is not None and active.topics.masks:
+        raise StaleCacheError(f"{name} does not tell under which masks it was computed; give what it was computed from")
+
+
+def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
+    """Let ``model.generate`` check the batch, say how far it expands it, and tell its steps. Returns what undoes it."""
+    undo = contextlib.ExitStack()
+    generate, prepare = model.generate, getattr(model, "prepare_inputs_for_generation", None)
+    names = argument_names(generate)
+
+    if prepare is not None:
+
+        @functools.wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            active.step()
+            return prepare(*args, **kwargs)
+
+        undo.callback(replace_attribute(model, "prepare_inputs_for_generation", prepared))
+
+    @functools.wraps(generate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        with _ended_streamer(given.get("streamer")), _same_depth(model):
+            request = active.now()
+            batch = _batch(model, given)
+            if request is not None and request.of == "sequence" and batch != len(request.rows):
+                raise ValueError(
+                    f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
+                    f"give an entry for each sequence"
+                )
+            for cache in itertools.chain.from_iterable(map(_caches, given.values())):
+                check_order(cache)
+            if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
+                check_encoded(active, given["encoder_outputs"])
+            if any(not (layer.in_encoder or layer.in_decoder) for layer in active.layers):
+                check_towers(active, given)
+            with active.generating(_expansion(model, given)):
+                return generate(*args, **kwargs)
+
+    undo.callback(replace_attribute(model, "generate", wrapper))
+    return undo.close
+
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns what undoes it."""
+    own = vars(owner)
+    undo = (
+        functools.partial(setattr, owner, name, own[name]) if name in own else functools.partial(delattr, owner, name)
+    )
+    setattr(owner, name, value)
+    return undo
+
+
+@contextlib.contextmanager
+def _ended_streamer(streamer: Any) -> Iterator[None]:
+    """A streamer's reader, in another thread, would wait for ever for what an error keeps from coming."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with contextlib.suppress(Exception):
+                streamer.end()
+        raise
+
+
+@contextlib.contextmanager
+def _same_depth(model: nn.Module) -> Iterator[None]:
+    """transformers' early exit cuts the config's depth for a while, and forgets to mend it where an error comes."""
+    configs = [module.config for module in (model, getattr(model, "base_model", model)) if hasattr(module, "config")]
+    depths = [getattr(config, "num_hidden_layers", None) for config in configs]
+    try:
+        yield
+    except BaseException:
+        for config, depth in zip(configs, depths):
+            if depth is not None:
+                config.num_hidden_layers = depth
+        raise
+
+
+def argument_names(function: Callable) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
+
+
+def _caches(value: Any) -> tuple[Cache, ...]:
+    """The caches in an argument. An encoder-decoder's are two, and may have come from different forwards."""
+    parts = (
+        (value.self_attention_cache, value.cross_attention_cache)
+        if isinstance(value, EncoderDecoderCache)
+        else (value,)
+    )
+    return tuple(part for part in parts if isinstance(part, Cache))
+
+
+def _length(cache: Cache) -> int | Tensor:
+    """How many tokens a cache holds; a cache of linear attention only knows whether it holds any."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def _first_tensor(cache: Cache) -> Tensor | None:
+    """Something that a cache keeps for every row, and replaces where it selects or moves rows."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "conv_states"))
+    return next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
+
+
+def _identity(output: ModelOutput) -> tuple[int, int]:
+    """Which tensor an output holds first, and how often it was written to."""
+    tensor = next(iter(output.values()))
+    if not isinstance(tensor, Tensor):
+        return 0, 0
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many sequences ``generate`` was given."""
+    for name in ("inputs", model.main_input_name, *SEQUENCES):
+        if isinstance(given.get(name), Tensor):
+            return given[name].shape[0]
+    return 1 if given.get("encoder_outputs") is None else given["encoder_outputs"][0].shape[0]
+
+
+def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many rows of the batch ``generate`` makes of one sequence."""
+    config = given.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(given.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -1,0 +1,66 @@
+"""What attaching needs to know of a model: its layers' widths and devices, and which of its parts runs them.
+
+Part of ``cu_fast.hf.attachment``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cu_fast.hf.hooks import SEQUENCES, argument_names
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def prefixes(name: str) -> list[str]:
+    """The names of the modules around a layer, outermost first: "a.b.c" -> "", "a", "a.b"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def hidden_size(model: nn.Module, name: str) -> int | None:
+    """The width that the config of the innermost model around a layer states, None where it states none."""
+    configs = [getattr(model.get_submodule(prefix), "config", None) for prefix in prefixes(name)]
+    config = [config for config in configs if config is not None][-1:]
+    return getattr(config[0].get_text_config(), "hidden_size", None) if config else None
+
+
+def model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate's execution device where its weights are offloaded, else theirs."""
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            if getattr(part, "execution_device", None) is not None:
+                return torch.device(part.execution_device)
+    return next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
+
+
+def part(model: nn.Module, which: str) -> nn.Module | None:
+    """An encoder-decoder's encoder or decoder; of another model, its decoder is what ``get_decoder`` says."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    get = getattr(model, f"get_{which}", None)
+    return get() if get is not None and (is_encoder_decoder or which == "decoder") else None
+
+
+def is_in(layer: nn.Module, part: nn.Module | None) -> bool:
+    return part is not None and any(module is layer for module in part.modules())
+
+
+def sequences(model: nn.Module, owner: nn.Module) -> tuple[str, ...]:
+    """The arguments of a part of a model whose first dimension is the model's sequences."""
+    if not isinstance(owner, PreTrainedModel):
+        return argument_names(owner.forward)[:1]
+    return tuple(dict.fromkeys((getattr(model, "main_input_name", "input_ids"), *SEQUENCES)))

@@ -1,0 +1,340 @@
+"""From the names that a caller gives to rows of mask tables: the half of ``cu_fast.hf.attachment`` that knows masks, not models."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cu_fast.masks import Mask, MaskTable, load_masks, stream_of
+from cu_fast.nn import CodebookBottleneck
+
+UNKNOWN_FILLING = 0  # stands for the signature of what carries none
+PACKED = -1  # the signature of a packed batch, which holds sequences under different ones
+# signature -> what messages call it: for good, and the newest TEXTS of those that come and go
+_KEPT: dict[int, str] = {UNKNOWN_FILLING: "what it does not say", PACKED: "the masks of a packed batch"}
+_TEXT: dict[int, str] = {}
+TEXTS = 1024
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass
+class Layer:
+    """A swapped layer.
+
+    runner: number of the model that runs it. in_encoder: of an encoder-decoder, where generate() expands a batch only
+    after the encoder. in_decoder: it runs in every step of generate(). batch_first: seen to return [batch, tokens,
+    width], by a batch that has another size than tokens.
+    """
+
+    name: str
+    bottleneck: CodebookBottleneck
+    table: MaskTable
+    runner: int = 0
+    in_encoder: bool = False
+    in_decoder: bool = False
+    batch_first: bool = False
+
+
+class Hold:
+    """Keeps rows of the mask tables from being used again while it lives: a request has one, and so has a forward.
+
+    streams: the device streams on which a kernel may still read the rows.
+    """
+
+    def __init__(self) -> None:
+        self.streams: set[Any] = set()
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """What one ``unlearn`` context deletes.
+
+    rows: rows of every layer's mask table, -1 = nothing. of: what each row is for: "all", one row for every sequence;
+    "sequence", a row for each sequence of the batch; "token", a row for each token, as in a packed batch.
+    signature: a number for what is deleted, by content and not by name. deletes: whether a row does. codebooks:
+    layer -> sha256 that its masks were made for. hold: keeps the rows; None once the context was left. keys: for each
+    row the layers and digests of what it deletes. outer: what held where the context was entered. beyond: whether it
+    deletes more than what always holds.
+    """
+
+    rows: tuple[int, ...]
+    of: Literal["all", "sequence", "token"]
+    signature: int
+    codebooks: dict[str, str]
+    hold: Hold | None
+    keys: list[frozenset[str]] = dataclasses.field(default_factory=list)
+    outer: Request | None = None
+    beyond: bool = False
+
+    def __post_init__(self) -> None:
+        self.deletes = any(row >= 0 for row in self.rows)
+        self._rows_on: dict[Any, Tensor] = {}
+
+    @property
+    def closed(self) -> bool:
+        return self.hold is None
+
+    def close(self) -> None:
+        self.hold = None
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """The rows as int32 on a device, copied there once per stream."""
+        key = device, stream_of(device)
+        if key not in self._rows_on:
+            self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
+        return self._rows_on[key]
+
+
+class Topics:
+    """The masks of an attachment by name, and the table rows of those in use.
+
+    A row has the same number in every layer's table. Rows are shared by content, counted, and used again once the last
+    Hold is gone and the streams that read them have come past that point.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.masks: dict[str, tuple[Mask, ...]] = {}
+        self.always: frozenset[str] = frozenset()
+        self.erased = 0
+        self._number = next(_numbers)
+        self._name_nothing()
+        self._layers = layers
+        self._lock = threading.Lock()
+        self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, holders]
+        self._free: list[tuple[int, list[Any]]] = []  # rows, and the events that must have come before a row is written
+        self._returned: collections.deque[tuple[list[frozenset[str]], set[Any]]] = collections.deque()
+
+    def add(self, masks: Mask | Iterable[Mask], name: str | None) -> str:
+        masks = (masks,) if isinstance(masks, Mask) else tuple(masks)
+        if name is None:
+            topics = sorted({mask.topic for mask in masks})
+            if len(topics) != 1:
+                raise ValueError(f"the masks' topics are {topics}; give them one name")
+            name = topics[0]
+        if not isinstance(name, str) or not name or not masks:
+            raise ValueError(f"name is {name!r} and there are {len(masks)} masks; neither should be empty")
+        if name in self.masks:
+            raise ValueError(f"there is a mask {name!r} already; remove it first, or give another name")
+        for mask in masks:
+            self.route(mask)
+            if mask.num_deleted == 0 and "erased" not in mask.method:
+                raise ValueError(
+                    f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
+                )
+        # Bits of its own: whoever writes to the caller's changes nothing here.
+        self.masks[name] = tuple(dataclasses.replace(mask, bits=mask.bits.clone()) for mask in masks)
+        return name
+
+    def load(self, path: str | Path, name: str | None) -> str:
+        return self.add(load_masks(path), name)
+
+    def remove(self, name: str) -> None:
+        self._check_name(name)
+        if name in self.always:
+            raise ValueError(f"mask {name!r} always holds; take it out of attachment.always first")
+        del self.masks[name]
+
+    def erase(self, name: str) -> None:
+        """Remove a mask's codes from their codebooks for good; the other masks move to what remains."""
+        self._check_name(name)
+        for layer, mask in self._route_again(name):  # before any of them is changed
+            if (left := mask.num_codes - mask.num_deleted) < (k := layer.bottleneck.config.k):
+                raise ValueError(
+                    f"erasing mask {name!r} leaves layer {layer.name!r} {left} codes; k = {k} should remain"
+                )
+        for i in range(len(self.masks[name])):
+            layer, mask = self._route_again(name)[i]  # with the numbers that an earlier one left
+            before = mask.codebook_sha256
+            kept = layer.bottleneck.erase(mask.ids())
+            after = layer.bottleneck.codebook_sha256()
+            layer.table = MaskTable(len(kept), layer.bottleneck.codebook.codes.device)
+            for other, masks in self.masks.items():
+                self.masks[other] = tuple(
+                    m.after_erasing(kept, after) if m.codebook_sha256 == before else m for m in masks
+                )
+        del self.masks[name]
+        self.always -= {name}
+        self.erased += 1
+        self._name_nothing()
+
+    def _name_nothing(self) -> None:
+        """The signature of a request that deletes nothing: of this attachment, and of its codes as they are now.
+
+        What another one computed without masks, or this one before codes were erased, is something else.
+        """
+        self.nothing = _signature_of(["nothing", self._number, self.erased])
+        _KEPT[self.nothing] = "no mask, after codes were erased" if self.erased else "no mask"
+
+    @property
+    def unstamped(self) -> int:
+        """What counts as the signature of a state that carries none."""
+        return UNKNOWN_FILLING if self.erased else self.nothing
+
+    def route(self, mask: Mask) -> Layer:
+        """The layer that a mask is for. Raises ValueError where its codebook is none of the layers', or several's."""
+        matches = [v for v in self._layers if v.bottleneck.codebook_sha256() == mask.codebook_sha256]
+        if len(matches) > 1:
+            matches = [layer for layer in matches if layer.name == mask.layer]
+            if not matches:
+                raise ValueError(f"mask {mask.topic!r} is for layer {mask.layer!r}, and other layers have its codebook")
+        if not matches:
+            have = ", ".join(f"{v.name}: {v.bottleneck.codebook_sha256()[:12]}..." for v in self._layers)
+            raise ValueError(
+                f"mask {mask.topic!r} was made for another codebook (sha256 {mask.codebook_sha256[:12]}...; here "
+                f"are {have}); find it again on this one"
+            )
+        return matches[0]
+
+    def known_for(self, layer: Layer) -> list[dict[str, Any]]:
+        """For a report: name, digest and number of deleted codes of the masks for one layer."""
+        return [
+            {"name": name, "digest": mask.digest, "deleted": mask.num_deleted}
+            for name, masks in self.masks.items()
+            for mask in masks
+            if mask.codebook_sha256 == layer.bottleneck.codebook_sha256() and self.route(mask) is layer
+        ]
+
+    def request(self, topics: Any) -> Request:
+        """Read what ``unlearn`` was given and hold the rows for it, until the Request's Hold is gone.
+
+        Raises:
+            ValueError: an unknown name, an empty list. TypeError: not names. RuntimeError: a codebook changed since its
+                mask was added.
+        """
+        if isinstance(topics, tuple):
+            raise TypeError(f"topics is the tuple {topics!r}; give a list, an entry per sequence, or a set, a union")
+        by_sequence = isinstance(topics, list)
+        entries = [self._names(entry) for entry in (topics if by_sequence else [topics])]
+        if not entries:
+            raise ValueError("unlearn() was given an empty list; give an entry for each sequence, or None")
+        for layer in self._layers if any(entries) else ():
+            layer.bottleneck.refresh()
+        routed = {name: self._route_again(name) for name in sorted(set().union(*entries))}
+        wanted = [[pair for name in names for pair in routed[name]] for names in entries]
+        keys = [frozenset(f"{layer.name} {mask.digest}" for layer, mask in masks) for masks in wanted]
+        codebooks = {layer.name: mask.codebook_sha256 for masks in wanted for layer, mask in masks}
+        signature = self._sign(keys, ", ".join(" + ".join(names) or "nothing" for names in entries))
+        hold, held = self._hold()
+        with self._lock, torch.inference_mode(False):
+            rows = tuple(self._acquire(key, masks, held) for key, masks in zip(keys, wanted))
+        beyond = not set().union(*entries) <= self.always
+        return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, beyond=beyond)
+
+    def share(self, request: Request, entry: int) -> Request:
+        """One entry of an open request as another request, with a Hold of its own."""
+        key = request.keys[entry]
+        hold, held = self._hold()
+        with self._lock:
+            row = self._acquire(key, [], held)  # it is there: the open request holds it
+        signature = self._sign([key], "a request")
+        return Request((row,), "all", signature, request.codebooks, hold, [key], beyond=request.beyond)
+
+    def _hold(self) -> tuple[Hold, list[frozenset[str]]]:
+        """A Hold, and the list of what is given back once it is gone, whatever happens to the request before it is one."""
+        hold: Hold = Hold()
+        held: list[frozenset[str]] = []
+        weakref.finalize(hold, self._returned.append, (held, hold.streams))
+        return hold, held
+
+    def after_fork(self) -> None:
+        """In the new process: what another thread of the old one had locked is free here."""
+        self._lock = threading.Lock()
+        for layer in self._layers:
+            layer.table.after_fork()
+
+    def _names(self, entry: Any) -> tuple[str, ...]:
+        if entry is None:
+            return tuple(sorted(self.always))
+        names = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Collection) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"an entry of unlearn() is {entry!r}; it should be a mask's name, several, or None")
+        if not names:
+            raise ValueError("an entry of unlearn() is an empty collection; say None to delete nothing")
+        for name in names:
+            self._check_name(name)
+        return tuple(sorted({*names, *self.always}))
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.masks:
+            raise ValueError(f"there is no mask {name!r}; {near(name, self.masks)}")
+
+    def _route_again(self, name: str) -> list[tuple[Layer, Mask]]:
+        try:
+            return [(self.route(mask), mask) for mask in self.masks[name]]
+        except ValueError as error:
+            raise RuntimeError(
+                f"a codebook changed since mask {name!r} was added (it was trained, or cast to another dtype): {error}"
+            ) from error
+
+    def _acquire(self, key: frozenset[str], masks: list[tuple[Layer, Mask]], held: list[frozenset[str]]) -> int:
+        if not key:
+            return -1
+        self._take_back()
+        if key not in self._rows:
+            row, events = self._free.pop() if self._free else (len(self._rows), [])
+            for layer in self._layers:
+                bits = torch.zeros(layer.table.table.shape[1], dtype=torch.int32)
+                for _, mask in (pair for pair in masks if pair[0] is layer):
+                    bits |= mask.bits
+                layer.table.write(row, bits, after=events)
+            self._rows[key] = [row, 0]
+        self._rows[key][1] += 1
+        held.append(key)
+        return self._rows[key][0]
+
+    def _take_back(self) -> None:
+        # What finalizers left here: they may run at any moment, in any thread, and so take no lock.
+        while self._returned:
+            keys, streams = self._returned.popleft()
+            events = [stream.record_event() for stream in streams]
+            for key in keys:
+                self._rows[key][1] -= 1
+                if self._rows[key][1] == 0:
+                    self._free.append((self._rows.pop(key)[0], events))
+
+    def _sign(self, held: list[frozenset[str]], text: str) -> int:
+        """The signature: for each sequence the digests of its masks, and what a mask does."""
+        if not any(held):
+            return self.nothing
+        content = [sorted(digests) for digests in held]
+        if all(digests == content[0] for digests in content):
+            content = content[:1]  # the same for every sequence, however many there are
+        modes = [layer.bottleneck.mask_mode for layer in self._layers]
+        signature = _signature_of([content, modes])
+        _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
+        return signature
+
+
+def _signature_of(content: Any) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big") >> 1 or 1
+
+
+def _remember(signature: int, text: str) -> None:
+    _TEXT[signature] = text
+    if len(_TEXT) > TEXTS:
+        _TEXT.pop(next(iter(_TEXT)), None)
+
+
+def text_of(signature: int) -> str:
+    """What to call a request in a message."""
+    return _KEPT.get(signature) or _TEXT.get(signature, "masks of another process, or of long ago")
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """For a message about an unknown name: which known ones are like it."""
+    names = list(names)
+    if close := difflib.get_close_matches(name, names, n=5, cutoff=0.5):
+        return f"near names: {', '.join(close)}"
+    return f"there are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "there are none"

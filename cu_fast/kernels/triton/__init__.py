@@ -1,0 +1,89 @@
+"""The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
+
+They take the arguments of the native operators (``csrc/ops.cpp``), and importing this package registers them as
+``torch.ops.cu_fast_triton.*``. gather_dot and scatter_sum, which training alone needs and the native library lacks, take
+those of ``nn/autograd.py``, where they are registered. Triton itself is imported by the first call; :func:`failure` says
+why the kernels cannot run on a device. Which tiles a kernel is cut into: ``launch.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+
+from cu_fast.kernels import operators
+
+HOME = {  # of what is registered, the file
+    "codebook_quantize": "codebook_quantize",
+    "sae_encode": "sae_encode",
+    "sae_encode_topk": "sae_encode",
+    "masked_decode": "masked_decode",
+    "codebook_bottleneck": "codebook_bottleneck",
+}
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """An operator by its name. Its first call imports Triton: ask :func:`failure` before."""
+    return getattr(torch.ops.cu_fast_triton, name).default
+
+
+@functools.cache
+def kernels(name: str) -> Callable:
+    """What runs as an operator, or as a gradient, not registered; importing it imports Triton."""
+    return getattr(importlib.import_module(f"cu_fast.kernels.triton.{HOME.get(name, name)}"), name)
+
+
+def _register() -> torch.library.Library:
+    # Not by torch.library.custom_op, which takes longer to call.
+    library = torch.library.Library("cu_fast_triton", "DEF")
+    for name in HOME:
+        fake = getattr(operators, name)
+        written = ("receipt",) if name == "codebook_bottleneck" else ()
+        library.define(name + torch.library.infer_schema(fake, mutates_args=written))
+        for device in ("CPU", "CUDA"):  # a CPU's tensors for the interpreter; AMD GPUs are "CUDA" too
+            library.impl(name, lambda *arguments, name=name: kernels(name)(*arguments), device)
+        torch.library.register_fake(f"cu_fast_triton::{name}", fake, lib=library)
+    return library
+
+
+_library = _register()  # while it lives, the operators do
+
+
+def failure(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, in a sentence; None if they can."""
+    device = torch.device(device)
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    if version(triton.__version__) < (3, 6):
+        return f"triton {triton.__version__} is installed, the kernels need 3.6 or newer; pip install -U triton"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton has no CPU kernels; move the tensors to a GPU, or set TRITON_INTERPRET=1 to try them slowly"
+    if device.type != "cuda":
+        return f"Triton has no kernels for {device.type}; move the tensors to an NVIDIA or AMD GPU"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False; check with nvidia-smi or rocm-smi that there is a GPU"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has compute capability {capability[0]}.{capability[1]}, the Triton kernels need 8.0"
+        if capability >= (10, 0) and version(triton.__version__) < (3, 7):
+            # Its ptxas, of CUDA 12.9, fuses pairs of products and sums there in spite of --fmad=false.
+            return (
+                f"triton {triton.__version__} computes other scores on this GPU; pip install -U triton (3.7 or newer)"
+            )
+    return None
+
+
+def version(text: str) -> tuple[int, int]:
+    """(3, 9) of "3.9.0+git1234"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))

@@ -1,0 +1,196 @@
+"""The selection with Triton: what is started, and its memory. Kernels: select_kernels.py, scan_kernels.py; how it is cut: launch.py.
+
+    every code scored   score_codes -> finish                                        few tokens, or no plane
+    certified scan      scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow -> score_candidates
+                        -> score_codes (rows that the scan could not do) -> finish
+
+Tokens go through in chunks, so the memory of a selection does not grow with them. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cu_fast.kernels.triton import launch
+from cu_fast.kernels.triton import scan as scan_kernels
+from cu_fast.kernels.triton import select as select_kernels
+from cu_fast.kernels.triton.launch import choose, rows_contiguous, start, vector
+
+
+class Scores(NamedTuple):
+    """Rows and codes before their epilogue: z [T, E], codes [C, E], pre fp32 [E], inv_norm and bias fp32 [C] or None."""
+
+    z: Tensor
+    codes: Tensor
+    pre: Tensor | None
+    inv_norm: Tensor | None
+    bias: Tensor | None
+
+
+def codebook_quantize(
+    z: Tensor,
+    codes: Tensor,
+    inv_norm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    return_hits: bool,
+    scan_plane: Tensor | None,
+    scan_terms: Tensor | None,
+    scan_mean: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.codebook_quantize``: scores fp32 [T, k], ids int32 [T, k], hits int32 [T], or [0] if not wanted."""
+    scores = Scores(rows_contiguous(z), rows_contiguous(codes), None, vector(inv_norm), vector(bias))
+    hits = torch.empty(z.shape[0] if return_hits else 0, dtype=torch.int32, device=z.device)
+    plane = None if scan_plane is None else (scan_plane, scan_terms, scan_mean)
+    best, ids = select(scores, k, mask_table, mask_row, plane, hits if return_hits else None, relu=False)
+    return best, ids, hits
+
+
+def select(
+    scores: Scores,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    plane: tuple[Tensor, Tensor, Tensor] | None,
+    hits: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores and ids [T, k]; writes hits."""
+    z, codes = scores.z, scores.codes
+    (T, E), C, device = z.shape, codes.shape[0], z.device
+    best, ids = z.new_empty((T, k), dtype=torch.float32), z.new_empty((T, k), dtype=torch.int32)
+    if T == 0:
+        return best, ids
+    if mask_table is not None:
+        mask_table, mask_row = mask_table.contiguous(), mask_row.contiguous()
+    with launch.on_device(z):
+        arch = launch.arch_of(device)
+        plan = launch.plan(T, E, C, k, codes.dtype, plane is not None, launch.multiprocessors_of(device), arch)
+        tile = choose("score_codes", arch, plan.chunk, E, C, k, codes.dtype)
+        places = plan.parts * tile.block("K") or C
+        work = Work(plan, E, places, device, rides=hits is not None and mask_table is not None)
+        for first in range(0, T, plan.chunk):
+            some = slice(first, min(first + plan.chunk, T))
+            job = Job(
+                scores._replace(z=z[some]), k, mask_table, None if mask_table is None else mask_row[some],
+                best[some], ids[some], None if hits is None else hits[some], relu, arch,
+            )  # fmt: skip
+            if plan.scans:
+                scan(job, plan, work, plane)
+            every_code(job, plan, work, tile)
+    return best, ids
+
+
+class Job(NamedTuple):
+    """A chunk of a selection."""
+
+    scores: Scores
+    k: int
+    mask_table: Tensor | None
+    mask_row: Tensor | None
+    best: Tensor
+    ids: Tensor
+    hits: Tensor | None
+    relu: bool
+    arch: str
+
+    def choose(self, kernel: str) -> launch.Config:
+        T, (C, E) = self.scores.z.shape[0], self.scores.codes.shape
+        return choose(kernel, self.arch, T, E, C, self.k, self.scores.codes.dtype)
+
+    def rows_and_codes(self) -> dict:
+        z, codes, pre, inv_norm, bias = self.scores
+        return {
+            "z": z, "z_stride": z.stride(0), "codes": codes, "code_stride": codes.stride(0), "pre": pre, "E": z.shape[1],
+            "inv_norm": inv_norm, "bias": bias,
+        }  # fmt: skip
+
+
+class Work:
+    """The memory of a selection, for a chunk. Each array's shape: select_kernels.py, scan_kernels.py."""
+
+    def __init__(self, plan: launch.Plan, E: int, places: int, device: torch.device, rides: bool):
+        def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        chunk = plan.chunk
+        self.places, self.stride = places, max(places, plan.candidates if plan.scans else 0)
+        self.kept = new(chunk, self.stride, dtype=torch.int64)
+        self.gone = new(chunk, self.stride, dtype=torch.int64) if rides else None
+        self.poison = new(chunk)
+        self.exact = self.chosen_count = None
+        if not plan.scans:
+            return
+        rows, fp32 = launch.TABLE["scan_rows"]["all"], torch.float32
+        step = rows.block("STEP")
+        self.width = -(-E // step) * step
+        self.bytes, self.high = (new(chunk, self.width, dtype=torch.int8) for _ in range(2))
+        self.high_steps, self.has_high = new(chunk, self.width // step), new(chunk)
+        self.terms = new(8, chunk, dtype=fp32)
+        self.exact, self.count, self.chosen_count = (new(chunk) for _ in range(3))
+        self.tau = new(chunk, dtype=fp32)
+        self.found, self.chosen = (new(chunk, plan.candidates) for _ in range(2))
+        self.lower, self.upper = (new(chunk, plan.candidates, dtype=fp32) for _ in range(2))
+
+
+def every_code(job: Job, plan: launch.Plan, work: Work, tile: launch.Config) -> None:
+    """score_codes, of all rows or of those that a scan could not do, and finish."""
+    T, C, U = job.scores.z.shape[0], job.scores.codes.shape[0], 0 if job.mask_table is None else job.mask_table.shape[0]
+    start(
+        select_kernels.score_codes, -(-T // tile.block("T")) * plan.parts, tile, **job.rows_and_codes(),
+        mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), U=U, wanted=work.exact, poison=work.poison,
+        kept=work.kept, gone=work.gone, T=T, C=C, parts=plan.parts, part_codes=plan.part_codes, stride=work.stride,
+    )  # fmt: skip
+    start(
+        select_kernels.finish, T, job.choose("finish"), kept=work.kept, gone=work.gone, poison=work.poison, exact=work.exact,
+        chosen=work.chosen_count, scores=job.best, ids=job.ids, hits=job.hits, k=job.k, places=work.places,
+        stride=work.stride, relu=job.relu,
+    )  # fmt: skip
+
+
+def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keys of the codes that may be among the k best, and which rows have to be scored against every code."""
+    z, codes, pre, inv_norm, bias = job.scores
+    (T, E), C = z.shape, codes.shape[0]
+    plane, plane_terms, mean = plane
+    U = 0 if job.mask_table is None else job.mask_table.shape[0]
+    start(
+        scan_kernels.scan_rows, T, job.choose("scan_rows"), z=z, z_stride=z.stride(0), pre=pre, mean=mean,
+        mask_row=job.mask_row, U=U, bytes=work.bytes, high=work.high, high_steps=work.high_steps,
+        has_high=work.has_high, terms=work.terms, exact=work.exact, poison=work.poison, count=work.count, E=E,
+        width=work.width, chunk=plan.chunk, max_outliers=max(E // 64, 4),
+        epsilon=1.01 * 2.0**-24 * (E // 16 + 40), grow=1.0 + 2.0**-23 * (E // 16 + 32),
+    )  # fmt: skip
+    tile = job.choose("scan_codes")
+    tiles = -(-C // tile.block("C"))
+    sampled = -(-plan.sample_codes // tile.block("C"))
+    maxima = torch.empty(T, sampled * tile.block("C") // 4, device=z.device)
+    for sample, visited in ((True, sampled), (False, tiles)):
+        if not sample:
+            start(
+                scan_kernels.scan_threshold, T, job.choose("scan_threshold"), maxima=maxima, exact=work.exact, tau=work.tau,
+                n=maxima.shape[1], k=job.k,
+            )  # fmt: skip
+        start(
+            scan_kernels.scan_codes, -(-T // tile.block("T")) * visited, tile, bytes=work.bytes, high=work.high,
+            high_steps=work.high_steps, has_high=work.has_high, terms=work.terms, exact=work.exact,
+            plane=plane.view(torch.int8), plane_terms=plane_terms, inv_norm=inv_norm, bias=bias,
+            mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), maxima=maxima if sample else None,
+            tau=None if sample else work.tau, count=work.count, ids=work.found, lower=work.lower, upper=work.upper,
+            T=T, C=C, plane_width=-(-E // 4) * 4, width=work.width, chunk=plan.chunk, capacity=plan.candidates,
+            tiles=tiles, visited=visited, RIDES=work.gone is not None, SAMPLE=sample,
+        )  # fmt: skip
+    start(
+        scan_kernels.narrow, T, job.choose("narrow"), count=work.count, exact=work.exact, ids=work.found, lower=work.lower,
+        upper=work.upper, chosen=work.chosen, chosen_count=work.chosen_count, k=job.k, capacity=plan.candidates,
+    )  # fmt: skip
+    start(
+        scan_kernels.score_candidates, T * plan.score_parts, job.choose("score_candidates"), **job.rows_and_codes(),
+        chosen=work.chosen, chosen_count=work.chosen_count, kept=work.kept, gone=work.gone, capacity=plan.candidates,
+        parts=plan.score_parts, stride=work.stride,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""How the Triton kernels are cut: pure, printable choices by architecture and shape. No result depends on them.
+
+Nothing is tuned while a program runs: a choice is a row of TABLE, which was compiled for every architecture before it was
+shipped (tests/test_triton_kernels.py), plus the rules of :func:`choose` and :func:`plan`. No row of TABLE was measured.
+``cu-fast tune`` measures rows on a user's GPU and keeps them in a file (tiles.py), which is laid over TABLE when an
+architecture is first asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cu_fast.kernels.triton import tiles
+from cu_fast.kernels.triton.tiles import Config, Table
+from cu_fast.kernels.triton.tiles import config as _config
+
+# The architectures that a row was chosen for, and the shared memory that a program may have there, in bytes. Others take
+# the row of the one before them in this order, AMD's that of gfx942.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+
+# Codes kept in registers by a program of score_codes: the smallest that k fits into; a larger k goes through memory.
+LISTS = (16, 64, 256)
+MAX_SCAN_K = LISTS[-1]
+
+
+class Tuning(NamedTuple):
+    """Sizes that a GPU should be kept busy with; tests take smaller ones, to walk every path. MEASURED: by `tune`."""
+
+    chunk: int = 256  # tokens that go through the scan together
+    candidates: int = 8192  # places for a row's candidates; what does not fit is scored exactly
+    sample_share: int = 16  # one tile of codes in so many gives the first threshold
+    scan_start: float = 60.0  # microseconds that the scan's kernels take to start
+    read_rate: float = 3e6  # bytes a microsecond, from memory; this and the next two are guesses about an H100
+    exact_rate: float = 8e6  # products a microsecond, every code scored
+    scan_rate: float = 300e6  # products a microsecond, scanned
+    keys: int = 1 << 22  # kept in memory at a time where k is too large for a list
+
+
+TUNING = Tuning()
+MEASURED = ("scan_start", "read_rate", "exact_rate", "scan_rate")
+
+
+class Plan(NamedTuple):
+    """A selection: tokens at a time, parts of the codes that score_codes takes, and the scan's share of it."""
+
+    scans: bool
+    chunk: int
+    parts: int
+    part_codes: int
+    score_parts: int
+    sample_codes: int
+    candidates: int
+
+
+# By kernel, then by what it is chosen for: of "many gfx942" and "many" the first, where its architecture is in the name.
+# None was measured.
+TABLE = {
+    "score_codes": {
+        "one": _config(4, T=1, C=64, UNROLL=8),
+        "few": _config(4, T=4, C=64, UNROLL=4),
+        "many": _config(8, T=16, C=64, UNROLL=2),
+        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+    },
+    "encode_tile": {
+        "one": _config(4, T=1, C=64, UNROLL=8),
+        "few": _config(4, T=4, C=64, UNROLL=4),
+        "many": _config(8, T=16, C=64, UNROLL=2),
+        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+    },
+    "finish": {"small": _config(4, N=1024), "large": _config(8, N=4096)},
+    "scan_rows": {"all": _config(4, E=1024, STEP=64)},
+    "scan_codes": {
+        "few": _config(4, 4, T=16, C=128, E=64),
+        "many": _config(8, 4, T=64, C=128, E=64),
+        "many sm_100": _config(8, 4, T=32, C=128, E=64),
+        "many gfx942": _config(8, 2, T=64, C=128, E=64),
+    },
+    "scan_threshold": {"all": _config(4, N=2048)},
+    "narrow": {"all": _config(8, N=2048)},
+    "score_candidates": {"all": _config(4, C=32, UNROLL=8)},
+    "gather_sum": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
+    "dot_slots": {"few": _config(1, C=8, UNROLL=8), "many": _config(4, C=32, UNROLL=8)},
+    "sum_pieces": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
+    "sum_codes": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
+}
+
+
+def family(arch: str) -> str:
+    """The architecture of SHARED_MEMORY whose rows another one takes."""
+    if not arch.startswith("sm_"):
+        return "gfx942"
+    number = int(arch[3:])
+    return max((known for known in SHARED_MEMORY if known[:3] == "sm_" and int(known[3:]) <= number),
+               key=lambda known: int(known[3:]), default="sm_80")  # fmt: skip
+
+
+def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
+    """Why a kernel cannot be cut so, None if it may. Of the shared memory only what is known without compiling."""
+    for name, size in row.blocks:
+        if not 0 < size <= 1 << 16 or size & (size - 1):
+            return f"{name} is {size}; it should be a power of two, at most 65536"
+        # The kernels of a scan share the steps: other ones would leave entries out.
+        if (name == "STEP" or (kernel, name) == ("scan_codes", "BLOCK_E")) and size != dict(shipped.blocks)[name]:
+            return f"{name} is {size}; it should be {dict(shipped.blocks)[name]}, as in the other kernels of the scan"
+    if row.num_warps not in (1, 2, 4, 8, 16):
+        return f"num_warps is {row.num_warps}; it should be 1, 2, 4, 8 or 16"
+    if not 1 <= row.num_stages <= 8:
+        return f"num_stages is {row.num_stages}; it should be between 1 and 8"
+    if kernel == "scan_rows" and row.block("E") < row.block("STEP"):
+        return f"BLOCK_E is {row.block('E')}; it should be at least STEP, {row.block('STEP')}"
+    if kernel == "scan_codes":
+        least = (row.num_stages - 1) * (row.block("C") + row.block("T")) * row.block("E")
+        if least > SHARED_MEMORY[family(arch)]:
+            return f"its bytes on the way take {least} B of shared memory; {SHARED_MEMORY[family(arch)]} are there"
+    return None
+
+
+RULES = tiles.Rules(TABLE, MEASURED, fault)
+# By architecture, read at first use; cu_fast.bench.tune puts in what it tries.
+IN_FORCE: dict[str, Table] = {}
+
+
+def in_force(arch: str) -> Table:
+    """The table in force on an architecture: a user's over TABLE. Raises ValueError where the user's is broken."""
+    if arch not in IN_FORCE:
+        IN_FORCE[arch] = tiles.find(arch, RULES)
+    return IN_FORCE[arch]
+
+
+def key_of(rows: Iterable[str], name: str, arch: str) -> str:
+    """Of the keys of a kernel's rows the one that holds for a name."""
+    return next(key for key in (f"{name} {arch}", f"{name} {family(arch)}", name) if key in rows)
+
+
+def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.dtype) -> Config:
+    """The tiles of a kernel for T tokens, C codes of width E (D for gather_sum), k codes kept.
+
+    arch: "sm_90", "gfx942", ... dtype: of the codes, or the table.
+    """
+    if kernel in ("score_codes", "encode_tile"):
+        name = "one" if T == 1 else "few" if T <= 4 else "many"
+    elif kernel == "scan_codes":
+        name = "few" if T <= 16 else "many"
+    elif kernel == "finish":
+        name = "small" if T > 64 and k <= LISTS[-1] else "large"
+    elif kernel in ("gather_sum", "sum_pieces", "sum_codes"):
+        name = "wide" if E > 1024 else "narrow"
+    elif kernel == "dot_slots":
+        name = "few" if k <= 8 else "many"
+    else:
+        name = "all"
+    rows = in_force(arch).rows[kernel]
+    row = rows[key_of(rows, name, arch)]
+    return _with_list(row, next((n for n in LISTS if k <= n), 0)) if kernel == "score_codes" else row
+
+
+def _with_list(row: Config, keep: int) -> Config:
+    T = min(row.block("T"), 8) if keep == LISTS[-1] else row.block("T")  # more would spill
+    return row._replace(blocks=(("BLOCK_T", T), *row.blocks[1:], ("BLOCK_K", keep)))
+
+
+def tuning_of(arch: str) -> Tuning:
+    return TUNING._replace(**in_force(arch).tuning)
+
+
+def scan_is_faster(T: int, entries: int, code_bytes: int, tuning: Tuning) -> bool:
+    """The scan reads a byte an entry and multiplies on matrix units, but starts more kernels."""
+    exact = max(entries * code_bytes / tuning.read_rate, T * entries / tuning.exact_rate)
+    return tuning.scan_start + max(entries / tuning.read_rate, T * entries / tuning.scan_rate) < exact
+
+
+def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
+    """How a selection is cut. Whether it scans: :func:`scan_is_faster`."""
+    tuning = tuning_of(arch)
+    code_bytes = 2 if dtype in (torch.float16, torch.bfloat16) else 4
+    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan_is_faster(T, C * E, code_bytes, tuning)
+    tile = choose("score_codes", arch, T, E, C, k, dtype)
+    if scans:
+        chunk = min(T, tuning.chunk)
+    elif tile.block("K") > 0:
+        chunk = min(T, 1 << 16)
+    else:
+        chunk = min(T, max(tuning.keys // C, 1))
+    chunk = max(chunk, 1)
+    parts = max(1, min(_ceil(2 * multiprocessors, _ceil(chunk, tile.block("T"))), _ceil(C, tile.block("C"))))
+    part_codes = _ceil(_ceil(C, parts), tile.block("C")) * tile.block("C")
+    sample = max(_ceil(C, tuning.sample_share), 16 * k)
+    score_parts = max(1, min(16, 2 * multiprocessors // chunk))
+    return Plan(scans, chunk, _ceil(C, part_codes), part_codes, score_parts, min(sample, C), tuning.candidates)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def configurations() -> Iterator[tuple[str, str, Config]]:
+    """Every configuration that ships: kernel, what it is chosen for, tiles."""
+    for kernel, rows in TABLE.items():
+        for name, row in rows.items():
+            if kernel == "score_codes":
+                for keep in (*LISTS, 0):
+                    yield kernel, f"{name}, list of {keep}", _with_list(row, keep)
+            else:
+                yield kernel, name, row
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942"; of a CPU, where the interpreter runs, "sm_80"."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """While it lasts, launches go to the device of a tensor."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def options(config: Config) -> dict:
+    """What Triton's compiler is told. Products and sums are never fused: canonical scores are defined that way."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+
+
+def start(kernel, programs: int, config: Config, **arguments) -> None:
+    """Start a kernel."""
+    kernel[(programs,)](**arguments, **dict(config.blocks), **options(config))
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix, copied if its rows are not contiguous."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """A vector as contiguous fp32, or None."""
+    return None if x is None else x.float().contiguous()

@@ -1,0 +1,6 @@
+"""Modules: SparseAutoencoder, Codebook, and the CodebookBottleneck that CodeUnlearn puts into a model."""
+
+from cu_fast.nn.bottleneck import Codebook, CodebookBottleneck, SparseAutoencoder
+from cu_fast.nn.config import BottleneckConfig
+
+__all__ = ["BottleneckConfig", "Codebook", "CodebookBottleneck", "SparseAutoencoder"]

@@ -1,0 +1,397 @@
+"""Modules: SparseAutoencoder, Codebook, and the CodebookBottleneck that CodeUnlearn puts into a model.
+
+    x [..., D] -> z = act((x / rms - b_pre) W_enc^T + b_enc) [T, E]
+               -> the k codes most similar to z
+               -> y = rms * ((sum_i w_i codes[ids_i]) W_dec^T + b_dec) [..., D]
+
+Sources: CodeUnlearn (arXiv 2410.10866), Codebook Features (arXiv 2310.17230), TopK-SAE (arXiv 2406.04093).
+
+In training the same exact selection is made; the gradient passes it straight through (to z as if y came from z,
+to the codes as usual), and ``auxiliary_loss()`` holds the reconstruction, commitment, codebook and L1 terms.
+In evaluation the decoder is folded into a table, [C, D], so that decoding gathers k rows; there is no autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cu_fast import ops
+from cu_fast.kernels import reference
+from cu_fast.nn.autograd import gather_dot
+from cu_fast.nn.config import BottleneckConfig
+from cu_fast.nn.training import TrainingPath
+
+# A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
+# Shapes and dtype alone decide, so that every machine takes the same path.
+FOLD_LIMIT_BYTES = 2**30
+SAMPLE = 509  # of a parameter's elements are looked at; a prime, so that they lie in different columns
+FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
+
+
+class SparseAutoencoder(nn.Module):
+    """Encoder and decoder of the bottleneck: one linear layer each way (arXiv 2410.10866; ReLU by default).
+
+    Starts at the identity where code_dim equals d_model, else at a random orthogonal map and its transpose, so
+    that an untrained bottleneck keeps as much of x as it can.
+    """
+
+    def __init__(self, d_model: int, code_dim: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.activation = activation
+        self.W_enc = nn.Parameter(torch.empty(code_dim, d_model))
+        self.b_enc = nn.Parameter(torch.zeros(code_dim))
+        self.b_pre = nn.Parameter(torch.zeros(d_model))
+        self.W_dec = nn.Parameter(torch.empty(d_model, code_dim))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        with torch.no_grad():
+            if code_dim == d_model:
+                nn.init.eye_(self.W_enc)
+            else:
+                nn.init.orthogonal_(self.W_enc)
+            self.W_dec.copy_(self.W_enc.T)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [T, D] -> z [T, E], differentiable. Evaluation goes through ops.sae_encode instead."""
+        z = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+        return torch.relu(z) if self.activation == "relu" else z
+
+    def decode(self, q: Tensor) -> Tensor:
+        """q [T, E] -> [T, D], differentiable."""
+        return F.linear(q, self.W_dec, self.b_dec)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> (reconstruction [T, D], z [T, E])."""
+        z = self.encode(x)
+        return self.decode(z), z
+
+
+class Codebook(nn.Module):
+    """C codes of width E and the statistics of their use.
+
+    ``counts``, int64 [C], says how often each code was kept since ``reset_usage()``; training only.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, k: int, similarity: str = "cosine") -> None:
+        super().__init__()
+        self.k = k
+        self.similarity = similarity
+        self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
+        self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
+
+    def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
+        return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
+
+    def similarities(self, z: Tensor, ids: Tensor, impl: str = "auto") -> Tensor:
+        """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]; id -1 scores 0."""
+        scores = gather_dot(ids, z, self.codes, impl)
+        if self.similarity == "dot":
+            return scores
+        norms = gather_dot(ids, z.new_ones(len(z), 1), self.codes.norm(dim=-1, keepdim=True), impl)
+        return scores / norms.clamp(min=1e-12) if self.similarity == "cosine" else scores - 0.5 * norms.square()
+
+    def usage(self) -> dict[str, float]:
+        """How the codes were used since ``reset_usage()``.
+
+        used: share of codes kept at least once. dead: number never kept. entropy: of the codes' frequencies, in
+        nats. perplexity: exp(entropy), the effective number of codes.
+        """
+        frequency = self.counts.double() / self.counts.sum().clamp(min=1)
+        entropy = float(torch.special.entr(frequency).sum())
+        used = int((self.counts > 0).sum())
+        return {
+            "used": used / self.counts.numel(),
+            "dead": self.counts.numel() - used,
+            "entropy": entropy,
+            "perplexity": float(torch.tensor(entropy).exp()),
+        }
+
+    def reset_usage(self) -> None:
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def reseed_dead(self, z: Tensor, generator: torch.Generator | None = None) -> int:
+        """Move every code not kept since ``reset_usage()`` onto a random row of z [n, E]; returns how many.
+
+        A moved code gets the mean norm of the codes in use, so that it can win without shouting.
+        """
+        dead = (self.counts == 0).nonzero()[:, 0]
+        if len(dead) == 0 or len(z) == 0:
+            return 0
+        rows = torch.randint(len(z), (len(dead),), generator=generator)
+        fresh = F.normalize(z[rows.to(z.device)].float(), dim=-1)
+        alive = self.codes[self.counts > 0]
+        norm = alive.float().norm(dim=-1).mean() if len(alive) else self.codes.float().norm(dim=-1).mean()
+        self.codes[dead] = (fresh * norm).to(self.codes.dtype)
+        return len(dead)
+
+
+class CodebookBottleneck(TrainingPath):
+    """x [..., D] -> y [..., D], through the k codes most similar to each token.
+
+    ``impl`` is handed to every operator, ``scan`` to ``ops.pack_codes`` (after changing it, call ``fold()``);
+    ``mask_mode`` may be changed at any time. Parameters keep their own dtype, x may have any floating dtype, and y has
+    x's.
+    """
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_mode = config.mask_mode
+        self.impl = "auto"
+        self.scan = "auto"
+        self.autoencoder = (
+            SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
+        )
+        self.codebook = Codebook(config.num_codes, config.code_dim, config.k, config.similarity)
+        self.register_buffer("rms", torch.ones((), dtype=torch.float32))
+        self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
+        # Receipt: tokens that passed, kept codes that a mask took away. On the device, so that nothing syncs.
+        self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
+        for name in FOLDED:
+            self.register_buffer(f"folded_{name}", None, persistent=False)
+        self._folded_version: tuple | None = None
+        self._folded_sample: Tensor | None = None
+        self._sha256: tuple[tuple, str] | None = None
+        self.register_load_state_dict_post_hook(_fold_loaded)
+
+    def forward(self, x: Tensor, mask_table: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
+        """The bottleneck's output, [..., D] in x's dtype.
+
+        Args:
+            x: [..., D]; the leading dimensions are flattened to T tokens.
+            mask_table: int32 [U, ceil(C/32)] or None; mask_row: int32 [T] or None (see ``cu_fast.ops``).
+
+        Raises:
+            RuntimeError: a mask in training mode (deletion is for evaluation: call ``model.eval()``).
+        """
+        if self.training:
+            if mask_table is not None:
+                raise RuntimeError("a mask is active but the bottleneck is in training mode; call model.eval() first")
+            return self._forward_training(x)
+        with torch.no_grad():
+            y = self._forward_inference(x.detach().reshape(-1, self.config.d_model), mask_table, mask_row)
+            y = y.to(x.dtype).reshape(x.shape)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = _NoGradient.apply(x, y)
+        return y
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def _forward_inference(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
+        self._check_folded()
+        if self.folded_table is None:
+            return self._decode_through(x, mask_table, mask_row)
+        config = self.config
+        return ops.codebook_bottleneck(
+            x.float() / self.rms if self.autoencoder is None else x,
+            self._encoder(), self._packed(), self.folded_table, self.folded_b_dec, mask_table, mask_row, k=config.k,
+            activation=config.activation, mask_mode=self.mask_mode, weight=config.weight, receipt=self.passed,
+            impl=self.impl,
+        )  # fmt: skip
+
+    def _decode_through(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
+        """The same where codes are too many to fold: they are summed, and the sum goes through W_dec."""
+        masked = {"mask_table": mask_table, "mask_row": mask_row}
+        reselect = mask_table is not None and self.mask_mode == "reselect"
+        scores, ids, hits = self._select(x, self.config.k, return_hits=reselect, **(masked if reselect else {}))
+        if mask_table is not None and not reselect:
+            hits = reference.is_deleted(ids, mask_table, mask_row)
+        self.passed[0] += x.shape[0]
+        if mask_table is not None:
+            self.passed[1] += hits.sum()
+        # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
+        weights = torch.relu(scores) if self.config.weight == "score" else torch.where(ids < 0, scores, 1.0)
+        reduce = "mean" if self.config.weight == "mean" else "sum"
+        q = ops.masked_decode(
+            ids, weights, self.codebook.codes.detach(), reduce=reduce, impl=self.impl, **({} if reselect else masked)
+        )
+        return ops.sae_encode(q, self.folded_W_dec, self.folded_b_dec, activation="none", impl=self.impl)
+
+    def _encoder(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.autoencoder is None:
+            return None
+        return self.folded_W_enc, self.autoencoder.b_enc.detach(), self.folded_b_pre
+
+    def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
+        encoder = self._encoder()
+        if encoder is None:
+            z = x.float() / self.rms
+        else:
+            z = ops.sae_encode(x, *encoder, activation=self.config.activation, impl=self.impl)
+        return ops.codebook_quantize(z, self._packed(), k=k, impl=self.impl, **options)
+
+    def _packed(self) -> ops.PackedCodes:
+        scan = None
+        if self.folded_scan_plane is not None:
+            scan = ops.ScanPlane(self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean)
+        return ops.PackedCodes(
+            self.codebook.codes.detach(), self.config.similarity, self.folded_inv_norm, self.folded_bias, scan
+        )
+
+    @torch.no_grad()
+    def select(self, x: Tensor, k: int | None = None) -> ops.Selection:
+        """The k (None: the config's) best codes of every token of x [..., D], flattened to T; nothing deleted."""
+        self._check_folded()
+        return self._select(x.detach().reshape(-1, self.config.d_model), k or self.config.k)
+
+    def receipt(self) -> dict[str, Any]:
+        """What ran since ``reset_receipt()``.
+
+        impl; scan ("int8" or "fp32", what the codes are read as); tokens that passed; hits, the kept codes that masks
+        took away.
+        """
+        tokens, hits = self.passed.tolist()
+        impl = ops.resolve(self.impl, self.codebook.codes.device)
+        scan = "int8" if impl != "reference" and self.folded_scan_plane is not None else "fp32"
+        return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
+
+    def reset_receipt(self) -> None:
+        self.passed.zero_()
+
+    # -- folding ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute what evaluation reads: packed codes, and encoder and decoder with the scale folded in.
+
+        Called by ``eval()``, after loading, after ``.to()``, and in eager mode whenever a parameter was written
+        to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation.
+        """
+        codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
+        packed = self.codebook.pack(self.scan)
+        self.folded_inv_norm, self.folded_bias = packed.inv_norm, packed.bias
+        self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean = packed.scan or (None, None, None)
+        if sae is None:
+            self.folded_table = codes.float() * rms
+        else:
+            self.folded_W_enc = sae.W_enc.float() / rms
+            self.folded_b_pre = sae.b_pre.float() * rms
+            self.folded_W_dec = sae.W_dec.float() * rms
+            self.folded_b_dec = sae.b_dec.float() * rms
+            self.folded_table = None
+            table_bytes = codes.shape[0] * self.config.d_model * codes.element_size()
+            if table_bytes <= max(FOLD_LIMIT_BYTES, codes.numel() * codes.element_size()):
+                self.folded_table = ops.sae_encode(codes, self.folded_W_dec, activation="none", impl=self.impl)
+        if self.folded_table is not None:
+            self.folded_table = self.folded_table.to(codes.dtype)
+        self._folded_version, self._folded_sample = self._version(), self._sample()
+
+    def refresh(self) -> None:
+        """Fold again, and forget the codebook's sha256, where a parameter was written to without torch counting it.
+
+        As ``.data``, a NumPy view or a fused optimizer does. Seen by a sample of each parameter, so a write to a few
+        elements may not be. Called by ``eval()``, and before a mask is used.
+        """
+        if self._folded_sample is not None and not torch.equal(self._folded_sample, self._sample()):
+            self._sha256 = None
+            self.fold()
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        sae = self.autoencoder  # by name: self.parameters() walks all modules, in every call
+        weights = () if sae is None else (sae.W_enc, sae.b_enc, sae.b_pre, sae.W_dec, sae.b_dec)
+        return (self.codebook.codes, self.rms, *weights)
+
+    def _version(self) -> tuple:
+        return tuple(map(_tensor_version, self._weights()))
+
+    def _sample(self) -> Tensor:
+        """SAMPLE elements of each parameter, evenly spread, as fp32's bits on the CPU."""
+        parts = []
+        for weight in self._weights():
+            flat = weight.detach().reshape(-1)
+            parts.append(flat[:: max(1, flat.numel() // SAMPLE)].float())
+        return torch.cat(parts).cpu().view(torch.int32)
+
+    def _check_folded(self) -> None:
+        if torch.compiler.is_compiling():
+            if self._folded_version is None:
+                raise RuntimeError("the bottleneck is not folded; call model.eval() before torch.compile")
+        elif self._folded_version != self._version():
+            self.fold()
+
+    def train(self, mode: bool = True) -> CodebookBottleneck:
+        super().train(mode)
+        if mode:
+            self._folded_version = self._folded_sample = self._sha256 = None
+            for name in FOLDED:
+                setattr(self, f"folded_{name}", None)
+        elif not self.codebook.codes.is_meta:
+            self.refresh()
+            self._check_folded()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        rms = self.rms
+        super()._apply(fn, recurse)
+        if not (rms.is_meta or self.rms.is_meta):
+            self.rms = rms.to(self.rms.device)  # a scale, not a weight: casting the model must not round it
+        self._folded_version = None  # a cast rounds what was folded, also where the parameters have that dtype already
+        return self.train(self.training)
+
+    def codebook_sha256(self) -> str:
+        """The codebook's identity, which masks are bound to: its similarity, shape and codes, widened to fp32.
+
+        So a checkpoint read as fp32 or as the bf16 it was stored in is the same codebook, and one rounded to
+        bf16 is another.
+        """
+        codes = self.codebook.codes
+        version = _tensor_version(codes)
+        # In training nothing is remembered: a fused optimizer writes to the codes without counting a version.
+        if self.training or self._sha256 is None or self._sha256[0] != version:
+            digest = hashlib.sha256(f"{self.config.similarity} {list(codes.shape)} ".encode())
+            digest.update(codes.detach().float().cpu().contiguous().numpy().tobytes())
+            self._sha256 = (version, digest.hexdigest())
+        return self._sha256[1]
+
+    @torch.no_grad()
+    def erase(self, ids: Tensor) -> Tensor:
+        """Remove codes for good: their rows are dropped, and with them every trace of their values.
+
+        ids: int [n]. What remains is numbered anew, so this is another codebook, to which old masks do not belong.
+        An erased code cannot hold its place among the k, so the next best takes it: as mask_mode "reselect" does.
+
+        Returns:
+            The old ids of the remaining codes, int64 [C - n], in their new order.
+
+        Raises:
+            ValueError: fewer than k codes would remain.
+        """
+        keep = torch.ones(self.config.num_codes, dtype=torch.bool)
+        keep[ids.long().cpu()] = False
+        kept = keep.nonzero()[:, 0]
+        if len(kept) < self.config.k:
+            raise ValueError(f"erasing {len(ids)} codes leaves {len(kept)}; k = {self.config.k} should remain")
+        self.config = dataclasses.replace(self.config, num_codes=len(kept))
+        book = self.codebook
+        book.codes = nn.Parameter(book.codes.detach()[kept.to(book.codes.device)], book.codes.requires_grad)
+        book.counts = book.counts[kept.to(book.counts.device)]
+        self.train(self.training)
+        return kept
+
+
+class _NoGradient(torch.autograd.Function):
+    """Evaluation has no gradient; asking for one is an error, not a zero."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "a codebook bottleneck in evaluation mode has no gradient; call model.train() to train through it"
+        )
+
+
+def _fold_loaded(bottleneck: CodebookBottleneck, _) -> None:
+    bottleneck.train(bottleneck.training)
+
+
+def _tensor_version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

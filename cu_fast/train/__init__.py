@@ -1,0 +1,318 @@
+"""Training a model with codebook bottlenecks, on ``transformers.Trainer``.
+
+Two recipes:
+
+``joint``         model and bottleneck together (CodeUnlearn, arXiv 2410.10866): the model comes to rely on codes.
+``frozen_below``  everything that runs before the bottleneck is frozen; the bottleneck and what follows it learn.
+                  For a model that already knows its task: what was found to work on small models.
+
+Data sets are sequences of dicts with one of three key sets: {"text"}; {"prompt", "completion"} (causal: the
+prompt's tokens count ``prompt_weight``); {"source", "target"} (sequence to sequence).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cu_fast.hf import Attachment, attach
+from cu_fast.nn import BottleneckConfig
+from cu_fast.rows import Collator, encode_row
+from cu_fast.train.resume import SETTINGS, USAGE, checkpoint_to_resume, no_checkpoint, settings_of
+
+Recipe = Literal["joint", "frozen_below"]
+
+
+def train(
+    model: nn.Module,
+    tokenizer,
+    dataset: Sequence[Mapping[str, str]],
+    bottlenecks: Mapping[str, BottleneckConfig] | None,
+    arguments: TrainingArguments,
+    *,
+    recipe: Recipe = "joint",
+    codebook_learning_rate: float | None = None,
+    embedding_learning_rate: float | None = None,
+    prompt_weight: float = 1.0,
+    max_length: int = 512,
+    reseed_every: int = 60,
+    reseed_until: float = 0.7,
+    resume: bool = False,
+) -> tuple[Attachment | None, dict[str, float]]:
+    """Put bottlenecks into a model and train it.
+
+    Args:
+        model, tokenizer: changed in place; the tokenizer needs a pad token.
+        dataset: see the module's docstring.
+        bottlenecks: layer name -> config, put in fresh with codes from data; None: train the model as it is.
+        arguments: transformers' own; its folder takes the checkpoints. ``seed`` also seeds codes.
+        recipe: "joint" or "frozen_below".
+        codebook_learning_rate: of the codes; None: the same as the rest. Codes have no weight decay.
+        embedding_learning_rate: of the input embedding, and of an output that is tied to it; None: the same as the rest.
+            For models whose embedding starts with entries of size 1, as T5's does: at a rate that suits the other
+            weights it hardly moves.
+        prompt_weight: weight of a prompt's tokens in the loss, 0 = only completions count.
+        max_length: tokens a row is cut to.
+        reseed_every: steps after which codes that nobody used move to a token of the last batch; 0 = never.
+        reseed_until: share of the training after which none is moved any more.
+        resume: go on from the newest checkpoint in the arguments' folder, to the same weights as a run that was not
+            stopped. Epochs, logging and saving may differ from then; all other settings, and the data, may not.
+
+    Returns:
+        (attachment, figures): the attachment, None without bottlenecks, and the last training figures.
+
+    Raises:
+        ValueError: an empty data set, rows with other keys, an unknown recipe or layer; with ``resume``, no
+            checkpoint, a damaged one, or one of other settings; without, a folder that holds checkpoints already.
+    """
+    if recipe not in ("joint", "frozen_below"):
+        raise ValueError(f"recipe is {recipe!r}; it should be 'joint' or 'frozen_below'")
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty; it should hold at least one row")
+    _check_numbers(
+        learning_rate=arguments.learning_rate, codebook_learning_rate=codebook_learning_rate,
+        embedding_learning_rate=embedding_learning_rate, prompt_weight=prompt_weight,
+        batch_size=arguments.per_device_train_batch_size, epochs=max(arguments.num_train_epochs, arguments.max_steps),
+    )  # fmt: skip
+    rows = [encode_row(tokenizer, row, prompt_weight, max_length) for row in dataset]
+    collate = Collator(tokenizer.pad_token_id)
+    arguments = copy.copy(arguments)
+    arguments.remove_unused_columns = False  # the loss's weights are no argument of the model's
+    settings = settings_of(
+        model, rows, bottlenecks or {}, arguments, recipe=recipe, codebook_learning_rate=codebook_learning_rate,
+        embedding_learning_rate=embedding_learning_rate, reseed_every=reseed_every, reseed_until=reseed_until,
+    )  # fmt: skip
+    checkpoint = checkpoint_to_resume(arguments, settings) if resume else no_checkpoint(arguments)
+    attachment = None
+    if bottlenecks:
+        attachment = attach(model, bottlenecks)
+        generator = torch.Generator().manual_seed(arguments.seed)
+        sample = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:512].tolist()]
+        seed_codes(attachment, sample, collate, arguments.per_device_train_batch_size, generator)
+        if recipe == "frozen_below":
+            freeze_below(attachment, collate(rows[:1]))
+    trainer = CodebookTrainer(
+        attachment,
+        codebook_learning_rate,
+        embedding_learning_rate,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    trainer.settings = settings
+    if attachment is not None:
+        trainer.add_callback(UsageCallback(trainer, reseed_every, reseed_until, arguments.seed))
+        if checkpoint is not None and arguments.process_index == 0:  # the sum of all processes' counts
+            usage = safetensors.torch.load_file(checkpoint / USAGE)
+            for name, bottleneck in attachment.bottlenecks.items():
+                bottleneck.codebook.counts.copy_(usage[name])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.eval()
+    figures = {
+        k: v for entry in trainer.state.log_history[-2:] for k, v in entry.items() if isinstance(v, (int, float))
+    }
+    return attachment, figures
+
+
+class CodebookTrainer(Trainer):
+    """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss.
+
+    No mask holds in its forward passes. settings: what :func:`train` writes into every checkpoint; None: nothing.
+    """
+
+    settings: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        attachment: Attachment | None,
+        codebook_learning_rate: float | None,
+        embedding_learning_rate: float | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.attachment = attachment
+        self.codebook_learning_rate = codebook_learning_rate
+        self.embedding_learning_rate = embedding_learning_rate
+        self.terms: dict[str, list[float]] = collections.defaultdict(list)
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean already
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        weights = inputs.pop("loss_weights")
+        labels = inputs["labels"] if self.model.config.is_encoder_decoder else inputs.pop("labels")
+        if self.attachment is not None:
+            for name, bottleneck in self.attachment.bottlenecks.items():
+                # The mask is an encoder's where there is one; a decoder's positions are not its.
+                of_mask = "decoder" not in name or not self.model.config.is_encoder_decoder
+                bottleneck.token_mask = inputs["attention_mask"].bool() if of_mask else None
+        with self.attachment.unlearn(None) if self.attachment is not None else contextlib.nullcontext():
+            outputs = model(**inputs)
+        loss = weighted_loss(outputs.logits, labels, weights, shift=not self.model.config.is_encoder_decoder)
+        if self.attachment is not None:
+            self.terms["task_loss"].append(loss.detach().item())
+            for bottleneck in self.attachment.bottlenecks.values():
+                for name, value in bottleneck.losses.items():
+                    self.terms[name].append(value.detach().item())
+            loss = loss + self.attachment.auxiliary_loss()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        logs |= {name: sum(values) / len(values) for name, values in self.terms.items()}
+        self.terms.clear()
+        super().log(logs, *arguments, **options)
+
+    def create_optimizer(self, *arguments: Any, **options: Any):
+        if self.optimizer is None and (self.attachment is not None or self.embedding_learning_rate):
+            bottlenecks = self.attachment.bottlenecks.values() if self.attachment is not None else ()
+            codes = [bottleneck.codebook.codes for bottleneck in bottlenecks]
+            embedding = [self.model.get_input_embeddings().weight] if self.embedding_learning_rate else []
+            apart = {id(parameter) for parameter in codes + embedding}
+            rest = [p for p in self.model.parameters() if id(p) not in apart]
+            groups = [
+                {"params": rest, "weight_decay": self.args.weight_decay},
+                {"params": codes, "weight_decay": 0.0, "lr": self.codebook_learning_rate or self.args.learning_rate},
+                {"params": embedding, "weight_decay": self.args.weight_decay, "lr": self.embedding_learning_rate},
+            ]
+            for group in groups:
+                group["params"] = [p for p in group["params"] if p.requires_grad]
+            factory, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = factory([group for group in groups if group["params"]], **settings)
+        return super().create_optimizer(*arguments, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or self.settings is None:
+            return  # no checkpoint, or nobody will ask what it was trained with
+        bottlenecks = self.attachment.bottlenecks if self.attachment is not None else {}
+        usage = {name: bottleneck.codebook.counts.clone() for name, bottleneck in bottlenecks.items()}
+        for counts in usage.values():
+            _sum_over_ranks(counts)
+        if self.args.should_save:
+            safetensors.torch.save_file(usage, Path(output_dir) / USAGE)
+            (Path(output_dir) / SETTINGS).write_text(json.dumps(self.settings, indent=2))
+
+
+class UsageCallback(TrainerCallback):
+    """Reports how many codes are used and moves dead ones onto tokens of the last batch."""
+
+    def __init__(self, trainer: CodebookTrainer, every: int, until: float, seed: int) -> None:
+        self.trainer, self.every, self.until, self.seed = trainer, every, until, seed
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        step = state.global_step + 1
+        if not self.every or step % self.every:
+            return
+        for bottleneck in self.trainer.attachment.bottlenecks.values():
+            _sum_over_ranks(bottleneck.codebook.counts)
+            usage = bottleneck.usage()
+            self.trainer.terms["codes_used"].append(usage["used"])
+            self.trainer.terms["code_perplexity"].append(usage["perplexity"])
+            if step < self.until * state.max_steps:
+                dead = bottleneck.codebook.counts == 0
+                # Of the step alone, so that a resumed run draws what the whole one would have drawn.
+                bottleneck.reseed_dead(torch.Generator().manual_seed(self.seed + step))
+                self._settle(bottleneck.codebook.codes, dead)
+            else:
+                bottleneck.codebook.reset_usage()
+
+    def _settle(self, codes: nn.Parameter, moved: Tensor) -> None:
+        # A moved code must not carry the momentum of the old one; and every process must hold the same codes.
+        for value in self.trainer.optimizer.state.get(codes, {}).values():
+            if torch.is_tensor(value) and value.shape == codes.shape:
+                value[moved] = 0
+        if _distributed():
+            torch.distributed.broadcast(codes.data, 0)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, shift: bool) -> Tensor:
+    """Cross-entropy, averaged over tokens with their weights. logits [B, S, V]; labels, weights [B, S]."""
+    if shift:
+        logits, labels, weights = logits[:, :-1], labels[:, 1:], weights[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100)
+    weights = weights.flatten()
+    return (loss * weights).sum() / weights.sum().clamp(min=1e-8)
+
+
+@torch.no_grad()
+def seed_codes(attachment: Attachment, rows: Sequence[Mapping], collate, batch_size: int, generator) -> None:
+    """Start codes, and scales, from the layers' outputs on a sample of rows."""
+    model = attachment.model
+    samples: dict[int, list[Tensor]] = collections.defaultdict(list)
+
+    def observe(x: Tensor, bottleneck) -> None:
+        samples[id(bottleneck)].append(x[attention.bool()] if x.shape[:2] == attention.shape else x.flatten(0, 1))
+
+    was_training = model.training
+    model.eval()
+    with attachment.unlearn(None), attachment.observe(observe):
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size])
+            batch.pop("loss_weights")
+            attention = batch["attention_mask"].to(model.device)
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+    for bottleneck in attachment.bottlenecks.values():
+        bottleneck.seed_codes(torch.cat(samples[id(bottleneck)]), generator)
+    model.train(was_training)
+
+
+def freeze_below(attachment: Attachment, batch: Mapping[str, Tensor]) -> list[str]:
+    """Freeze every parameter that is read before the first bottleneck runs; returns their names.
+
+    Found by running a batch and watching which modules are called, so no model's layout needs to be known. A
+    parameter that is also used above, as a tied output embedding is, is frozen too: it would change what is below.
+    """
+    model, below, reached = attachment.model, set(), False
+    inside = {id(m) for b in attachment.bottlenecks.values() for m in b.modules()}
+
+    def before(module: nn.Module, _) -> None:
+        nonlocal reached
+        if id(module) in inside:
+            reached = True
+        elif not reached:
+            below.update(id(p) for p in module.parameters(recurse=False))
+
+    handles = [module.register_forward_pre_hook(before) for module in model.modules()]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), attachment.unlearn(None):
+            model(**{name: value.to(model.device) for name, value in batch.items() if name != "loss_weights"})
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in below:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        least = "at least 0" if name == "prompt_weight" else "above 0"
+        if value is not None and not (0 < value < math.inf or (value == 0 and least == "at least 0")):
+            raise ValueError(f"{name} is {value}; it should be finite and {least}")
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_ranks(counts: Tensor) -> None:
+    if _distributed():
+        torch.distributed.all_reduce(counts)

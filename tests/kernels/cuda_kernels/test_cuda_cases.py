@@ -1,0 +1,247 @@
+"""The CUDA kernels, run on a CPU by the emulation: what they must refuse, and the edges of what they must do."""
+
+from __future__ import annotations
+
+import hurtful
+import numpy as np
+import pytest
+import torch
+from test_cuda_kernels import INF, NAN, NO_MASK, NO_SCAN, bottleneck, call, normal, plane_of, pytestmark, same, select
+
+from cu_fast.kernels import reference
+
+__all__ = ["pytestmark"]
+
+
+@pytest.fixture(params=["every code", "scan"])
+def plane(request):
+    return plane_of if request.param == "scan" else lambda *_: NO_SCAN
+
+
+class TestMaskRowsThatDoNotExist:
+    """The host cannot look at them on a device: the kernels have to, and nothing may come out."""
+
+    C, k = 300, 5
+
+    def mask(self, T):
+        row = torch.tensor([0, 5, -2, -1, 2, 3, 2**31 - 1, -(2**31)]).repeat(T)[:T].int()
+        return (hurtful.masks(T, self.C, 0.4, 1)[0], row), (row >= -1) & (row < 3)
+
+    @pytest.mark.parametrize("T", [3, 8, 20, 140])
+    @pytest.mark.parametrize("k", [5, 20])
+    def test_selection(self, plane, T, k):
+        z, codes = normal(T, 24), normal(self.C, 24, seed=1)
+        mask, exists = self.mask(T)
+        want = reference.codebook_quantize(z[exists], codes, None, None, k, mask[0], mask[1][exists], True)
+        for hits in (True, False):
+            scores, ids, counts = select(z, codes, k=k, mask=mask, hits=hits, plane=plane(codes))
+            assert (ids[~exists] == -1).all() and scores[~exists].isnan().all()
+            assert same((scores[exists], ids[exists]), want[:2])
+            assert not hits or (torch.equal(counts[exists], want[2]) and (counts[~exists] == 0).all())
+        scores, ids = call("sae_encode_topk", z, codes, None, None, k, *mask, True, *plane(codes))
+        assert (ids[~exists] == -1).all() and scores[~exists].isnan().all()
+        assert torch.equal(ids[exists], want[1]) and torch.equal(scores[exists], want[0].relu())
+
+    @pytest.mark.parametrize("reselect", [True, False])
+    @pytest.mark.parametrize("score_weights", [True, False])
+    @pytest.mark.parametrize("T, k", [(3, 5), (20, 20), (140, 5)])
+    def test_bottleneck(self, plane, T, k, score_weights, reselect):
+        z, codes, table = normal(T, 24), normal(self.C, 24, seed=1), normal(self.C, 600, seed=2)
+        mask, exists = self.mask(T)
+        y = bottleneck(z, codes, k, mask, reselect, plane(codes), table, score_weights)
+        clean = mask[0], mask[1].clamp(-1, 2)
+        want = bottleneck(z, codes, k, clean, reselect, plane(codes), table, score_weights)
+        assert y[~exists].isnan().all() and torch.equal(y[exists], want[exists]) and want.isfinite().all()
+
+    def test_decode(self):
+        table, ids = normal(self.C, 600), torch.randint(-1, self.C, (8, 5)).int()
+        mask, exists = self.mask(8)
+        y = call("masked_decode", ids, None, table, None, None, *mask, True)
+        assert y[~exists].isnan().all() and y[exists].isfinite().all()
+        # A table of no masks: -1 is the only row.
+        row = torch.tensor([-1, 0, -1, 0, -1, -1, -1, -1]).int()
+        y = call("masked_decode", ids, None, table, None, None, mask[0][:0], row, True)
+        assert torch.equal(y.isnan().any(1), row == 0)
+
+
+def test_ids_that_are_none_of_the_tables():
+    """A NaN row, without a read outside of the table; the rows beside it are as always."""
+    table = normal(40, 600).half()
+    ids = torch.randint(0, 40, (7, 150)).int()
+    want = call("masked_decode", ids, None, table, None, None, *NO_MASK, False)
+    wrong = ids.clone()
+    wrong[1, 0], wrong[2, 149], wrong[3, 7], wrong[4, 131], wrong[5, 5] = 40, -2, 2**31 - 1, -(2**31), 41
+    for mask in (NO_MASK, (torch.full((1, 2), -1).int(), torch.tensor([-1, 0, 0, 0, 0, 0, -1]).int())):
+        y = call(
+            "masked_decode",
+            wrong,
+            torch.zeros(7, 150) if mask[0] is not None else None,
+            table,
+            None,
+            None,
+            *mask,
+            False,
+        )
+        assert y[1:6].isnan().all() and y[[0, 6]].isfinite().all()
+        assert mask[0] is not None or torch.equal(y[[0, 6]], want[[0, 6]])
+
+
+def test_a_weight_beside_no_code():
+    table, ids = normal(5, 9), torch.tensor([[0, -1], [-1, 1], [-1, -1]]).int()
+    weights = torch.tensor([[1, INF], [NAN, 1], [0, NAN]])
+    y = call("masked_decode", ids, weights, table, None, None, *NO_MASK, False)
+    assert torch.equal(y[0], table[0]) and y[1:].isnan().all()
+
+
+@pytest.mark.parametrize("T", [3, 20, 140])
+def test_faulty_rows_are_nan_and_alone(plane, T):
+    z, codes, table = normal(T, 40), normal(300, 40, seed=1), normal(300, 600, seed=2)
+    faults = [t for t in (1, 2, 17, 135, 136) if t < T]
+    broken = z.clone()
+    for i, t in enumerate(faults):
+        broken[t, 39 - i] = (NAN, INF, -INF)[i % 3]
+    rest = [t for t in range(T) if t not in faults]
+    for k in (5, 30):
+        want, got = (select(x, codes, k=k, plane=plane(codes)) for x in (z, broken))
+        assert (got[1][faults] == -1).all() and got[0][faults].isnan().all()
+        assert all(torch.equal(a[rest], b[rest]) for a, b in zip(want, got))
+        for score_weights in (False, True):
+            want, got = (
+                bottleneck(x, codes, k, NO_MASK, False, plane(codes), table, score_weights) for x in (z, broken)
+            )
+            assert got[faults].isnan().all() and torch.equal(got[rest], want[rest])
+
+
+@pytest.mark.parametrize("T", [1, 4, 9, 30, 140])
+def test_a_row_does_not_depend_on_the_others_nor_on_the_machine(plane, T):
+    z, codes, table = normal(T, 48), normal(700, 48, seed=1), normal(700, 40, seed=2)
+    z[T // 2, 3] = 500.0  # an outlier
+    mask = hurtful.masks(T, 700, 0.3, 2)
+    for k in (9, 20):
+        batch = select(z, codes, k=k, mask=mask, plane=plane(codes))
+        for t in {0, T // 2, T - 1}:
+            for multiprocessors in (1, 40):
+                alone = mask[0], mask[1][t : t + 1]
+                row = select(z[t : t + 1], codes, k=k, mask=alone, plane=plane(codes), multiprocessors=multiprocessors)
+                assert all(torch.equal(a[0], b[t]) for a, b in zip(row, batch))
+        y = bottleneck(z, codes, k, mask, True, plane(codes), table)
+        alone = bottleneck(z[:1], codes, k, (mask[0], mask[1][:1]), True, plane(codes), table)
+        assert torch.equal(alone[0], y[0])
+
+
+def test_the_order_of_threads_does_not_matter(plane):
+    z, codes, table = (
+        hurtful.matrix(20, 48, "tied", torch.float32, 0),
+        normal(700, 48, seed=1),
+        normal(700, 600, seed=2),
+    )
+    z[7] *= 1e-3
+    z[7, ::16] = 300.0
+    mask = hurtful.masks(20, 700, 0.3, 2)
+    results = []
+    for seed in range(20):
+        receipt = torch.zeros(2, dtype=torch.int64)
+        y = bottleneck(z, codes, 9, mask, True, plane(codes), table, True, receipt=receipt, seed=seed)
+        results.append((*select(z, codes, k=9, mask=mask, plane=plane(codes), seed=seed), y, receipt))
+    assert all(same(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("T", [0, 1, 5, 137])
+@pytest.mark.parametrize("C, k", [(1, 1), (2, 2), (63, 63), (129, 129), (300, 37), (700, 1)])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_edges(plane, T, C, k, deleted):
+    """No tokens, one code, k = C, fewer codes than a tile, all deleted, all scores equal."""
+    z, codes = normal(T, 20), normal(1, 20, seed=1).expand(C, 20)
+    mask = (torch.full((1, (C + 31) // 32), -1).int(), torch.zeros(T).int()) if deleted else NO_MASK
+    scores, ids, hits = select(z, codes, k=k, mask=mask, plane=plane(codes))
+    assert ids.shape == scores.shape == (T, k) and hits.shape == (T,)
+    assert torch.equal(ids, (torch.full((T, k), -1) if deleted else torch.arange(k).expand(T, k)).int())
+    assert (hits == (k if deleted else 0)).all()
+    assert same((scores, ids, hits), reference.codebook_quantize(z, codes, None, None, k, *mask, True))
+    y = bottleneck(z, codes, k, mask, True, plane(codes), torch.ones(C, 3))
+    assert torch.equal(y, torch.full((T, 3), 0.0 if deleted else float(k)))
+
+
+def test_no_columns(plane):
+    codes, receipt = normal(64, 8), torch.zeros(2, dtype=torch.int64)
+    assert call("masked_decode", torch.zeros(3, 2).int(), None, normal(5, 0), None, None, *NO_MASK, False).shape == (
+        3,
+        0,
+    )
+    assert bottleneck(normal(3, 8), codes, 2, NO_MASK, False, plane(codes), normal(64, 0), receipt=receipt).shape == (
+        3,
+        0,
+    )
+    assert call("sae_encode", normal(3, 8), normal(0, 8), None, None, True).shape == (3, 0)
+
+
+def far_apart(width: int, seed: int) -> torch.Tensor:
+    """17 rows, 2^27 elements apart: the last begins at 2^31. Pages that nobody writes to cost no memory."""
+    memory = np.zeros(2**31 + width, dtype=np.int16)
+    x = torch.from_numpy(memory).view(torch.bfloat16).as_strided((17, width), (2**27, 1))
+    return x.copy_(normal(17, width, seed=seed))
+
+
+@pytest.mark.parametrize("width", [24, 23])  # whole fours, and not
+def test_offsets_beyond_two_to_the_31(plane, width):
+    x, codes = far_apart(width, 0), far_apart(width, 1)
+    near_x, near_codes = x.contiguous(), codes.contiguous()
+    packed = plane(near_codes)
+    for rows in (17, 4):
+        got = select(x[-rows:], codes, k=2, plane=packed)
+        assert same(got, reference.codebook_quantize(near_x[-rows:], near_codes, None, None, 2, *NO_MASK, True))
+        got = call("sae_encode", x[-rows:], codes, None, None, False)
+        assert torch.equal(got, reference.sae_encode(near_x[-rows:], near_codes, None, None, False))
+    ids = torch.arange(17).flip(0)[:, None].int()
+    got = call("masked_decode", ids, None, codes, None, x, *NO_MASK, False)
+    assert torch.equal(got, reference.masked_decode(ids, None, near_codes, None, near_x, *NO_MASK, False))
+
+
+def test_inputs_are_not_written_to(plane):
+    z, W_enc, codes, table = normal(9, 24), normal(40, 24, seed=1), normal(700, 40, seed=2), normal(700, 24, seed=3)
+    mask, biases = hurtful.masks(9, 700, 0.4, 5), (normal(40), normal(24), normal(700), normal(24))
+    inv_norm = reference.inverse_norm(codes)
+    packed = plane_of(codes, inv_norm)
+    ids, weights = torch.randint(0, 700, (9, 4)).int(), normal(9, 4)
+    given = [z, W_enc, codes, table, *mask, *biases, inv_norm, *packed, ids, weights]
+    before = [t.clone() for t in given]
+    used = packed if plane(codes)[0] is not None else NO_SCAN
+    call("codebook_bottleneck", z, W_enc, biases[0], biases[1], True, codes, inv_norm, biases[2], 8, *mask, True, *used,
+         table, biases[3], True, True, None)  # fmt: skip
+    call(
+        "sae_encode_topk",
+        z,
+        table,
+        biases[2],
+        biases[1],
+        8,
+        *mask,
+        True,
+        *(plane_of(table) if used is packed else used),
+    )
+    call("masked_decode", ids, weights, table, biases[3], z, *mask, True)
+    assert all(map(torch.equal, given, before))
+
+
+def test_a_plane_of_other_codes_is_refused():
+    z, codes, table = normal(3, 24), normal(700, 24), normal(700, 8)
+    for other, word in ((normal(600, 24), r"\[10, 6, 64, 4\]"), (normal(700, 20), r"\[11, 5, 64, 4\]")):
+        plane = plane_of(other)
+        for attempt in (
+            lambda plane=plane: select(z, codes, plane=plane),
+            lambda plane=plane: call("sae_encode_topk", z, codes, None, None, 4, *NO_MASK, True, *plane),
+            lambda plane=plane: bottleneck(z, codes, 4, NO_MASK, False, plane, table),
+        ):
+            with pytest.raises(RuntimeError, match=rf"scan_plane.*{word}"):
+                attempt()
+    plane = plane_of(codes)
+    with pytest.raises(RuntimeError, match="scan_terms"):
+        select(z, codes, plane=(plane[0], plane[1][:5], plane[2]))
+    with pytest.raises(RuntimeError, match="given together"):
+        select(z, codes, plane=(plane[0], None, plane[2]))
+
+
+@pytest.mark.parametrize("k", [0, 701])
+def test_k_that_is_not_possible_is_refused(k):
+    with pytest.raises(RuntimeError, match=f"k is {k}"):
+        select(normal(3, 8), normal(700, 8), k=k)

@@ -1,0 +1,110 @@
+"""That every CUDA kernel has run, and that none of them reads or writes beyond a tensor. Run on a CPU by the emulation."""
+
+from __future__ import annotations
+
+import csv
+
+import emulation
+import hurtful
+import pytest
+import torch
+from test_cuda_kernels import NO_MASK, NO_SCAN, bottleneck, call, kernels, normal, plane_of, pytestmark, same, select
+
+from cu_fast.kernels import reference
+
+__all__ = ["pytestmark"]
+TILES = "SomeTokens<1>", "SomeTokens<4>", "ManyTokens"
+ALL_KERNELS = {
+    *(f"{name}<{tile}>" for name in ("sae_encode_tile", "select_exact") for tile in TILES),
+    *(f"scan_codes<{tile}, {sample}>" for tile in (8, 16, 64, 128) for sample in ("false", "true")),
+    "scan_codes_sm90<false>", "scan_codes_sm90<true>", "score_candidates<false>", "score_candidates<true>", "scan_rows", "scan_threshold",
+    "finish", "finish_decode", "masked_decode",
+}  # fmt: skip
+
+
+def test_every_kernel_that_ships_has_run():
+    kernels()
+    codes, table = normal(300, 40, seed=1), normal(300, 24, seed=2)
+    for T in (1, 3, 30):
+        call("sae_encode", normal(T, 24), normal(40, 24), None, None, True)
+        select(normal(T, 40), codes)
+    for T, wgmma in ((8, True), (16, True), (64, True), (72, False), (137, True)):
+        select(normal(T, 40), codes, plane=plane_of(codes), wgmma=wgmma)
+    bottleneck(normal(3, 40), codes, 4, NO_MASK, False, NO_SCAN, table)
+    call("masked_decode", torch.zeros(3, 2).int(), None, table, None, None, *NO_MASK, False)
+    assert kernels() == ALL_KERNELS
+    with (emulation.ROOT / "tests/machine_code.csv").open(newline="") as file:
+        assert {line["kernel"].replace("> >", ">>") for line in csv.DictReader(file)} == ALL_KERNELS
+
+
+def at_the_end(x: torch.Tensor) -> torch.Tensor:
+    """The same rows, aligned for wide loads, though no wide load fits their ends; the last ends with its memory."""
+    stride = (x.shape[1] + 7) // 8 * 8
+    memory = torch.full(((len(x) - 1) * stride + x.shape[1],), 7.0, dtype=x.dtype)
+    return memory.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+layouts = pytest.mark.parametrize("layout", [lambda x: x, at_the_end], ids=["plain", "aligned"])
+
+
+class TestEnds:
+    """Shapes that end where their memory ends, and are no multiple of anything. The address sanitizer sees each byte."""
+
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("T, E, D", [(1, 1, 39), (3, 31, 37), (5, 33, 38), (17, 67, 39)])
+    @layouts
+    def test_encode(self, layout, T, E, D, dtype):
+        x, W_enc = layout(normal(T, D).to(dtype)), layout(normal(E, D, seed=1).to(dtype))
+        got = call("sae_encode", x, W_enc, normal(E), normal(D), True)
+        assert torch.equal(got, reference.sae_encode(x, W_enc, normal(E), normal(D), True))
+
+    @pytest.mark.parametrize("scans", [False, True])
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("T, E, C, k", [(1, 1, 9, 1), (3, 35, 65, 8), (17, 5, 129, 13), (73, 67, 257, 15)])
+    @layouts
+    def test_select(self, layout, T, E, C, k, dtype, scans):
+        z, codes, mask = (
+            layout(normal(T, E).to(dtype)),
+            layout(normal(C, E, seed=1).to(dtype)),
+            hurtful.masks(T, C, 0.3, 2),
+        )
+        z[0, -1] = 300.0
+        inv_norm, bias = reference.inverse_norm(codes), normal(C)
+        plane = plane_of(codes, inv_norm) if scans else NO_SCAN
+        got = select(z, codes, inv_norm, bias, k, mask, plane=plane)
+        assert same(got, reference.codebook_quantize(z, codes, inv_norm, bias, k, *mask, True))
+        x, packed = layout(normal(T, E).to(dtype)), plane_of(codes) if scans else NO_SCAN
+        got = call("sae_encode_topk", x, codes, bias, normal(E), k, *mask, True, *packed)
+        assert same(got, reference.sae_encode_topk(x, codes, bias, normal(E), k, *mask, True))
+
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("T, D, C, k", [(1, 1, 1, 1), (3, 15, 33, 5), (2, 515, 65, 129)])
+    @layouts
+    def test_decode(self, layout, T, D, C, k, dtype):
+        ids = torch.randint(-1, C, (T, k), generator=torch.Generator().manual_seed(1)).int()
+        ids[-1, -1] = C - 1
+        table, residual = layout(normal(C, D).to(dtype)), layout(normal(T, D, seed=1).to(dtype))
+        mask = hurtful.masks(T, C, 0.3, 2)
+        arguments = (ids, normal(T, k), table, normal(D), residual, *mask, True)
+        assert hurtful.equal(call("masked_decode", *arguments), reference.masked_decode(*arguments))
+        ids[0, 0], ids[-1, 0] = C, -2
+        assert call("masked_decode", ids, None, table, None, residual, *NO_MASK, True)[[0, -1]].isnan().all()
+
+    @pytest.mark.parametrize("scans", [False, True])
+    @pytest.mark.parametrize("reselect", [False, True])
+    @pytest.mark.parametrize("T, k", [(3, 4), (19, 13)])
+    def test_bottleneck(self, T, k, reselect, scans):
+        x, W_enc, codes, table = normal(T, 37), normal(35, 37, seed=1), normal(129, 35, seed=2), normal(129, 37, seed=3)
+        mask, receipts = hurtful.masks(T, 129, 0.3, 2), torch.zeros(2, 2, dtype=torch.int64)
+        mask[1][0] = 7  # does not exist
+        front = (x, W_enc, normal(35), normal(37), True, codes, None, normal(129), k)
+        back = (table, normal(37), True, True)
+        plane = plane_of(codes) if scans else NO_SCAN
+        got = call("codebook_bottleneck", *front, *mask, reselect, *plane, *back, receipts[0])
+        want = reference.codebook_bottleneck(*front, mask[0], mask[1].clamp(max=2), reselect, *back, receipts[1])
+        assert got[0].isnan().all() and torch.equal(got[1:], want[1:])
+
+
+def test_nothing_is_read_or_written_beyond_a_tensor():
+    done = emulation.run_under_address_sanitizer([__file__, "-s", "-k", "TestEnds"])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

@@ -1,0 +1,221 @@
+"""The CUDA kernels, run on a CPU by the emulation, against the reference, bit for bit. Chosen cases: test_cuda_cases.py.
+
+The emulation cuts small (SelectTuning in csrc/cuda/select.h), so that small inputs take every path.
+"""
+
+from __future__ import annotations
+
+import emulation
+import hurtful
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cu_fast.kernels import native, reference
+
+pytestmark = [
+    emulation.needed,
+    pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library, which packs planes, was not built"),
+]
+NO_MASK = (None, None)
+NO_SCAN = (None, None, None)
+NAN, INF = torch.nan, torch.inf
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def call(name: str, *arguments, seed: int = 0, multiprocessors: int = 3, wgmma: bool | None = None):
+    """The kernels of an operator: threads in the seed's order, memory that nobody has written full of NaN and -1.
+
+    wgmma: with Hopper's kernel where it has one; None: every other seed.
+    """
+    emulated = emulation.load()
+    emulated.set_seed(seed)
+    emulated.set_multiprocessors(multiprocessors)
+    emulated.set_wgmma(seed % 2 == 0 if wgmma is None else wgmma)
+    torch.use_deterministic_algorithms(True)
+    try:
+        return getattr(emulated, name)(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def kernels() -> set[str]:
+    """Names of the kernels that have run since the last call: scan_codes<64, true>."""
+    names = set()
+    for line in emulation.load().launched().splitlines():
+        head, _, arguments = line.removesuffix("]").partition(" [")
+        name = head.split("(cu_fast::")[0].split("::")[-1]
+        values = [a.split(" = ")[1].replace("cu_fast::", "") for a in arguments.removeprefix("with ").split(";") if a]
+        names.add(f"{name}<{', '.join(values)}>" if values else name)
+    return names
+
+
+def plane_of(codes, inv_norm=None):
+    return tuple(torch.ops.cu_fast.pack_scan(codes, inv_norm))
+
+
+def select(z, codes, inv_norm=None, bias=None, k=4, mask=NO_MASK, hits=True, plane=NO_SCAN, **how):
+    return call("codebook_quantize", z, codes, inv_norm, bias, k, *mask, hits, *plane, **how)
+
+
+def same(a, b) -> bool:
+    return all(map(hurtful.equal, a, b))
+
+
+def bottleneck(x, codes, k, mask, reselect, plane, table, score_weights=False, mean=False, receipt=None, **how):
+    return call(
+        "codebook_bottleneck", x, None, None, None, False, codes, None, None, k, *mask, reselect, *plane, table, None,
+        score_weights, mean, receipt, **how,
+    )  # fmt: skip
+
+
+machines = st.sampled_from([1, 3, 8, 40])  # multiprocessors: into how many parts work is cut
+
+# -- against the reference --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(0, 30) | st.sampled_from([4, 5, 65]), D=st.integers(1, 70) | st.integers(100, 150),
+    E=st.integers(1, 90) | st.integers(100, 300), kind=hurtful.kinds, w_kind=hurtful.kinds, x_dtype=hurtful.dtypes,
+    w_dtype=hurtful.dtypes, layout=hurtful.layouts, biases=st.integers(0, 3), relu=st.booleans(), seed=hurtful.seeds,
+)  # fmt: skip
+def test_sae_encode(T, D, E, kind, w_kind, x_dtype, w_dtype, layout, biases, relu, seed):
+    x = hurtful.strided(hurtful.matrix(T, D, kind, x_dtype, seed), layout)
+    W_enc = hurtful.strided(hurtful.matrix(E, D, w_kind, w_dtype, seed + 1), layout)
+    b_enc = hurtful.matrix(1, E, "gaussian", w_dtype, seed + 2)[0] if biases & 1 else None
+    b_pre = hurtful.matrix(1, D, "gaussian", x_dtype, seed + 3)[0] if biases & 2 else None
+    got = call("sae_encode", x, W_enc, b_enc, b_pre, relu, seed=seed)
+    assert hurtful.equal(got, reference.sae_encode(x, W_enc, b_enc, b_pre, relu))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    T=st.integers(0, 40) | st.sampled_from([1, 4, 8, 9, 65, 136, 137, 280]), E=st.integers(1, 70) | st.integers(1, 200),
+    C=st.integers(1, 300) | st.integers(300, 900), k=st.integers(1, 120) | st.integers(1, 13), scans=st.booleans(),
+    similarity=st.sampled_from(["cosine", "dot", "l2", "biased", "signed"]), share=hurtful.shares, hits=st.booleans(),
+    z_kind=hurtful.kinds, code_kind=hurtful.kinds, bias_kind=hurtful.kinds, z_dtype=hurtful.dtypes,
+    code_dtype=hurtful.dtypes, layout=hurtful.layouts, multiprocessors=machines, seed=hurtful.seeds,
+)  # fmt: skip
+def test_codebook_quantize(
+    T, E, C, k, scans, similarity, share, hits, z_kind, code_kind, bias_kind, z_dtype, code_dtype, layout,
+    multiprocessors, seed,
+):  # fmt: skip
+    if T > 60:  # kept small: the reference is slow
+        E, C = min(E, 20), min(C, 300)
+    k = min(k, C)
+    z = hurtful.strided(hurtful.matrix(T, E, z_kind, z_dtype, seed), layout)
+    codes = hurtful.strided(hurtful.matrix(C, E, code_kind, code_dtype, seed + 1), layout)
+    bias = inv_norm = None
+    if similarity == "biased":
+        bias = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
+    if similarity in ("cosine", "biased"):
+        inv_norm = reference.inverse_norm(codes)
+    elif similarity == "l2":
+        bias = -0.5 * reference.canonical_dot(codes, codes)
+    elif similarity == "signed":
+        inv_norm = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
+    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 3)
+    plane = plane_of(codes, inv_norm) if scans else NO_SCAN
+    want = reference.codebook_quantize(z, codes, inv_norm, bias, k, *mask, hits)
+    got = select(z, codes, inv_norm, bias, k, mask, hits, plane, seed=seed, multiprocessors=multiprocessors)
+    assert same(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(0, 20) | st.sampled_from([65, 140]), D=st.integers(1, 70), E=st.integers(1, 90) | st.integers(90, 700),
+    k=st.integers(1, 90) | st.integers(1, 9), share=hurtful.shares, scans=st.booleans(), kind=hurtful.kinds,
+    w_kind=hurtful.kinds, x_dtype=hurtful.dtypes, w_dtype=hurtful.dtypes, layout=hurtful.layouts,
+    biases=st.integers(0, 3), relu=st.booleans(), multiprocessors=machines, seed=hurtful.seeds,
+)  # fmt: skip
+def test_sae_encode_topk(
+    T, D, E, k, share, scans, kind, w_kind, x_dtype, w_dtype, layout, biases, relu, multiprocessors, seed
+):
+    if T > 60:
+        D, E = min(D, 20), min(E, 300)
+    x = hurtful.strided(hurtful.matrix(T, D, kind, x_dtype, seed), layout)
+    W_enc = hurtful.strided(hurtful.matrix(E, D, w_kind, w_dtype, seed + 1), layout)
+    b_enc = hurtful.matrix(1, E, "gaussian", w_dtype, seed + 2)[0] if biases & 1 else None
+    b_pre = hurtful.matrix(1, D, "gaussian", x_dtype, seed + 3)[0] if biases & 2 else None
+    mask = NO_MASK if share is None else hurtful.masks(T, E, share, seed + 4)
+    arguments = (x, W_enc, b_enc, b_pre, min(k, E), *mask, relu)
+    plane = plane_of(W_enc) if scans else NO_SCAN
+    got = call("sae_encode_topk", *arguments, *plane, seed=seed, multiprocessors=multiprocessors)
+    assert same(got, reference.sae_encode_topk(*arguments))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    T=st.integers(0, 20), D=st.integers(1, 40) | st.integers(500, 530) | st.sampled_from([8, 512, 1200]),
+    C=st.integers(1, 200), k=st.integers(1, 20) | st.sampled_from([127, 128, 129, 300]), share=hurtful.shares,
+    kind=hurtful.kinds, dtype=hurtful.dtypes, weight_dtype=st.sampled_from([None, *hurtful.DTYPES]),
+    other_dtype=hurtful.dtypes, extras=st.integers(0, 3), mean=st.booleans(), layout=hurtful.layouts,
+    seed=hurtful.seeds,
+)  # fmt: skip
+def test_masked_decode(T, D, C, k, share, kind, dtype, weight_dtype, other_dtype, extras, mean, layout, seed):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, C, (T, k), generator=g, dtype=torch.int32)
+    weights = None  # with NaN here and there: beside -1 it makes the row NaN
+    if weight_dtype is not None:
+        weights = hurtful.matrix(T, k, "faulty" if seed % 2 else "gaussian", weight_dtype, seed)
+    table = hurtful.strided(hurtful.matrix(C, D, kind, dtype, seed + 1), layout)
+    bias = hurtful.matrix(1, D, "gaussian", other_dtype, seed + 2)[0] if extras & 1 else None
+    residual = hurtful.strided(hurtful.matrix(T, D, kind, other_dtype, seed + 3), layout) if extras & 2 else None
+    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 4)
+    arguments = (ids, weights, table, bias, residual, *mask, mean)
+    assert hurtful.equal(call("masked_decode", *arguments, seed=seed), reference.masked_decode(*arguments))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    T=st.integers(0, 20) | st.sampled_from([4, 5, 140, 280]), D=st.integers(1, 40) | st.sampled_from([512, 600, 1100]),
+    E=st.integers(1, 40), C=st.integers(1, 80) | st.integers(80, 400), k=st.integers(1, 14) | st.integers(12, 140),
+    share=hurtful.shares, kind=hurtful.kinds, code_kind=hurtful.kinds, dtype=hurtful.dtypes, layout=hurtful.layouts,
+    encoded=st.booleans(), biases=st.integers(0, 15), norms=st.booleans(), scans=st.booleans(), relu=st.booleans(),
+    reselect=st.booleans(), score_weights=st.booleans(), mean=st.booleans(), counts=st.booleans(),
+    multiprocessors=machines, seed=hurtful.seeds,
+)  # fmt: skip
+def test_codebook_bottleneck(
+    T, D, E, C, k, share, kind, code_kind, dtype, layout, encoded, biases, norms, scans, relu, reselect,
+    score_weights, mean, counts, multiprocessors, seed,
+):  # fmt: skip
+    if T > 60:
+        D, C = min(D, 20), min(C, 200)
+    x = hurtful.strided(hurtful.matrix(T, D if encoded else E, kind, dtype, seed), layout)
+    encoder = (None, None, None)
+    if encoded:
+        W_enc = hurtful.strided(hurtful.matrix(E, D, "gaussian", dtype, seed + 1), layout)
+        b_enc = hurtful.matrix(1, E, "gaussian", dtype, seed + 2)[0] if biases & 1 else None
+        encoder = W_enc, b_enc, hurtful.matrix(1, D, "gaussian", dtype, seed + 3)[0] if biases & 2 else None
+    codes = hurtful.matrix(C, E, code_kind, dtype, seed + 4)
+    inv_norm = reference.inverse_norm(codes) if norms else None
+    bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 5)[0] if biases & 4 else None
+    table = hurtful.strided(hurtful.matrix(C, D, "gaussian", dtype, seed + 6), layout)
+    b_dec = hurtful.matrix(1, D, "gaussian", dtype, seed + 7)[0] if biases & 8 else None
+    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 8)
+    plane = plane_of(codes, inv_norm) if scans else NO_SCAN
+    receipts = [torch.tensor([100, 7]) if counts else None for _ in range(2)]
+    front = (x, *encoder, relu, codes, inv_norm, bias, min(k, C), *mask, reselect)
+    back = (table, b_dec, score_weights, mean)
+    want = reference.codebook_bottleneck(*front, *back, receipts[0])
+    got = call("codebook_bottleneck", *front, *plane, *back, receipts[1], seed=seed, multiprocessors=multiprocessors)
+    assert hurtful.equal(got, want)
+    assert not counts or (torch.equal(*receipts) and receipts[1][0] == 100 + T)
+
+
+@pytest.mark.parametrize("dtype", hurtful.DTYPES)
+@pytest.mark.parametrize("T", [1, 3, 6])
+@pytest.mark.parametrize("E", [950, 970, 1030, 2100, 2049])
+def test_wide(T, E, dtype):
+    """More entries than a block holds of a row at a time."""
+    z, codes = normal(T, E).to(dtype), normal(70, E, seed=1).to(dtype)
+    assert torch.equal(
+        call("sae_encode", z, codes, None, None, False), reference.sae_encode(z, codes, None, None, False)
+    )
+    want = reference.codebook_quantize(z, codes, None, None, 8, *NO_MASK, True)
+    assert same(select(z, codes, k=8), want) and same(select(z, codes, k=8, plane=plane_of(codes)), want)

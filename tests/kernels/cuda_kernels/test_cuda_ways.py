@@ -1,0 +1,170 @@
+"""The ways that a row may go through a selection on a GPU, each taken and counted. Run on a CPU by the emulation."""
+
+from __future__ import annotations
+
+import hurtful
+import pytest
+import torch
+from test_cuda_kernels import INF, NAN, NO_MASK, bottleneck, call, kernels, normal, plane_of, pytestmark, same, select
+from test_cuda_scan import CHUNK, PLACES, Scan
+
+from cu_fast.kernels import reference
+
+__all__ = ["pytestmark"]
+PLAN = ("scans", "chunk", "parts", "part_codes", "capacity", "score_parts", "sample_tiles")
+
+
+def plan(T, C, E, k, scans, multiprocessors=3):
+    return dict(zip(PLAN, call("select_plan", T, C, E, k, scans, multiprocessors=multiprocessors)))
+
+
+def agrees(z, codes, k, mask=NO_MASK, **how):
+    got = select(z, codes, k=k, mask=mask, plane=plane_of(codes), **how)
+    want = reference.codebook_quantize(z, codes, None, None, k, *mask, True)
+    assert same(got, want)
+    return got
+
+
+class TestWays:
+    @pytest.mark.parametrize("k", [1, 5, 12, 13, 30])
+    def test_certified(self, k):
+        z, codes = normal(CHUNK, 40), normal(900, 40, seed=1)
+        scan = Scan(z, codes, k=k)
+        assert scan.check()["certified"] >= CHUNK - 2
+        # Not many more than k of them, as the sample is good and the bounds are narrow.
+        assert scan.count.float().mean() < 4 * k + 30
+        agrees(z, codes, k)
+
+    def test_overflowed(self):
+        z = normal(CHUNK, 40)
+        for codes in (normal(1, 40, seed=1).expand(700, 40), normal(1, 40, seed=1) + 1e-5 * normal(700, 40)):
+            assert Scan(z, codes, k=5).check()["overflowed"] == CHUNK
+            agrees(z, codes, 5)
+        # The places are enough for as many, and not for one more.
+        for C, way in ((PLACES, "certified"), (PLACES + 1, "overflowed")):
+            codes = normal(1, 40, seed=1).expand(C, 40)
+            scan = Scan(z, codes, k=5)
+            assert scan.check()[way] == CHUNK and (scan.count == C).all()
+            agrees(z, codes, 5)
+
+    def test_not_certified(self):
+        z, codes = normal(20, 40), normal(700, 40, seed=1)
+        z = z / z.abs().amax(1, keepdim=True)
+        factors = [1, 0, NAN, INF, -INF, 2.0**40, 2.0**41, 2.0**-40, 2.0**-41, 1e-42, 1e38, 1e20, 1e-20]
+        for t, factor in enumerate(factors):
+            z[t] = factor if factor != factor or factor in (INF, -INF) else z[t] * factor
+        z[13, 39], z[14, 0] = NAN, INF
+        scan = Scan(z, codes, k=5)
+        scan.check()
+        assert scan.exact.tolist() == [0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+        agrees(z, codes, 5)
+        row = torch.tensor([-1, 0, 2, 3, -2, 5] + 14 * [1]).int()
+        scan = Scan(torch.ones(20, 40), codes, k=5, mask=(torch.zeros(3, 22).int(), row))
+        assert scan.exact.tolist() == [0, 0, 0, 1, 1, 1] + 14 * [0]
+
+    @pytest.mark.parametrize("T", [1, 11, 30, CHUNK])
+    @pytest.mark.parametrize("E", [40, 1100, 2100])
+    def test_outliers(self, T, E):
+        z, codes = normal(T, E), normal(300, E, seed=1)
+        z[::2, [3, E - 1]] *= 300
+        z[::3, E // 2] = -1000.0
+        scan = Scan(z, codes, k=5)
+        scan.check()
+        outliers = scan.check_terms()
+        assert outliers.any(1).sum() > T / 2 and (T == 1 or not outliers.any(1).all())
+        agrees(z, codes, 5)
+
+    @pytest.mark.parametrize("k", [5, 20])
+    def test_deleted_codes_ride_along(self, k):
+        z, codes = normal(CHUNK, 40), normal(900, 40, seed=1)
+        mask = hurtful.masks(CHUNK, 900, 0.3, 2)
+        scan = Scan(z, codes, k=k, mask=mask, rides_along=True)
+        assert scan.check()["certified"] > CHUNK / 2
+        flagged = sum(int(scan.candidates(t)[1].sum()) for t in range(CHUNK))
+        assert flagged > CHUNK
+        scores, ids, hits = agrees(z, codes, k, mask)
+        assert hits.sum() > CHUNK
+        # They go nowhere if nobody asks for hits.
+        assert Scan(z, codes, k=k, mask=mask).check()["certified"] > CHUNK / 2
+        assert same(select(z, codes, k=k, mask=mask, hits=False, plane=plane_of(codes))[:2], (scores, ids))
+
+    def test_everything_deleted(self):
+        z, codes = normal(9, 40), normal(150, 40, seed=1)
+        mask = torch.full((1, 5), -1).int(), torch.zeros(9).int()
+        assert (Scan(z, codes, k=5, mask=mask).count == 0).all()
+        scan = Scan(z, codes, k=5, mask=mask, rides_along=True)
+        scan.check()
+        assert (scan.tau == -INF).all() and (scan.count == 150).all()
+        agrees(z, codes, 5, mask)
+
+    @pytest.mark.parametrize("C", [150, 700])
+    def test_zero_bounds(self, C):
+        # Bounds and scores are exactly 0: what equals the threshold stays.
+        z, codes = torch.full((3, 32), 1e-3), torch.zeros(C, 32)
+        scan = Scan(z, codes, k=9)
+        assert scan.check()["certified" if C < PLACES else "overflowed"] == 3 and (scan.upper[:, :C] == 0).all()
+        assert agrees(z, codes, 9)[1].tolist() == 3 * [list(range(9))]
+
+    @pytest.mark.parametrize(
+        "T, kernel, stage",  # of so many steps of 32 entries
+        [
+            (1, "scan_codes<8", 32), (8, "scan_codes<8", 32), (9, "scan_codes<16", 16), (16, "scan_codes<16", 16),
+            (17, "scan_codes<64", 4), (64, "scan_codes<64", 4), (65, "scan_codes<128", 2), (136, "scan_codes<128", 2),
+            (65, "scan_codes_sm90<", 2), (128, "scan_codes_sm90<", 2), (129, "scan_codes_sm90<", 2), (136, "scan_codes_sm90<", 2),
+        ],
+    )  # fmt: skip
+    def test_tiles_and_widths(self, T, kernel, stage):
+        kernels()
+        wgmma = kernel == "scan_codes_sm90<"
+        # A third tile, which a block begins while others read its second; more stages than the four that there are.
+        for C, E in ((264, 1), (600, 64 * stage - 5), (8, 32 * (4 * stage + 5) + 7)):
+            z, codes = normal(T, E), normal(C, E, seed=1)
+            Scan(z, codes, k=1, wgmma=wgmma).check()
+            agrees(z, codes, 1, wgmma=wgmma)
+        ran = {name for name in kernels() if name.startswith("scan_codes")}
+        assert len(ran) == 2 and all(name.startswith(kernel) for name in ran)
+
+    def test_widest(self):
+        E = 131072
+        z, codes = normal(1, E), normal(16, E, seed=1)
+        z[0, [5, E - 1]] = 200.0
+        scan = Scan(z, codes, k=2)
+        assert scan.check()["exact"] == 0 and scan.check_terms().sum() >= 2
+
+    @pytest.mark.parametrize("T", [CHUNK + 1, 2 * CHUNK + 9])
+    def test_chunks(self, T):
+        z, codes, table = normal(T, 24), normal(500, 24, seed=1), normal(500, 20, seed=2)
+        z[CHUNK + 0, 3], z[CHUNK - 1, 2] = NAN, 300.0
+        mask = hurtful.masks(T, 500, 0.3, 3)
+        for k in (5, 20):
+            got = agrees(z, codes, k, mask)
+            for reselect in (True, False):
+                receipt = torch.zeros(2, dtype=torch.int64)
+                y = bottleneck(z, codes, k, mask, reselect, plane_of(codes), table, True, receipt=receipt)
+                expected = torch.zeros(2, dtype=torch.int64)
+                front = (z, None, None, None, False, codes, None, None, k, *mask, reselect, table, None, True, False)
+                assert hurtful.equal(y, reference.codebook_bottleneck(*front, expected))
+                assert torch.equal(receipt, expected) and (not reselect or receipt[1] == got[2].sum())
+
+    def test_plans_are_all_taken(self):
+        """Of every kind: lists in shared memory or not, one part or several, up to more than a warp's."""
+        seen = set()
+        for T, C, k, scans, multiprocessors in (
+            (1, 900, 5, False, 3), (136, 900, 5, False, 1), (3, 900, 64, False, 3), (3, 900, 65, False, 3),
+            (3, 900, 900, False, 3), (20, 900, 100, False, 40), (1, 5000, 13, False, 40), (1, 5000, 12, True, 40),
+            (2, 5000, 300, True, 40), (30, 900, 12, True, 40), (30, 900, 65, True, 3), (136, 900, 100, True, 3),
+        ):  # fmt: skip
+            p = plan(T, C, 10, k, scans, multiprocessors)
+            assert p["scans"] == scans
+            parts = 33 if p["parts"] > 32 else min(p["parts"], 2)
+            seen |= {("lists", p["scans"], p["capacity"] > 64), ("merged", k > 12), ("parts", p["scans"], parts)}
+            seen |= {("score parts", min(p["score_parts"], 2))} if scans else set()
+            z, codes = normal(T, 10), normal(C, 10, seed=1)
+            mask = hurtful.masks(T, C, 0.3, 3)
+            agrees(z, codes, k, mask, multiprocessors=multiprocessors)
+            want = reference.codebook_quantize(z, codes, None, None, k, *mask, True)
+            assert same(select(z, codes, k=k, mask=mask, multiprocessors=multiprocessors), want)
+        two = {False, True}
+        assert seen >= {("lists", a, b) for a in two for b in two} | {("merged", a) for a in two}
+        assert seen >= {("parts", scans, parts) for scans in two for parts in (1, 2, 33)}
+        assert seen >= {("score parts", 1), ("score parts", 2)}

@@ -1,0 +1,209 @@
+"""codebook_quantize: the reference against the definition, and the native kernel against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import hurtful
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cu_fast import ops
+from cu_fast.kernels import reference
+
+
+def definition(z, packed, k, deleted):
+    """The contract, word for word, in numpy scalars: one token, no tiles."""
+    f32 = np.float32
+    scores = []
+    for j in range(packed.codes.shape[0]):
+        partial = [f32(0)] * 16
+        with np.errstate(all="ignore"):
+            for e in range(len(z)):
+                partial[e % 16] = f32(partial[e % 16] + f32(f32(z[e]) * f32(packed.codes[j, e])))
+            for half in (8, 4, 2, 1):
+                partial = [f32(partial[i] + partial[i + half]) for i in range(half)]
+            score = partial[0]
+            if packed.inv_norm is not None:
+                score = f32(score * f32(packed.inv_norm[j]))
+            if packed.bias is not None:
+                score = f32(score + f32(packed.bias[j]))
+        scores.append(score)
+    running = [j for j in range(len(scores)) if np.isfinite(scores[j]) and not deleted[j]]
+    best = sorted(running, key=lambda j: (-scores[j], j))[:k]
+    return [scores[j] for j in best] + [f32(0)] * (k - len(best)), best + [-1] * (k - len(best))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
+@pytest.mark.parametrize("kind", ["gaussian", "tied", "equal", "denormal"])
+def test_reference_is_the_definition(similarity, kind):
+    T, E, C, k = 3, 21, 40, 7
+    z = hurtful.matrix(T, E, kind, torch.float32, 1)
+    # Tiny on both sides, every product would vanish.
+    codes = hurtful.matrix(C, E, "gaussian" if kind == "denormal" else kind, torch.float32, 2)
+    packed = ops.pack_codes(codes, similarity)
+    table, row = hurtful.masks(T, C, 0.3, 3)
+    got = ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, impl="reference")
+    for t in range(T):
+        deleted = [row[t] >= 0 and bool((table[row[t], j // 32] >> (j % 32)) & 1) for j in range(C)]
+        scores, ids = definition(z[t], packed, k, deleted)
+        assert got.ids[t].tolist() == ids
+        assert got.scores[t].tolist() == [float(s) for s in scores]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    T=st.integers(0, 40) | st.sampled_from([65, 130, 257]), E=st.integers(1, 70),
+    C=st.integers(1, 300) | st.integers(300, 700),
+    k=st.integers(1, 70) | st.integers(1, 9), scan=st.sampled_from(["int8", "fp32"]),
+    similarity=st.sampled_from(["cosine", "dot", "l2", "biased"]), share=hurtful.shares,
+    z_kind=hurtful.kinds, code_kind=hurtful.kinds, z_dtype=hurtful.dtypes, code_dtype=hurtful.dtypes,
+    layout=hurtful.layouts, seed=hurtful.seeds,
+)  # fmt: skip
+def test_cpu_equals_reference(
+    T, E, C, k, scan, similarity, share, z_kind, code_kind, z_dtype, code_dtype, layout, seed
+):
+    if T > 64:  # more than a block of the exact kernel: kept small, as the reference is slow
+        E, C = min(E, 20), min(C, 300)
+    k = min(k, C)
+    z = hurtful.strided(hurtful.matrix(T, E, z_kind, z_dtype, seed), layout)
+    codes = hurtful.strided(hurtful.matrix(C, E, code_kind, code_dtype, seed + 1), layout)
+    bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 2)[0] if similarity == "biased" else None
+    packed = ops.pack_codes(codes, "cosine" if similarity == "biased" else similarity, bias, scan)
+    table, row = (None, None) if share is None else hurtful.masks(T, C, share, seed + 3)
+    arguments = dict(k=k, mask_table=table, mask_row=row, return_hits=True)
+    want = ops.codebook_quantize(z, packed, **arguments, impl="reference")
+    got = ops.codebook_quantize(z, packed, **arguments, impl="cpu")
+    assert torch.equal(got.ids, want.ids)
+    assert hurtful.equal(got.scores, want.scores)
+    assert torch.equal(got.hits, want.hits)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+class TestSelection:
+    def test_order_is_score_then_id(self, impl):
+        codes = torch.tensor([[1.0, 0], [2, 0], [2, 0], [-1, 0], [2, 0]])
+        got = ops.codebook_quantize(torch.tensor([[1.0, 0]]), ops.pack_codes(codes, "dot"), k=5, impl=impl)
+        assert got.ids.tolist() == [[1, 2, 4, 0, 3]]
+        assert got.scores.tolist() == [[2, 2, 2, 1, -1]]
+
+    def test_a_row_does_not_depend_on_the_others(self, impl):
+        z, packed = torch.randn(37, 48), ops.pack_codes(torch.randn(2100, 48))
+        batch = ops.codebook_quantize(z, packed, k=9, impl=impl)
+        for t in (0, 17, 36):
+            alone = ops.codebook_quantize(z[t : t + 1], packed, k=9, impl=impl)
+            assert torch.equal(alone.ids[0], batch.ids[t]) and torch.equal(alone.scores[0], batch.scores[t])
+
+    def test_faulty_rows_and_codes_are_never_selected(self, impl):
+        z, codes = torch.randn(4, 16), torch.randn(50, 16)
+        z[1, 3], z[2, 0], codes[7, 1], codes[9, 2] = torch.nan, -torch.inf, torch.nan, torch.inf
+        got = ops.codebook_quantize(z, ops.pack_codes(codes), k=50, impl=impl)
+        assert (got.ids[1:3] == -1).all() and got.scores[1:3].isnan().all()
+        assert not torch.isin(got.ids[[0, 3]], torch.tensor([7, 9])).any()
+        assert (got.ids[[0, 3]] == -1).sum(1).tolist() == [2, 2]
+
+    def test_everything_deleted(self, impl):
+        packed = ops.pack_codes(torch.randn(70, 8))
+        table, row = torch.full((1, 3), -1, dtype=torch.int32), torch.tensor([0, -1], dtype=torch.int32)
+        got = ops.codebook_quantize(
+            torch.randn(2, 8), packed, k=4, mask_table=table, mask_row=row, return_hits=True, impl=impl
+        )
+        assert got.ids[0].tolist() == [-1] * 4 and got.scores[0].tolist() == [0] * 4
+        assert (got.ids[1] >= 0).all() and got.hits.tolist() == [4, 0]
+
+    def test_hits_count_what_the_mask_took(self, impl):
+        z, packed = torch.randn(6, 24), ops.pack_codes(torch.randn(400, 24))
+        free = ops.codebook_quantize(z, packed, k=8, impl=impl).ids
+        table, row = hurtful.masks(6, 400, 0.4, 5)
+        got = ops.codebook_quantize(z, packed, k=8, mask_table=table, mask_row=row, return_hits=True, impl=impl)
+        assert got.hits.tolist() == reference.is_deleted(free, table, row).sum(1).tolist()
+        assert not reference.is_deleted(got.ids, table, row).any()
+
+    def test_inputs_are_not_written_to(self, impl):
+        z, codes = torch.randn(5, 24), torch.randn(90, 24)
+        table, row = hurtful.masks(5, 90, 0.4, 5)
+        before = [t.clone() for t in (z, codes, table, row)]
+        ops.codebook_quantize(z, ops.pack_codes(codes), k=8, mask_table=table, mask_row=row, impl=impl)
+        assert all(torch.equal(a, b) for a, b in zip(before, (z, codes, table, row)))
+
+
+def test_offsets_beyond_two_to_the_31():
+    """C * E > 2^31: the last code is found. Zero pages that nobody writes to cost no memory."""
+    C, E = 2**15 + 5, 2**16
+    codes = torch.from_numpy(np.zeros((C, E), dtype=np.int16)).view(torch.bfloat16)
+    codes[-1, -1], codes[C // 2, 0] = 2.0, 1.0
+    z = torch.zeros(1, E)
+    z[0, 0] = z[0, -1] = 1.0
+    got = ops.codebook_quantize(z, ops.PackedCodes(codes, "dot", None, None), k=3, impl="cpu")
+    assert got.ids.tolist() == [[C - 1, C // 2, 0]] and got.scores.tolist() == [[2, 1, 0]]
+
+
+packed_64 = ops.pack_codes(torch.ones(64, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(z=torch.ones(2, 9)), ValueError, ["z", "9", "8"]),
+        (dict(z=torch.ones(2, 3, 8)), ValueError, ["z", "two dimensions"]),
+        (dict(z=torch.ones(2, 8, dtype=torch.float64)), TypeError, ["z", "float64"]),
+        (dict(z=[[1.0] * 8]), TypeError, ["z", "list"]),
+        (dict(k=0), ValueError, ["k is 0", "64"]),
+        (dict(k=65), ValueError, ["k is 65", "64"]),
+        (dict(k=2.0), TypeError, ["k is 2.0"]),
+        (dict(mask_row=None), ValueError, ["mask_row is None"]),
+        (dict(mask_table=None), ValueError, ["mask_table is None"]),
+        (dict(mask_table=torch.zeros(1, 3, dtype=torch.int32)), ValueError, ["mask_table", "2]"]),
+        (dict(mask_table=torch.zeros(1, 2, dtype=torch.int64)), TypeError, ["mask_table", "int64"]),
+        (dict(mask_row=torch.zeros(3, dtype=torch.int32)), ValueError, ["mask_row", "[2]"]),
+        (dict(mask_row=torch.tensor([0, 1], dtype=torch.int32)), ValueError, ["mask_row holds 1"]),
+        (dict(mask_row=torch.tensor([-2, 0], dtype=torch.int32)), ValueError, ["mask_row holds -2"]),
+        (dict(impl="fast"), ValueError, ["impl", "'fast'"]),
+        (dict(z=torch.ones(2, 8, requires_grad=True)), RuntimeError, ["z requires grad", "cu_fast.nn"]),
+        (dict(z=torch.ones(2, 8, device="meta")), ValueError, ["meta"]),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, words):
+    arguments = dict(
+        z=torch.ones(2, 8), k=4, impl="reference",
+        mask_table=torch.zeros(1, 2, dtype=torch.int32), mask_row=torch.zeros(2, dtype=torch.int32),
+    ) | change  # fmt: skip
+    with pytest.raises(error) as caught:
+        ops.codebook_quantize(arguments.pop("z"), packed_64, **arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((torch.ones(4),), ValueError, ["codes", "two dimensions"]),
+        ((torch.ones(4, 2, dtype=torch.int32),), TypeError, ["codes", "int32"]),
+        ((torch.ones(0, 2),), ValueError, ["codes", "at least one"]),
+        ((torch.ones(4, 2), "euclid"), ValueError, ["similarity", "euclid"]),
+        ((torch.ones(4, 2), "cosine", torch.ones(3)), ValueError, ["bias", "[4]"]),
+        ((torch.ones(4, 2), "l2", torch.ones(4)), ValueError, ["bias", "l2"]),
+    ],
+)
+def test_pack_codes_names_wrong_arguments(arguments, error, words):
+    with pytest.raises(error) as caught:
+        ops.pack_codes(*arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_meta_tensors_have_the_right_shapes():
+    packed = ops.pack_codes(torch.ones(64, 8, device="meta"))
+    got = ops.codebook_quantize(torch.ones(5, 8, device="meta"), packed, k=3, return_hits=True)
+    assert got.ids.shape == got.scores.shape == (5, 3) and got.ids.dtype == torch.int32 and got.hits.shape == (5,)
+
+
+def test_no_tokens_by_codes_matrix_is_built():
+    """Peak memory of the call stays far under T * C floats."""
+    import resource
+
+    T, C = 2048, 40_000  # 328 MB as fp32
+    z, packed = torch.randn(T, 8), ops.pack_codes(torch.randn(C, 8))
+    ops.codebook_quantize(z[:8], packed, k=4, impl="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ops.codebook_quantize(z, packed, k=4, impl="cpu")
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < T * C * 4 / 8

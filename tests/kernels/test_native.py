@@ -1,0 +1,407 @@
+"""The native library itself: how it is built and loaded, and that nothing about the machine changes a bit."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hurtful
+import pytest
+import torch
+
+from cu_fast.kernels import native, reference
+
+# Only a library that was never built is an excuse; one that does not load fails every test.
+needs_native = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
+x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
+LEVELS = ("scalar", "avx2", "avx512")
+OPERATORS = (
+    "codebook_quantize", "sae_encode", "sae_encode_topk", "masked_decode", "codebook_bottleneck", "pack_scan",
+)  # fmt: skip
+OPS = torch.ops.cu_fast
+NO_SCAN = (None, None, None)
+
+
+def arguments(T, E, C, k, *, kind="gaussian", dtype=torch.float32, layout="plain", mask=True, scan=True, seed=0):
+    """The arguments of each operator, by its name: one set of sizes, every optional argument given or none."""
+    z = hurtful.strided(hurtful.matrix(T, E, kind, dtype, seed), layout)
+    codes = hurtful.strided(hurtful.matrix(C, E, kind, dtype, seed + 1), layout)
+    bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 2)[0]
+    pre = hurtful.matrix(1, E, "gaussian", dtype, seed + 3)[0]
+    table, row = hurtful.masks(T, C, 0.4, seed + 4) if mask else (None, None)
+    scores, ids, _ = reference.codebook_quantize(z, codes, None, None, k, None, None, False)
+    if not mask:
+        bias = pre = None
+    inv_norm = reference.inverse_norm(codes)
+    scaled, plain = (OPS.pack_scan(codes, inv_norm), OPS.pack_scan(codes, None)) if scan else (NO_SCAN, NO_SCAN)
+    encoder = (hurtful.matrix(E, E, "gaussian", dtype, seed + 5), pre, pre) if mask else (None, None, None)
+    receipt = torch.zeros(2, dtype=torch.int64) if mask else None
+    return {
+        "codebook_quantize": (z, codes, inv_norm, bias, k, table, row, mask, *scaled),
+        "sae_encode": (z, codes, bias, pre, mask),
+        "sae_encode_topk": (z, codes, bias, pre, k, table, row, mask, *plain),
+        "masked_decode": (ids, scores if mask else None, codes, pre, z if mask else None, table, row, mask),
+        "codebook_bottleneck": (
+            z, *encoder, mask, codes, inv_norm, bias, k, table, row, scan, *scaled,
+            codes, pre, mask, not mask, receipt,
+        ),
+        "pack_scan": (codes, inv_norm if mask else None),
+    }  # fmt: skip
+
+
+def tensors(result):
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def digest() -> str:
+    """A hash of what the operators return for a small battery of inputs. NaN is NaN, whatever its payload."""
+    shapes = [
+        (1, 512, 2000, 8), (3, 33, 77, 77), (70, 64, 300, 5), (9, 5, 1, 1), (130, 48, 1100, 20), (8, 7, 40, 3),
+        (270, 70, 513, 9),
+    ]  # fmt: skip
+    # As many kinds as cases of a shape, one more: every kind meets every other choice.
+    kinds = itertools.cycle([*hurtful.KINDS, "gaussian"])
+    layouts = itertools.cycle(["plain", "rows", "columns", "transposed", "plain"])
+    hasher = hashlib.sha256()
+    cases = itertools.product(shapes, hurtful.DTYPES, (False, True), (False, True))
+    for seed, (shape, dtype, mask, scan) in enumerate(cases):
+        given = arguments(*shape, kind=next(kinds), dtype=dtype, layout=next(layouts), mask=mask, scan=scan, seed=seed)
+        for op, args in given.items():
+            for tensor in tensors(getattr(OPS, op)(*args)):
+                hasher.update(torch.where(tensor.isnan(), torch.nan, tensor.float()).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python code beside this file, with this file and torch imported, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import test_native, torch\nfrom cu_fast.kernels import native\n{code}"],
+        cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    return digest()
+
+
+@needs_native
+class TestOperators:
+    @pytest.mark.parametrize("op", OPERATORS)
+    @pytest.mark.parametrize("mask", [False, True])
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    def test_opcheck(self, op, mask, dtype):
+        args = arguments(5, 20, 50, 4, dtype=dtype, mask=mask, layout="rows")[op]
+        torch.library.opcheck(getattr(OPS, op).default, args)
+
+    @pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode_topk", "codebook_bottleneck"])
+    def test_opcheck_without_a_plane(self, op):
+        torch.library.opcheck(getattr(OPS, op).default, arguments(5, 20, 50, 4, scan=False)[op])
+
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_opcheck_without_tokens(self, mask):
+        for op, args in arguments(0, 20, 50, 4, mask=mask).items():
+            torch.library.opcheck(getattr(OPS, op).default, args)
+
+    @pytest.mark.parametrize("T", [2, 9])  # codes read in place, codes widened first
+    def test_offsets_pass_31_bits(self, T):
+        # Rows 2^23 elements apart in memory that nobody touches: the last 44 lie beyond 2^31 elements.
+        memory = torch.empty(300 * 2**23, dtype=torch.bfloat16)
+        codes = memory.as_strided((300, 16), (2**23, 1))
+        codes.copy_(torch.randn(300, 16))
+        z, k = torch.randn(T, 16), 300
+        got = OPS.codebook_quantize(z, codes, None, None, k, None, None, False, *NO_SCAN)
+        want = reference.codebook_quantize(z, codes.contiguous(), None, None, k, None, None, False)
+        assert all(map(torch.equal, got, want))
+        y = OPS.masked_decode(got[1], got[0], codes, None, None, None, None, False)
+        want_y = reference.masked_decode(got[1], got[0], codes.contiguous(), None, None, None, None, False)
+        assert torch.equal(y, want_y)
+
+    def test_expanded_rows(self):
+        given = arguments(6, 32, 40, 5)
+        z, codes = given["codebook_quantize"][0][:1].expand(6, -1), given["codebook_quantize"][1][:1].expand(40, -1)
+        got = OPS.codebook_quantize(z, codes, None, None, 5, None, None, False, *NO_SCAN)
+        want = reference.codebook_quantize(z, codes, None, None, 5, None, None, False)
+        assert all(map(torch.equal, got, want))
+        assert got[1][0].tolist() == [0, 1, 2, 3, 4]
+
+
+@needs_native
+class TestChecks:
+    """What a caller of torch.ops.cu_fast is told; cu_fast.ops says the same earlier."""
+
+    z, codes = torch.zeros(3, 4), torch.zeros(40, 4)
+    table, row = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+
+    def quantize(self, **changes):
+        args = dict(z=self.z, codes=self.codes, inv_norm=None, bias=None, k=2, mask_table=None, mask_row=None)
+        none = dict(scan_plane=None, scan_terms=None, scan_mean=None)
+        OPS.codebook_quantize(**{**args, **none, **changes}, return_hits=False)
+
+    def decode(self, **changes):
+        args = dict(ids=self.ids, weights=None, table=self.codes, bias=None, residual=None)
+        OPS.masked_decode(**{"mask_table": None, "mask_row": None, **args, **changes}, mean=False)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(z=torch.zeros(4)), r"z must have shape \[T, E\] = \[any, any\], got Float \[4\]"),
+            (dict(z=torch.zeros(3, 4).int()), r"z must be Float, BFloat16 or Half, got Int \[3, 4\]"),
+            (dict(codes=torch.zeros(40, 5)), r"codes must have shape \[C, E\] = \[any, 4\], got Float \[40, 5\]"),
+            (dict(codes=torch.zeros(40, 4).double()), r"codes must be .*, got Double"),
+            (dict(inv_norm=torch.zeros(39)), r"inv_norm must have shape \[C\] = \[40\], got Float \[39\]"),
+            (dict(bias=torch.zeros(41)), r"bias must have shape \[C\] = \[40\], got Float \[41\]"),
+            (dict(k=0), r"k is 0, must be in \[1, C\] = \[1, 40\]"),
+            (dict(k=41), r"k is 41, must be in \[1, C\] = \[1, 40\]"),
+            (dict(mask_table=table), "must be given together, got only mask_table"),
+            (dict(mask_row=row), "must be given together, got only mask_row"),
+            (dict(mask_table=table[:, :1], mask_row=row), r"mask_table must have shape .* = \[any, 2\]"),
+            (dict(mask_table=table.long(), mask_row=row), "mask_table must be Int, got Long"),
+            (dict(mask_table=table, mask_row=row[:2]), r"mask_row must have shape \[T\] = \[3\]"),
+            (dict(mask_table=table, mask_row=row.long()), "mask_row must be Int, got Long"),
+            (dict(mask_table=table, mask_row=row + 2), r"mask_row\[0\] is 2, must be in \[-1, 2\)"),
+            (dict(mask_table=table, mask_row=row - torch.tensor([0, 0, 2])), "mask_row must be Int"),
+            (dict(mask_table=table, mask_row=torch.tensor([0, -1, -2]).int()), r"mask_row\[2\] is -2, must be in"),
+        ],
+    )
+    def test_codebook_quantize(self, changes, message):
+        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
+            self.quantize(**changes)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(ids=ids.long()), "ids must be Int, got Long"),
+            (dict(ids=ids[:, :0]), "ids must have at least one column"),
+            (dict(ids=torch.tensor([[0, -1], [7, 40], [0, 0]]).int()), r"ids\[1, 1\] is 40, must be in \[-1, 40\)"),
+            (dict(ids=ids - 2), r"ids\[0, 0\] is -2"),
+            (dict(weights=torch.zeros(3, 3)), r"weights must have shape \[T, k\] = \[3, 2\]"),
+            (dict(table=torch.zeros(40)), r"table must have shape \[C, D\]"),
+            (dict(bias=torch.zeros(5)), r"bias must have shape \[D\] = \[4\]"),
+            (dict(residual=torch.zeros(3, 5)), r"residual must have shape \[T, D\] = \[3, 4\]"),
+            (dict(residual=torch.zeros(3, 4).int()), "residual must be Float"),
+            (dict(mask_table=table, mask_row=row + 5), r"mask_row\[0\] is 5"),
+        ],
+    )
+    def test_masked_decode(self, changes, message):
+        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
+            self.decode(**changes)
+
+    def test_sae_encode(self):
+        with pytest.raises(RuntimeError, match=r"W_enc must have shape \[E, D\] = \[any, 4\], got Float \[40, 5\]"):
+            OPS.sae_encode(self.z, torch.zeros(40, 5), None, None, True)
+        with pytest.raises(RuntimeError, match=r"b_pre must have shape \[D\] = \[4\], got Float \[3\]"):
+            OPS.sae_encode_topk(self.z, self.codes, None, torch.zeros(3), 2, None, None, True, *NO_SCAN)
+        with pytest.raises(RuntimeError, match=r"b_enc must have shape \[E\] = \[40\], got Float \[4\]"):
+            OPS.sae_encode(self.z, self.codes, torch.zeros(4), None, True)
+
+
+@needs_native
+class TestSameBits:
+    """Instruction set, threads and the process's floating-point mode change nothing."""
+
+    @x86
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_simd_levels(self, level, expected):
+        done = run("print(native.simd_level(), test_native.digest())", CU_FAST_SIMD=level)
+        if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
+            pytest.skip(f"this machine has no {level}")
+        assert done.stdout.split() == [level, expected], done.stderr
+
+    @pytest.mark.parametrize("threads", [2, 5])
+    @pytest.mark.parametrize("T", [1, 200])
+    def test_threads(self, threads, T):
+        # Large enough that tokens, and for a single one codes, are split.
+        given = arguments(T, 128, 4000, 40, seed=T)
+        before = torch.get_num_threads()
+        results = []
+        for n in (1, threads):
+            torch.set_num_threads(n)
+            results.append({op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()})
+        torch.set_num_threads(before)
+        one, many = results
+        assert all(torch.equal(a, b) for op in given for a, b in zip(one[op], many[op]))
+
+    def test_flush_denormal(self):
+        # Every product and sum is a denormal number. Compared as bits: flushed, they would equal zero.
+        done = run("""
+z, codes = torch.randn(70, 64) * 1e-41, torch.randn(5000, 64)
+rows, mixed = torch.randn(9, 64), torch.randn(5000, 64)
+mixed[:2500, :], rows[:, 1:] = torch.tensor([1e-11] + [1e-41] * 63), 1e-4
+ids, weights = torch.randint(0, 5000, (70, 4)).int(), torch.randn(70, 4) * 1e-41
+def results():
+    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False, *3 * [None])
+    # Large enough to be scanned, with codes whose last entries are denormal, and products that are.
+    plane = torch.ops.cu_fast.pack_scan(mixed, None)
+    scanned = torch.ops.cu_fast.codebook_quantize(rows, mixed, None, None, 9, None, None, False, *plane)[:2]
+    dense = torch.ops.cu_fast.sae_encode(z, codes, None, None, True)
+    y = torch.ops.cu_fast.masked_decode(ids, weights, codes, None, None, None, None, False)
+    return [t.view(torch.int32) for t in (scores, chosen, dense, y, *scanned, *plane[1:])]
+want = results()
+assert all(t.count_nonzero() > t.numel() // 3 for t in want[:4])
+tiny = torch.tensor(1e-40)
+assert torch.set_flush_denormal(True) and (tiny * 1).view(torch.int32) == 0
+got = results()
+assert (tiny * 1).view(torch.int32) == 0, "the mode was not restored"
+assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * len(want)
+""")
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the value of FE_UPWARD")
+    def test_rounding_mode(self, expected):
+        upward = 0x800
+        libm = ctypes.CDLL("libm.so.6")
+        given = arguments(9, 64, 300, 5)
+        want = {op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()}
+        torch.set_num_threads(1)
+        libm.fesetround(upward)
+        try:
+            got = {op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()}
+            assert libm.fegetround() == upward
+        finally:
+            libm.fesetround(0)
+        assert all(torch.equal(a, b) for op in given for a, b in zip(got[op], want[op]))
+
+
+class TestLoading:
+    @needs_native
+    def test_level_is_known(self):
+        assert native.failure() is None
+        assert native.simd_level() in LEVELS
+
+    @needs_native
+    @pytest.mark.parametrize("level", ["sse", "AVX2"])
+    def test_unknown_level_is_an_error_at_the_first_call(self, level):
+        call = "torch.ops.cu_fast.sae_encode(torch.ones(2, 4), torch.ones(3, 4), None, None, True)"
+        done = run(f"print('loaded', native.available())\n{call}", CU_FAST_SIMD=level)
+        assert done.stdout.split() == ["loaded", "True"]
+        assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2 or avx512" in done.stderr
+
+    @needs_native
+    def test_empty_level_is_no_choice(self):
+        assert run("print(native.simd_level())", CU_FAST_SIMD="").stdout.split() == [native.simd_level()]
+
+    def test_missing_library(self, tmp_path):
+        assert re.search(r"was not built; install a C\+\+20 compiler", native.load(tmp_path / "_C.abi3.so"))
+
+    def test_broken_library(self, tmp_path):
+        broken = tmp_path / "_C.abi3.so"
+        broken.write_bytes(b"not a library")
+        assert re.search(r"_C.abi3.so cannot be loaded into torch .*: .*", native.load(broken))
+
+    def test_without_the_library(self, tmp_path):
+        # A copy of the package as it is where nothing could be compiled.
+        package = tmp_path / "cu_fast"
+        package.mkdir()
+        for room in ("kernels", "ops"):
+            shutil.copytree(native.LIBRARY.with_name(room), package / room)
+        (package / "__init__.py").touch()
+        code = (
+            "import torch\nfrom cu_fast import ops\nfrom cu_fast.kernels import native\nassert not native.available()\n"
+            "print(native.failure())\n"
+            "print(ops.sae_encode(torch.ones(1, 4), torch.ones(1, 4)).item())\n"
+            "try: native.simd_level()\nexcept RuntimeError as error: print(error)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        reason, score, error = done.stdout.splitlines()
+        assert "was not built" in reason and error == reason and score == "4.0"
+
+
+class TestCudaFailure:
+    """Why the CUDA kernels cannot be used, for each reason."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        """Makes this process look like one with a GPU, as far as cuda_failure() looks."""
+
+        def pretend(capability=(9, 0), built="80;90a;PTX 90", driver=""):
+            monkeypatch.setattr(native, "_failure", None)
+            monkeypatch.setattr(native, "cuda_build", lambda: built)
+            monkeypatch.setattr(OPS, "cuda_driver_failure", lambda: driver, raising=False)
+            monkeypatch.setattr(torch.version, "cuda", "13.0")
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"number {device}")
+
+        return pretend
+
+    def test_none(self, gpu):
+        gpu()
+        assert native.cuda_failure() is None
+
+    def test_no_library(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(native, "_failure", "it is missing")
+        assert native.cuda_failure() == "it is missing"
+
+    def test_library_without_cuda(self, gpu):
+        gpu(built="")
+        assert re.search(r"_C.abi3.so was built without CUDA; .* CU_FAST_CUDA=1", native.cuda_failure())
+
+    def test_torch_without_cuda(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert native.cuda_failure().startswith(f"torch {torch.__version__} was built without CUDA; install")
+
+    def test_torch_for_amd(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert native.cuda_failure() == (
+            f"torch {torch.__version__} was built for AMD GPUs, the CUDA kernels are for NVIDIA's"
+        )
+
+    def test_no_gpu(self, gpu, monkeypatch):
+        gpu()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert native.cuda_failure().startswith("torch.cuda.is_available() is False; check with nvidia-smi")
+
+    def test_old_driver(self, gpu):
+        gpu(driver="it is old")
+        assert native.cuda_failure() == "it is old"
+
+    @needs_native
+    @pytest.mark.skipif(native.cuda_build() == "" or torch.cuda.is_available(), reason="needs CUDA and no driver")
+    def test_no_driver(self):
+        assert OPS.cuda_driver_failure().startswith("the NVIDIA driver is older than CUDA ")
+
+    def test_old_gpu(self, gpu):
+        gpu((7, 5))
+        assert native.cuda_failure(1).startswith(
+            "the GPU number 1 has compute capability 7.5, the CUDA kernels need 8.0"
+        )
+
+    def test_gpu_that_was_not_built_for(self, gpu):
+        gpu((8, 9), built="90a")
+        assert native.cuda_failure().endswith("was built for 90a; install cu-fast again with CU_FAST_ARCHS='90a;89'")
+
+    @pytest.mark.parametrize(
+        "arch, runs, does_not",
+        [
+            ("80", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+            ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+            ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+            ("100f", [(10, 0), (10, 3)], [(12, 0)]),
+            ("PTX 90", [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        ],
+    )
+    def test_what_runs_where(self, arch, runs, does_not):
+        assert all(native._runs(arch, *gpu) for gpu in runs)
+        assert not any(native._runs(arch, *gpu) for gpu in does_not)
+
+    def test_importing_leaves_cuda_alone(self):
+        assert run("print(torch.cuda.is_initialized())").stdout.split() == ["False"]
+
+    @needs_native
+    def test_this_library(self):
+        assert native.cuda_build() == OPS.cuda_build()
+        if not torch.cuda.is_available():
+            assert native.cuda_failure() is not None

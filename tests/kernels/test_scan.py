@@ -1,0 +1,455 @@
+"""The certified int8 scan: no input makes it miss a code. Its plane and its bound: test_scan_bounds.py.
+
+What the scan finds is compared with the exact kernel (no plane), which the operators' own tests compare with the
+reference; and here and there with the reference itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import hurtful
+import pytest
+import torch
+
+from cu_fast import BottleneckConfig, ops
+from cu_fast.kernels import native, reference
+from cu_fast.nn import CodebookBottleneck
+
+pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
+OPS = torch.ops.cu_fast
+NO_SCAN = (None, None, None)
+GROUP = 64
+INF, NAN = math.inf, math.nan
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def select(z, codes, inv_norm=None, bias=None, k=4, table=None, row=None, hits=True, plane=NO_SCAN):
+    return OPS.codebook_quantize(z, codes, inv_norm, bias, k, table, row, hits, *plane)
+
+
+def same(a, b) -> bool:
+    return torch.equal(a[1], b[1]) and hurtful.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+
+
+def check(z, codes, inv_norm=None, bias=None, k=4, table=None, row=None, hits=True):
+    """Ids, scores and hits of the scan are those of the exact kernel. Returns them."""
+    arguments = (z, codes, inv_norm, bias, k, table, row, hits)
+    want, got = select(*arguments), select(*arguments, OPS.pack_scan(codes, inv_norm))
+    for t in (want[1] != got[1]).any(1).nonzero()[:1].flatten().tolist():
+        pytest.fail(f"row {t}: ids {got[1][t].tolist()}, should be {want[1][t].tolist()}")
+    assert same(want, got)
+    return got
+
+
+# -- inputs made to hurt ---------------------------------------------------------------------------------------
+
+
+def clusters(n, C, E, spread=1e-4, seed=0):
+    return normal(n, E, seed=seed)[torch.arange(C) * 7 % n] + spread * normal(C, E, seed=seed + 1)
+
+
+def with_rows(x, rows):
+    """x with the given {row: value or factor} put over it."""
+    x = x.clone()
+    for row, change in rows.items():
+        x[row] = change(x[row]) if callable(change) else change
+    return x
+
+
+CODES = {
+    "gaussian": lambda C, E: normal(C, E),
+    "equal": lambda C, E: normal(1, E).expand(C, E).contiguous(),
+    "one cluster": lambda C, E: clusters(1, C, E, 1e-5),
+    "20 clusters": lambda C, E: clusters(20, C, E),
+    "500 clusters": lambda C, E: clusters(500, C, E),
+    "mean": lambda C, E: normal(C, E) + 4 * normal(1, E, seed=5),
+    "duplicates": lambda C, E: normal(C, E)[torch.arange(C) % (C // 3)],
+    "tied": lambda C, E: hurtful.matrix(C, E, "tied", torch.float32, 1),
+    "zeros": lambda C, E: torch.zeros(C, E),
+    "denormal": lambda C, E: normal(C, E) * 1e-42,
+    "some denormal": lambda C, E: with_rows(normal(C, E), dict.fromkeys(range(5, 60), lambda x: x * 1e-42)),
+    "huge": lambda C, E: normal(C, E) * 1e38,
+    "some huge": lambda C, E: with_rows(normal(C, E), {70: lambda x: x * 1e38, 700: lambda x: x.sign() * 1e38}),
+    "some faulty": lambda C, E: with_rows(normal(C, E), {3: NAN, 64: INF, 65: -INF, C - 1: NAN}),
+    "mixed": lambda C, E: hurtful.matrix(C, E, "mixed", torch.float32, 6),
+    "outliers": lambda C, E: hurtful.matrix(C, E, "outliers", torch.float32, 7),
+}
+ROWS = {0: lambda x: x, 1: 0.0, 2: lambda x: x * 1e-42, 3: lambda x: x * 1e38, 4: NAN, 5: lambda x: x * 1e-13,
+        6: lambda x: x * 1e13, 7: lambda x: x * 1e-3, 8: lambda x: x.abs(), 9: lambda x: -x.abs()}  # fmt: skip
+
+
+def rows_of(E, T=20, outliers=2):
+    """T rows: normal, zero, denormal, huge, faulty ones, some at the edge of what is scanned, and with outliers."""
+    z = with_rows(normal(T, E, seed=11), ROWS)
+    for t in range(12, 12 + outliers):
+        z[t, :: max(1, E // 4)] *= 100.0 ** (t - 11)
+    return z
+
+
+class TestHurtfulInputs:
+    @pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
+    @pytest.mark.parametrize("kind", CODES)
+    def test_codes(self, kind, similarity):
+        C, E = 1500, 72
+        codes = CODES[kind](C, E)
+        packed = ops.pack_codes(codes, similarity, scan="fp32")
+        z = torch.cat([rows_of(E), codes[[0, 9, C - 2]]])
+        for seed, (k, share) in enumerate([(1, None), (10, 0.5), (64, 0.01), (C // 8, 1.0)]):
+            mask = (None, None) if share is None else hurtful.masks(len(z), C, share, seed)
+            check(z, codes, packed.inv_norm, packed.bias, k, *mask)
+
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("kind", ["gaussian", "tied", "mean", "20 clusters", "outliers"])
+    def test_equals_the_reference(self, kind, dtype):
+        C, E = 900, 40
+        codes, z = CODES[kind](C, E).to(dtype), rows_of(E).to(dtype)
+        table, row = hurtful.masks(len(z), C, 0.5, 2)
+        inv_norm = reference.inverse_norm(codes)
+        got = check(z, codes, inv_norm, None, 12, table, row)
+        want = reference.codebook_quantize(z, codes, inv_norm, None, 12, table, row, True)
+        assert same(got, want)
+
+    @pytest.mark.parametrize("E", [*range(1, 41), 63, 100])
+    def test_widths(self, E):
+        codes, z = normal(530, E), rows_of(E, 16)
+        check(z, codes, reference.inverse_norm(codes), k=5)
+        check(z, codes.half(), None, normal(530, seed=1), k=5)
+
+    @pytest.mark.parametrize("C", [8, 63, 64, 65, 127, 513, 1000])
+    def test_last_groups(self, C):
+        # Every score is below zero, which is what the places behind the last code would score; and what lies there in
+        # memory would win. A mean that takes less than a tenth of the codes, so that they are not centred; and one
+        # that takes more.
+        for mean in (0.3, 2):
+            memory, z = normal(C + 64, 1024) + mean, -torch.ones(3, 1024) - 0.1 * normal(3, 1024, seed=1)
+            memory[C:] = -100
+            assert C < 500 or (OPS.pack_scan(memory[:C], None)[2] != 0).all() == (mean == 2)
+            for k, bias in itertools.product({1, C // 8}, (None, torch.full((C,), -1e3))):
+                got = check(z, memory[:C], None, bias, k)
+                assert (got[1] < C).all() and (got[1] >= 0).all() and (got[0] < 0).all()
+
+    def test_zero_bounds(self):
+        # Zero codes and a small row: bounds and scores are exactly 0, and what equals the k-th best stays.
+        got = check(torch.full((3, 32), 1e-3), torch.zeros(2000, 32), k=9)
+        assert got[1].tolist() == [list(range(9))] * 3
+
+    def test_rounding_alone(self):
+        # The same values in another order: equal scores but for the rounding of fp32, which the scan cannot see.
+        values = normal(64)
+        codes = values[normal(1500, 64, seed=2).argsort(1)]
+        check(torch.ones(2, 64) * torch.tensor([[1.0], [3.0]]), codes, k=7)
+        check(torch.ones(1, 64), codes, bias=normal(1, seed=1).expand(1500) * 1e3, k=7)
+
+    @pytest.mark.parametrize("sign", ["negative", "both", "wide"])
+    def test_any_inv_norm(self, sign):
+        codes = normal(1200, 48) + (2 if sign != "both" else 0)
+        inv_norm = {
+            "negative": -reference.inverse_norm(codes), "both": normal(1200, seed=2),
+            "wide": normal(1200, seed=2) * 10.0 ** (torch.arange(1200) % 60 - 30),
+        }[sign]  # fmt: skip
+        check(rows_of(48), codes, inv_norm, k=9)
+        check(rows_of(48), codes, inv_norm, normal(1200, seed=3), k=9)
+
+    @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e30, -1e30, 2.0**40, 1e9, -1e9])
+    def test_any_bias(self, value):
+        codes, bias = normal(1200, 48), normal(1200, seed=3)
+        bias[[0, 700, 1199]] = value
+        check(rows_of(48), codes, None, bias, k=9)
+
+    @pytest.mark.parametrize("kind", ["equal", "one cluster", "20 clusters", "zeros"])
+    @pytest.mark.parametrize("k", [4, 64])
+    def test_buffers_overflow(self, kind, k):
+        C, E = 20_000, 32
+        codes = CODES[kind](C, E)
+        z = torch.cat([normal(3, E, seed=4), codes[:1]])
+        check(z, codes, k=k)
+        check(z, codes, reference.inverse_norm(codes), None, k, *hurtful.masks(4, C, 0.5, 1))
+        check(z, codes, None, None, k, *hurtful.masks(4, C, 0.5, 1), hits=False)
+
+    @pytest.mark.parametrize("C, k", [(512, 64), (512, 65), (512, 512), (8192, 1024), (8192, 1025), (8200, 1024)])
+    def test_limits_of_k(self, C, k):
+        codes, z = normal(C, 32), rows_of(32, 14)
+        check(z, codes, reference.inverse_norm(codes), None, k, *hurtful.masks(14, C, 0.3, 1))
+
+    @pytest.mark.parametrize("k", [64, 65, 512])
+    @pytest.mark.parametrize("T", [65, 128, 256, 257])
+    def test_blocks_of_wide_rows(self, T, k):
+        codes, z = normal(512, 2048).bfloat16(), normal(T, 2048, seed=1)
+        check(z, codes, k=k)
+
+    def test_a_narrower_exact_kernel(self):
+        # The scan is given but not taken, for each of the reasons there are, in blocks of many tokens.
+        codes, z = normal(600, 33), normal(300, 33, seed=1)
+        check(z, codes, k=76)
+        check(z, codes, bias=torch.full((600,), 2.0**41), k=3)
+
+    def test_masks_of_ranges(self):
+        C, E = 1300, 40
+        codes = normal(C, E)
+        z = torch.cat([codes[::100], rows_of(E)])
+        ranges = [(0, 64), (64, 128), (32, 96), (1, 2), (0, C - 3), (C - 30, C), (640, 1280), (0, C)]
+        bits = torch.zeros(len(ranges), (C + 31) // 32 * 32, dtype=torch.bool)
+        for u, (first, last) in enumerate(ranges):
+            bits[u, first:last] = True
+        table = (bits.reshape(len(ranges), -1, 32).long() << torch.arange(32)).sum(2)
+        table = torch.where(table >= 2**31, table - 2**32, table).int()
+        for shift in range(len(ranges) + 1):
+            row = ((torch.arange(len(z)) + shift) % (len(ranges) + 1) - 1).int()
+            for hits in (False, True):
+                got = check(z, codes, None, None, 11, table, row, hits)
+                assert not reference.is_deleted(got[1], table, row).any()
+
+    @pytest.mark.parametrize("k", [1, 16])
+    def test_the_best_are_deleted(self, k):
+        # Deleted codes ride along for the hits: nothing of theirs may rule out a code that is left.
+        codes, z = normal(3000, 24), normal(40, 24, seed=1)
+        best = reference.canonical_dot(z[:, None], codes[None]).topk(200).indices
+        bits = torch.zeros(40, 94 * 32, dtype=torch.bool).scatter_(1, best, True)
+        table = (bits.reshape(40, 94, 32).long() << torch.arange(32)).sum(2)
+        table = torch.where(table >= 2**31, table - 2**32, table).int()
+        for hits in (False, True):
+            got = check(z, codes, None, None, k, table, torch.arange(40).int(), hits)
+            assert (got[1] >= 0).all() and (not hits or got[2].tolist() == [k] * 40)
+
+    @pytest.mark.parametrize("kind", ["few", "many", "all but few", "one huge"])
+    def test_outliers_of_rows(self, kind):
+        C, E = 2000, 130
+        z, codes = normal(30, E, seed=1), normal(C, E)
+        share = {"few": 0.02, "many": 0.3, "all but few": 0.97, "one huge": 0.0}[kind]
+        z = torch.where(torch.rand(z.shape, generator=torch.Generator().manual_seed(3)) < share, 100 * z, z)
+        if kind == "one huge":
+            z[:, 77] = 1e6
+        for given in (codes, codes + 4 * normal(1, E, seed=2)):
+            check(z, given, k=8)
+            check(z, given, reference.inverse_norm(given), normal(C, seed=4), k=8)
+
+    @pytest.mark.parametrize("layout", ["rows", "columns", "transposed"])
+    def test_strides(self, layout):
+        z, codes = normal(20, 30), normal(800, 30, seed=1)
+        packed = ops.pack_codes(codes, scan="int8")
+        got = ops.codebook_quantize(hurtful.strided(z, layout), packed, k=6)
+        assert same(got[:2] + (got[0],), ops.codebook_quantize(z, packed._replace(scan=None), k=6)[:2] + (got[0],))
+        check(z, hurtful.strided(codes, layout), k=6)
+
+    def test_pre_bias_of_the_encoder(self):
+        # What is scanned is x - b_pre; a row may be certified only after it, or only before.
+        x, W = normal(30, 48) + 1e5, normal(700, 48, seed=1)
+        x[3], x[4] = 1e5, NAN
+        for b_pre in (None, torch.full((48,), 1e5), torch.full((48,), 3e38)):
+            for relu in (False, True):
+                arguments = (x, W, normal(700, seed=2), b_pre, 9, *hurtful.masks(30, 700, 0.5, 1), relu)
+                want = OPS.sae_encode_topk(*arguments, *NO_SCAN)
+                got = OPS.sae_encode_topk(*arguments, *OPS.pack_scan(W, None))
+                assert torch.equal(got[1], want[1]) and hurtful.equal(got[0], want[0])
+
+
+# -- what does not matter, and what does -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mean", "20 clusters", "mixed"])
+def test_a_row_does_not_depend_on_the_batch(kind):
+    codes = CODES[kind](2000, 40)
+    plane, z = OPS.pack_scan(codes, None), rows_of(40, 300)
+    batch = select(z, codes, k=9, plane=plane)
+    for t in (*range(16), 63, 64, 255, 256, 299):
+        alone = select(z[t : t + 1], codes, k=9, plane=plane)
+        assert torch.equal(alone[1][0], batch[1][t]) and hurtful.equal(alone[0][0], batch[0][t])
+
+
+@pytest.mark.parametrize("T, C", [(1, 30_000), (7, 9000), (300, 2000)])
+def test_threads(T, C):
+    codes, z, before = normal(C, 64), rows_of(64, max(T, 14))[:T], torch.get_num_threads()
+    plane, mask = OPS.pack_scan(codes, None), hurtful.masks(T, C, 0.4, 1)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(select(z, codes, None, None, 20, *mask, plane=plane))
+    torch.set_num_threads(before)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+    assert same(results[0], select(z, codes, None, None, 20, *mask))
+
+
+def test_when_the_scan_is_taken():
+    """A plane of other codes misleads the scan, and so tells whether it ran."""
+    codes = normal(8200, 32)
+    wrong, z = OPS.pack_scan(-30 * codes, None), normal(5, 32, seed=1)
+
+    def ran(k, bias=None, n=8200):
+        plane = (wrong[0][: (n + 63) // 64], wrong[1][: (n + 63) // 64], wrong[2])
+        arguments = (z, codes[:n], None, bias, k)
+        return not same(select(*arguments), select(*arguments, plane=plane))
+
+    # With a large k so misled a scan scores everything, and is right again.
+    assert ran(1) and ran(8) and ran(8, n=4096)
+    assert not ran(1025) and not ran(513, n=4096)
+    assert ran(1, torch.full((8200,), 2.0**9)) and not ran(1, torch.full((8200,), 2.0**41))
+    assert not ran(1, torch.full((8200,), NAN))
+
+
+def test_no_tokens_by_codes_matrix_is_built():
+    """Peak memory of the call, in a process of its own, stays far under T * C floats (328 MB)."""
+    done = subprocess.run(
+        [sys.executable, "-c", """
+import resource, torch
+from cu_fast import ops
+torch.manual_seed(0)
+T, C = 2048, 40_000
+z, codes = torch.randn(T, 8), torch.randn(C, 8)
+table, row = torch.full((1, C // 32), 0x0f0f, dtype=torch.int32), torch.zeros(T, dtype=torch.int32)
+packed = ops.pack_codes(codes, scan="int8")
+ops.codebook_quantize(z[:8], packed, k=4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.codebook_quantize(z, packed, k=4, mask_table=table, mask_row=row, return_hits=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T * C * 4))
+"""],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1 / 8
+
+
+def test_inputs_are_not_written_to():
+    codes, z = normal(900, 40), rows_of(40)
+    table, row = hurtful.masks(len(z), 900, 0.5, 1)
+    given = [z, codes, table, row, *OPS.pack_scan(codes, None)]
+    before = [t.clone() for t in given]
+    select(z, codes, table=table, row=row, plane=given[4:])
+    assert all(hurtful.equal(a, b) for a, b in zip(given, before))
+
+
+def test_no_tokens_and_one_code():
+    assert check(normal(0, 24), normal(600, 24))[1].shape == (0, 4)
+    check(normal(3, 24), normal(1, 24), k=1)
+
+
+# -- calling ---------------------------------------------------------------------------------------------------
+
+
+class TestCalling:
+    def test_unknown_scan(self):
+        with pytest.raises(ValueError, match="scan is 'int4'; it should be 'auto', 'int8' or 'fp32'"):
+            ops.pack_codes(normal(600, 40), scan="int4")
+
+    @pytest.mark.parametrize(
+        "C, E, want",
+        [(512, 32, "int8"), (511, 32, "fp32"), (512, 31, "fp32"), (512, 32768, "int8"), (512, 32769, "fp32")],
+    )
+    def test_auto(self, C, E, want):
+        assert ops.choose_scan(C, E) == want
+        codes = torch.ones(1, 1).expand(C, E) if E > 40 else normal(C, E)
+        if E <= 40:
+            assert (ops.pack_codes(codes).scan is not None) == (want == "int8")
+
+    def test_explicit_choices(self):
+        assert ops.pack_codes(normal(600, 40), scan="fp32").scan is None
+        assert ops.pack_codes(normal(3, 2), scan="int8").scan is not None
+
+    def test_no_silent_fallback(self):
+        with pytest.raises(RuntimeError, match="scan='int8' needs kernels for meta tensors: there are none"):
+            ops.pack_codes(torch.ones(600, 40, device="meta"), scan="int8")
+
+    def test_size(self):
+        C, E = 4096, 256
+        terms = C // GROUP * (3 * GROUP + 4) * 4  # 12 bytes a code
+        assert ops.pack_codes(normal(C, E)).scan.nbytes() == C * E + terms + 4 * E
+
+    def test_too_wide(self):
+        with pytest.raises(RuntimeError, match=r"cu_fast: .*131073 wide; an int8 scan needs at most 131072"):
+            OPS.pack_scan(torch.zeros(1, 131073), None)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda p, t, m: (None, t, m), "scan_plane, scan_terms and scan_mean must be given together"),
+            (lambda p, t, m: (p, None, m), "scan_plane, scan_terms and scan_mean must be given together"),
+            (lambda p, t, m: (p, t, None), "scan_plane, scan_terms and scan_mean must be given together"),
+            (
+                lambda p, t, m: (p[:1], t, m),
+                r"scan_plane must have shape .* = \[2, 3, 64, 4\], got Byte \[1, 3, 64, 4\]",
+            ),
+            (lambda p, t, m: (p[:, :2], t, m), r"scan_plane must have shape .* = \[2, 3, 64, 4\]"),
+            (lambda p, t, m: (p.char(), t, m), "scan_plane must be Byte, got Char"),
+            (lambda p, t, m: (p, t[:, :195], m), r"scan_terms must have shape .* = \[2, 196\], got Float \[2, 195\]"),
+            (lambda p, t, m: (p, t[:1], m), r"scan_terms must have shape .* = \[2, 196\]"),
+            (lambda p, t, m: (p, t.double(), m), "scan_terms must be Float, got Double"),
+            (lambda p, t, m: (p, t, m[:9]), r"scan_mean must have shape \[E\] = \[10\], got Float \[9\]"),
+            (lambda p, t, m: (p, t, m.half()), "scan_mean must be Float, got Half"),
+        ],
+    )
+    def test_wrong_planes_are_named(self, change, message):
+        codes = normal(100, 10)
+        plane = change(*OPS.pack_scan(codes, None))
+        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
+            select(normal(3, 10), codes, plane=plane)
+        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
+            OPS.sae_encode_topk(normal(3, 10), codes, None, None, 4, None, None, True, *plane)
+
+    def test_strided_planes(self):
+        codes = normal(600, 40)
+        plane = OPS.pack_scan(codes, None)
+        spread = tuple(torch.stack([t, t], -1)[..., 0] for t in plane)
+        assert same(select(normal(5, 40), codes, plane=spread), select(normal(5, 40), codes))
+
+    def test_dense_encode_takes_no_scan(self):
+        W = normal(600, 40)
+        with pytest.raises(ValueError, match="scan needs k"):
+            ops.sae_encode(normal(3, 40), W, scan=ops.pack_codes(W, "dot", scan="int8").scan)
+
+    def test_meta(self):
+        packed = ops.pack_codes(torch.ones(600, 40, device="meta"))
+        assert packed.scan is None and packed.inv_norm.shape == (600,)
+        assert ops.codebook_quantize(torch.ones(5, 40, device="meta"), packed, k=3).ids.shape == (5, 3)
+        made = OPS.pack_scan(torch.ones(600, 41, device="meta"), None)
+        real = OPS.pack_scan(torch.ones(600, 41), None)
+        assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in real]
+
+    def test_compiled(self):
+        def pack_and_select(codes, z):
+            packed = ops.pack_codes(codes, scan="int8")
+            return packed.scan, ops.codebook_quantize(z, packed, k=5)[:2]
+
+        codes, z = normal(600, 40), normal(7, 40)
+        want = pack_and_select(codes, z)
+        got = torch.compile(pack_and_select, fullgraph=True, backend="aot_eager")(codes, z)
+        assert all(torch.equal(a, b) for one, other in zip(got, want) for a, b in zip(one, other))
+
+    def test_a_bottleneck_reports_it(self):
+        for codes, want in ((512, "int8"), (511, "fp32")):
+            config = BottleneckConfig(d_model=32, code_dim=32, num_codes=codes, k=4, activation="none")
+            made = CodebookBottleneck(config).eval()
+            made.fold()
+            assert made.receipt()["scan"] == want
+            made.impl = "reference"
+            assert made.receipt()["scan"] == "fp32"
+            made.impl, made.scan = "auto", "fp32"
+            made.fold()
+            assert made.receipt()["scan"] == "fp32" and made.folded_scan_plane is None
+
+
+@pytest.mark.parametrize(
+    ("T", "k", "threads", "scan", "plan"),
+    [
+        (1, 8, 1, True, "int8 scan: 1 x 4 tokens, 1 x 25024 codes, 1 threads"),
+        (1, 8, 2, True, "int8 scan: 1 x 4 tokens, 2 x 12544 codes, 2 threads"),
+        (512, 8, 2, True, "int8 scan: 2 x 256 tokens, 1 x 25024 codes, 2 threads"),
+        (512, 8, 2, False, "every code scored: 8 x 64 tokens, 1 x 25024 codes, 2 threads"),
+        (64, 1025, 2, True, "every code scored: 2 x 32 tokens, 1 x 25024 codes, 2 threads"),
+    ],
+)
+def test_the_plan_can_be_printed(T, k, threads, scan, plan):
+    """Few tokens share the codes among threads, many share the tokens."""
+    assert torch.ops.cu_fast.selection_plan(T, 25_000, 512, k, threads, scan) == plan
+
+
+def test_the_plan_of_packed_codes():
+    packed = ops.pack_codes(torch.ones(600, 64))
+    assert ops.selection_plan(5, packed, 4).startswith("int8 scan: 1 x 8 tokens")
+    assert ops.selection_plan(5, packed._replace(scan=None), 4).startswith("every code scored")

@@ -1,0 +1,281 @@
+"""The plane of the certified scan and the bound that it proves: rebuilt in fp64, and never exceeded."""
+
+from __future__ import annotations
+
+import sys
+
+import hurtful
+import pytest
+import torch
+from test_scan import GROUP, INF, NAN, OPS, check, normal
+
+from cu_fast.kernels import native, reference
+
+pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
+
+
+PACKERS = {"native": OPS.pack_scan, "pytorch": reference.pack_scan}  # the second makes the planes of GPUs
+pack_scan = OPS.pack_scan
+
+
+# -- the plane -------------------------------------------------------------------------------------------------
+
+
+class Unpacked:
+    """A plane read back in fp64: bytes q [C, E], and its terms by name, each [C]."""
+
+    def __init__(self, codes, inv_norm=None):
+        self.codes, (self.C, self.E) = codes.double(), codes.shape
+        self.inv = torch.ones(self.C).double() if inv_norm is None else inv_norm.double()
+        self.plane, self.terms, mean = pack_scan(codes, inv_norm)
+        self.mean = mean.double()
+        groups = (self.C + GROUP - 1) // GROUP
+        assert self.plane.shape == (groups, (self.E + 3) // 4, GROUP, 4) and self.plane.dtype == torch.uint8
+        assert self.terms.shape == (groups, 3 * GROUP + 4) and self.terms.dtype == torch.float32
+        assert mean.shape == (self.E,) and mean.dtype == torch.float32
+        self.all_q = self.plane.permute(0, 2, 1, 3).reshape(groups * GROUP, -1).double() - 128
+        self.q = self.all_q[: self.C, : self.E]
+        per_code = self.terms[:, : 3 * GROUP].double().reshape(groups, 3, GROUP)
+        self.scale, self.residual, self.size = per_code.transpose(0, 1).reshape(3, -1)
+        self.largest = dict(zip(("scale", "residual", "size", "magnitude"), self.terms[:, 3 * GROUP :].double().T))
+        self.certified = self.residual[: self.C].isfinite()
+        # Where inv_norm is 0 the step cannot be told from the scale, and nothing depends on it.
+        self.d = self.codes - self.mean
+        self.step = self.d.abs().amax(1) / 127
+        norms = self.codes.norm(dim=1) + self.mean.norm() + 2 * self.step * self.q.norm(dim=1)
+        self.magnitude = norms * self.inv.abs()
+
+    def group_max(self, values):
+        padded = torch.zeros(self.terms.shape[0] * GROUP).double()
+        padded[: self.C] = values
+        return padded.reshape(-1, GROUP).amax(1)
+
+
+def bounds_tightly(bound, value):
+    return bool(((bound >= value) & (bound <= value * (1 + 1e-5) + 1e-44)).all())
+
+
+PLANES = {
+    "gaussian": lambda C, E: normal(C, E),
+    "bf16": lambda C, E: normal(C, E).bfloat16(),
+    "fp16": lambda C, E: normal(C, E).half(),
+    "mean": lambda C, E: normal(C, E) + 4 * normal(1, E, seed=9),
+    "outliers": lambda C, E: hurtful.matrix(C, E, "outliers", torch.float32, 3),
+    "mixed": lambda C, E: hurtful.matrix(C, E, "mixed", torch.float32, 4),
+    "zeros": lambda C, E: torch.zeros(C, E),
+    "equal": lambda C, E: normal(1, E).expand(C, E).contiguous(),
+    "denormal": lambda C, E: normal(C, E) * 1e-42,
+}
+
+
+class TestPlane:
+    @pytest.fixture(params=PACKERS, autouse=True)
+    def packer(self, request, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "pack_scan", PACKERS[request.param])
+
+    @pytest.mark.parametrize("norms", ["none", "cosine", "signed"])
+    @pytest.mark.parametrize("kind", PLANES)
+    @pytest.mark.parametrize("C, E", [(200, 33), (64, 64), (5, 1)])
+    def test_bounds_hold_and_are_tight(self, C, E, kind, norms):
+        codes = PLANES[kind](C, E)
+        inv_norm = {"none": None, "cosine": reference.inverse_norm(codes), "signed": normal(C, seed=5)}[norms]
+        p = Unpacked(codes, inv_norm)
+        use, inv = p.certified, p.inv.abs()
+        step = p.step[use]
+        assert p.q[use].abs().le(127).all()
+        torch.testing.assert_close(p.scale[:C][use], step * p.inv[use], rtol=2**-22, atol=1e-44)
+        residual = (p.d[use] - step[:, None] * p.q[use]).norm(dim=1) * inv[use]
+        size = (step[:, None] * p.q[use]).norm(dim=1) * inv[use]
+        # What fp64 leaves of a difference that cancels is no more than this.
+        assert (p.residual[:C][use] >= residual * (1 - 1e-7)).all()
+        assert (p.residual[:C][use] <= residual * (1 + 1e-5) + 1e-12 * size + 1e-44).all()
+        assert bounds_tightly(p.size[:C][use], size * (1 - 1e-9))
+        # Rounded to nearest: what bounds the error of outliers by half a step.
+        assert ((p.d[use] - step[:, None] * p.q[use]).abs() <= step[:, None] * 0.5000001).all()
+        zero = torch.zeros(C).double()
+        assert torch.equal(p.largest["scale"], p.group_max(p.scale[:C].abs()))
+        assert torch.equal(p.largest["residual"], p.group_max(p.residual[:C]))
+        assert torch.equal(p.largest["size"], p.group_max(p.size[:C]))
+        assert bounds_tightly(p.largest["magnitude"], p.group_max(torch.where(use, p.magnitude, zero)) * (1 - 1e-9))
+
+    @pytest.mark.parametrize("C, E", [(1, 1), (64, 4), (65, 7), (130, 18)])
+    def test_layout_and_padding(self, C, E):
+        codes = normal(C, E) * 10
+        plane = pack_scan(codes, None)[0]
+        p = Unpacked(codes)
+        want = (p.d / p.step[:, None]).nan_to_num(0).round()  # a lone code is its own mean: nothing is left
+        for j in (0, C // 2, C - 1):
+            for e in (0, E // 2, E - 1):
+                assert plane[j // GROUP, e // 4, j % GROUP, e % 4] == want[j, e] + 128
+        assert (p.all_q[C:] == 0).all() and (p.all_q[:, E:] == 0).all()
+        assert (torch.stack([p.scale, p.residual, p.size])[:, C:] == 0).all()
+
+    @pytest.mark.parametrize("share, centred", [(0.0, False), (0.09, False), (0.11, True), (0.9, True)])
+    def test_centred_where_the_mean_takes_a_tenth(self, share, centred):
+        codes = normal(500, 24).double()
+        codes -= codes.mean(0)
+        mean = normal(24, seed=1).double()
+        mean *= (share / (1 - share) * codes.square().sum(1).mean()).sqrt() / mean.norm()
+        codes = (codes + mean).float()
+        broken = torch.cat([codes, torch.tensor([NAN, INF, 2.0**41, 2.0**-60])[:, None].expand(4, 24)])
+        for given in (codes, broken):  # codes without a bound have no say
+            packed_mean = pack_scan(given, None)[2]
+            want = mean.float() if centred else torch.zeros(24)
+            torch.testing.assert_close(packed_mean, want, rtol=1e-5, atol=1e-6)
+            assert centred or (packed_mean == 0).all()
+
+    def test_codes_without_a_bound(self):
+        cases = [  # of one entry and inv_norm; certified?
+            (1.0, 1.0, True), (0.0, 1.0, True), (0.0, 1e30, True), (1.0, 0.0, True), (1.0, -1.0, True),
+            (NAN, 1.0, False), (INF, 1.0, False), (-INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False),
+            (2.0**40, 1.0, True), (2.0**40 * 1.001, 1.0, False), (2.0**-40, 1.0, True), (2.0**-40 * 0.999, 1.0, False),
+            (1e-42, 1.0, False), (3e38, 1.0, False), (3e38, 1e-38, False), (2.0**20, 2.0**20, True),
+            (2.0**20, 2.0**20 * 1.001, False), (2.0**-20, 2.0**-20, True), (2.0**-20, 2.0**-20 * 0.999, False),
+        ]  # fmt: skip
+        codes = torch.zeros(len(cases), 3)
+        codes[:, 1] = torch.tensor([case[0] for case in cases])
+        inv_norm = torch.tensor([case[1] for case in cases])
+        p = Unpacked(torch.cat([codes, -codes]), inv_norm.repeat(2))  # and so no mean
+        assert p.certified.tolist() == 2 * [case[2] for case in cases]
+        assert (p.residual[: p.C][~p.certified] == INF).all() and p.largest["residual"][0] == INF
+        assert (p.q[~p.certified] == 0).all() and (p.scale[: p.C][~p.certified] == 0).all()
+        assert (p.size[: p.C][~p.certified] == 0).all()
+        # A zero code's distance from the mean counts as well.
+        far = Unpacked(torch.tensor([[2.0**20], [2.0**20], [0.0], [0.0]]), torch.tensor([1.0, 1, 1, 2.0**22]))
+        assert far.mean > 0 and far.certified.tolist() == [True, True, True, False]
+
+    @pytest.mark.parametrize("shift", [0, 3])
+    def test_does_not_depend_on_the_threads(self, shift):
+        codes, before = normal(9000, 40) + shift, torch.get_num_threads()
+        planes = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            planes.append(pack_scan(codes, None))
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for other in planes[1:] for a, b in zip(planes[0], other))
+        assert (planes[0][2] != 0).all() == (shift != 0)
+
+    def test_codes_are_not_written_to(self):
+        codes = normal(100, 10)
+        inv_norm = reference.inverse_norm(codes)
+        before = codes.clone(), inv_norm.clone()
+        pack_scan(codes, inv_norm)
+        assert torch.equal(codes, before[0]) and torch.equal(inv_norm, before[1])
+
+    def test_strided_codes(self):
+        codes = normal(100, 10)
+        for layout in ("rows", "columns", "transposed"):
+            planes = pack_scan(hurtful.strided(codes, layout), None), pack_scan(codes, None)
+            assert all(map(torch.equal, *planes))
+
+
+# -- the certificate -------------------------------------------------------------------------------------------
+
+
+def emulated(z, codes, inv_norm, bias, byte_range):
+    """approx and its bound by core/scan.h, in fp64 and without a line of the kernel: [T, C] each."""
+    p, z = Unpacked(codes, inv_norm), z.double()
+    E, epsilon = p.E, 1.01 * 2**-24 * (p.E // 16 + 40)
+    clip = z.abs().amax(1, keepdim=True)
+    for _ in range(7):
+        fits = (z.abs() > clip / 2).sum(1, keepdim=True) <= max(4, E // 64)
+        clip = torch.where(fits, clip / 2, clip)
+    unit = clip / byte_range
+    whole = (z / unit).round()
+    out = whole.abs() > byte_range
+    high = torch.where(out, (whole / (2 * byte_range)).round(), 0.0)
+    low = whole - 2 * byte_range * high
+    assert low.abs().max() <= byte_range and high.abs().max() <= 64
+    integer = (low + 2 * byte_range * high) @ p.q.T
+    approx = unit * p.scale[: p.C] * integer + (z @ p.mean)[:, None] * p.inv
+    zero = torch.zeros_like(z)
+    norm_in, l1_out = torch.where(out, zero, z).norm(dim=1)[:, None], torch.where(out, z.abs(), zero).sum(1)[:, None]
+    miss = (z - unit * whole).norm(dim=1)[:, None]
+    magnitude = p.largest["magnitude"].repeat_interleave(GROUP)[: p.C]
+    bound = norm_in * p.residual[: p.C] + miss * p.size[: p.C] + l1_out * p.scale[: p.C].abs() / 2
+    bound = bound + z.norm(dim=1)[:, None] * epsilon * magnitude
+    if bias is not None:
+        approx, bound = approx + bias.double(), bound + 2**-20 * bias.abs().max().double()
+    return approx, bound
+
+
+class TestCertificate:
+    @pytest.mark.parametrize("byte_range", [64, 127])
+    @pytest.mark.parametrize("norms", ["none", "cosine", "biased"])
+    @pytest.mark.parametrize("z_kind", ["gaussian", "outliers", "row outliers", "mean", "equal"])
+    @pytest.mark.parametrize("code_kind", ["gaussian", "outliers", "mean", "clusters20"])
+    def test_bound_holds_and_is_not_vacuous(self, z_kind, code_kind, norms, byte_range):
+        T, C, E = 24, 150, 200
+        z = hurtful.matrix(T, E, z_kind.replace("row outliers", "gaussian"), torch.float32, 1)
+        if z_kind == "row outliers":  # elsewhere in each row
+            z = z * torch.where(normal(T, E, seed=8) > 2.4, 300.0, 1.0)
+        codes = hurtful.matrix(C, E, code_kind, torch.float32, 2)
+        inv_norm = None if norms == "none" else reference.inverse_norm(codes)
+        bias = normal(C, seed=3) * 1e4 if norms == "biased" else None
+        score = reference.canonical_dot(z[:, None], codes[None])
+        score = score if inv_norm is None else score * inv_norm
+        score = score if bias is None else score + bias
+        approx, bound = emulated(z, codes, inv_norm, bias, byte_range)
+        error = (approx - score.double()).abs()
+        assert (error <= bound).all()
+        inv = torch.ones(C) if inv_norm is None else inv_norm
+        largest = z.norm(dim=1)[:, None].double() * (codes.norm(dim=1) * inv).double()
+        if code_kind != "outliers":
+            assert (bound <= 0.04 * largest + 2e-6 * 4e4 * 10).all()
+        if norms != "biased":  # whose rounding is allowed for, but hardly happens
+            assert error.max() > 0.02 * bound.max()
+
+
+# A selection between two rivals whose scores differ by next to nothing, where the scan is off by nearly all that its
+# bound allows, and in the wrong direction for each: a bound smaller by a tenth would lose the better one.
+
+
+def rivals(z, first, second, off, order, C=2048):
+    """Checks that the better of two codes comes out, each of whose scores the scan misses by `off`.
+
+    Bias makes rivals of them, and puts the others, which are zero, so little below that the scan soon knows well what
+    a code has to reach.
+    """
+    places = {"better first": (3, 1400), "better last": (1400, 3), "same group": (1400, 1401)}[order]
+    scores = reference.canonical_dot(z[None], torch.stack([first, second]))
+    codes, bias = torch.zeros(C, len(z)), (scores[0] - 0.1 * off).repeat(C)
+    codes[places[0]], codes[places[1]] = first, second
+    bias[places[0]], bias[places[1]] = 0.0, scores[0] - scores[1] - 0.01 * off
+    got = check(z[None], codes, bias=bias, k=1)
+    assert got[1].tolist() == [[places[0]]]
+
+
+@pytest.mark.parametrize("order", ["better first", "better last", "same group"])
+@pytest.mark.parametrize("byte_range", [64, 127])  # of a row's bytes: one of them is this machine's
+class TestNoSlackIsLeftOver:
+    E = 256
+
+    def signs(self, seed=0):
+        return normal(self.E, seed=seed).sign()
+
+    def test_residual_of_the_codes(self, order, byte_range):
+        # The row points where both codes were rounded from: <z, d - step q> is all of ||z|| ||d - step q||.
+        z, q = self.signs(), torch.randint(-100, 101, (2, self.E), generator=torch.Generator().manual_seed(1)).float()
+        q[:, 0] = 127 * z[0]
+        off = 0.49 * z
+        off[0] = 0
+        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order)
+
+    def test_rounding_of_the_row(self, order, byte_range):
+        # Codes of one magnitude are exact; the row is half a unit off, in their direction.
+        code = self.signs()
+        bytes_of_z = torch.randint(-byte_range + 1, byte_range, (self.E,), generator=torch.Generator().manual_seed(2))
+        z = bytes_of_z.float() + 0.49 * code
+        z[0] = byte_range
+        rivals(z, code, -code, 0.49 * self.E, order)
+
+    def test_outliers(self, order, byte_range):
+        # Few entries, 128 times the others, and there both codes are half a step off.
+        z = self.signs()
+        z[1:5] *= 128
+        q = torch.randint(-100, 101, (2, self.E), generator=torch.Generator().manual_seed(3)).float()
+        q[:, 0] = 127
+        q[0, 1:5], q[1, 1:5] = -100 * z[1:5].sign(), 100 * z[1:5].sign()  # the worst signs for a wrong sum of theirs
+        off = torch.zeros(self.E)
+        off[1:5] = 0.49 * z[1:5].sign()
+        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order)

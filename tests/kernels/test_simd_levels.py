@@ -1,0 +1,35 @@
+"""The tests of the operators' bits again, in a process of its own for each instruction set this machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cu_fast.kernels import native
+
+HERE = Path(__file__).parent
+FILES = [
+    "test_codebook_quantize.py", "test_sae_encode.py", "test_masked_decode.py", "test_codebook_bottleneck.py",
+    "test_scan.py",
+]  # fmt: skip
+TESTS = "cpu_equals_reference or TestNoSlackIsLeftOver or TestHurtfulInputs or batch"
+LEVELS = ["scalar", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_equals_the_reference(level):
+    best = LEVELS.index(native.simd_level())
+    if LEVELS.index(level) > best:
+        pytest.skip(f"this machine has no {level}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS]
+    done = subprocess.run(
+        [*command, *(str(HERE / name) for name in FILES)],
+        env=os.environ | {"CU_FAST_SIMD": level}, cwd=HERE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 150

@@ -1,0 +1,386 @@
+"""The Triton kernels under Triton's interpreter, against the reference: TRITON_INTERPRET=1 python tests/triton_interpreted.py
+
+Without TRITON_INTERPRET on a GPU. Prints a line of JSON for each case of CASES. In a process of its own: the interpreter
+cannot be left again, nor what a kernel did to a GPU's context.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from typing import NamedTuple
+
+import gpu_examples
+import hurtful
+import torch
+
+from cu_fast.kernels import reference
+
+on = functools.partial(gpu_examples.on, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Quantize(NamedTuple):
+    """A selection, and the path that it has to take: which of the rows the scan leaves to score_codes."""
+
+    T: int
+    E: int
+    C: int
+    k: int
+    dtype: torch.dtype = fp32
+    z: str = "gaussian"
+    codes: str = "gaussian"
+    share: float | None = None  # of the codes that are deleted
+    hits: bool = False
+    scan: bool = False
+    score: str = "cosine"  # or "dot", "bias", "l2", "signed", "huge bias"
+    layout: str = "plain"
+    left: str = "none"  # of the scan to score_codes: "none", "some", "all"
+    high: bool | None = None  # whether some row has high bytes
+    tuning: dict | None = None
+
+
+SELECTIONS = {
+    "one token": Quantize(1, 40, 300, 5),
+    "one token, one entry, one code": Quantize(1, 1, 1, 1),
+    "few tokens": Quantize(3, 33, 301, 20, bf16, share=0.5, hits=True),
+    "many tokens": Quantize(18, 40, 150, 5, fp16, "faulty", "tied", share=0.5, score="dot"),
+    "list of 256": Quantize(2, 24, 300, 100, share=0.3, hits=True, score="bias"),
+    "keys in memory": Quantize(3, 20, 330, 270, share=0.1, hits=True, tuning={"keys": 660}),
+    "every code": Quantize(5, 33, 40, 40, bf16, score="l2", share=0.5, hits=True),
+    "everything deleted": Quantize(5, 16, 70, 4, share=1.0, hits=True),
+    "no tokens": Quantize(0, 16, 70, 4, share=0.5, hits=True),
+    "equal scores": Quantize(5, 17, 200, 20, codes="equal"),
+    "zeros": Quantize(5, 17, 100, 20, z="zeros", score="dot"),
+    "zeros of both signs": Quantize(5, 17, 100, 20, z="zeros", score="signed"),
+    "huge": Quantize(5, 40, 100, 20, z="huge", codes="huge", score="huge bias"),
+    "infinite bias": Quantize(5, 40, 100, 20, bf16, score="huge bias"),
+    "denormal": Quantize(5, 40, 100, 20, z="denormal", codes="denormal", score="dot"),
+    "rows apart": Quantize(6, 33, 100, 7, fp16, layout="rows"),
+    "columns apart": Quantize(6, 33, 100, 7, layout="columns"),
+    "scan": Quantize(5, 70, 300, 5, scan=True),
+    "scan, two tiles of tokens": Quantize(66, 64, 150, 3, bf16, scan=True, score="dot"),
+    "scan, chunks": Quantize(19, 40, 400, 5, share=0.5, hits=True, scan=True, score="bias", tuning={"chunk": 8}),
+    "scan, sample": Quantize(4, 130, 1500, 3, fp16, scan=True, share=0.3, tuning={"sample_share": 4}),
+    "scan, outliers": Quantize(9, 200, 500, 5, z="outliers", scan=True, high=True, share=0.1, hits=True),
+    "scan, centred": Quantize(9, 130, 400, 5, codes="mean", scan=True, score="signed"),
+    "scan, outliers, centred": Quantize(6, 140, 400, 5, bf16, "outliers", "mean", scan=True, high=True, score="l2"),
+    "scan, most deleted": Quantize(7, 40, 500, 9, share=0.97, hits=True, scan=True),
+    "scan, everything deleted": Quantize(3, 40, 200, 2, share=1.0, hits=True, scan=True),
+    "scan, overflow": Quantize(6, 40, 300, 5, codes="equal", scan=True, left="all", tuning={"candidates": 32}),
+    "scan, some overflow": Quantize(
+        12, 40, 700, 5, codes="clusters20", share=0.5, hits=True, scan=True, left="some", tuning={"candidates": 64}
+    ),
+    "scan, rows without a bound": Quantize(
+        20, 40, 400, 5, bf16, "mixed", share=0.3, hits=True, scan=True, left="some", score="dot"
+    ),
+    "scan, faulty rows": Quantize(20, 40, 300, 5, z="faulty", scan=True, left="some"),
+    "scan, codes without a bound": Quantize(6, 40, 400, 5, codes="mixed", scan=True, score="signed"),
+    "scan, huge bias": Quantize(6, 40, 300, 5, scan=True, score="huge bias"),
+    "scan, ties": Quantize(
+        6, 33, 400, 12, codes="tied", z="tied", scan=True, high=False, share=0.3, hits=True, score="dot"
+    ),
+    "scan, zero codes": Quantize(6, 33, 200, 12, codes="zeros", scan=True, score="dot"),
+    "scan, equal": Quantize(4, 33, 300, 12, codes="equal", scan=True),
+    "scan, rows apart": Quantize(6, 65, 300, 5, layout="rows", scan=True),
+}
+
+
+class Watch:
+    """Starts kernels, and looks at what they leave."""
+
+    def __init__(self, module):
+        self.module, self.left, self.high, self.kernels = module, [], [], []
+        self.start, module.start = module.start, self
+
+    def __call__(self, kernel, programs, config, **arguments):
+        self.start(kernel, programs, config, **arguments)
+        name = kernel.__name__
+        self.kernels.append(name)
+        if name == "scan_codes" and not arguments["SAMPLE"]:
+            self.high.append(bool(arguments["has_high"][: arguments["T"]].any()))
+        if name == "narrow":
+            self.left += arguments["exact"][:programs].tolist()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.module.start = self.start
+
+
+def same(got, want) -> None:
+    for name, a, b in zip(("first", "second", "third"), got, want):
+        a, b = a.cpu(), b.cpu()
+        if not hurtful.equal(a, b):
+            raise AssertionError(f"the {name} result differs: {a.flatten()[:6]} is not {b.flatten()[:6]}")
+
+
+def selection(case: Quantize) -> None:
+    from cu_fast.kernels.triton import codebook_quantize, launch
+
+    z = hurtful.matrix(max(case.T, 1), case.E, case.z, case.dtype, 1)[: case.T]
+    codes = hurtful.matrix(case.C, case.E, case.codes, case.dtype, 2)
+    z, codes = hurtful.strided(z, case.layout), hurtful.strided(codes, case.layout)
+    noise = hurtful.matrix(1, case.C, "gaussian", fp32, 3)[0]
+    inv_norm = bias = None
+    if case.score in ("cosine", "bias"):
+        inv_norm = reference.inverse_norm(codes)
+    if case.score in ("bias", "huge bias"):
+        bias = noise
+    if case.score == "huge bias":
+        bias[::50] *= 2.0**41
+        bias[7] = torch.inf
+    if case.score == "l2":
+        bias = -0.5 * reference.canonical_dot(codes, codes)
+    if case.score == "signed":
+        inv_norm = noise
+    masks = (None, None) if case.share is None else hurtful.masks(case.T, case.C, case.share, 4)
+    plane = reference.pack_scan(codes, inv_norm) if case.scan else (None, None, None)
+    arguments = (z, codes, inv_norm, bias, case.k, *masks, case.hits)
+    launch.TUNING = launch.Tuning(scan_start=-1)._replace(**(case.tuning or {}))
+    with Watch(codebook_quantize) as watch:
+        got = codebook_quantize.codebook_quantize(*on((*arguments, *plane)))
+    same(got, reference.codebook_quantize(*arguments))
+    assert ("scan_codes" in watch.kernels) == case.scan, watch.kernels
+    if case.scan:
+        left = "none" if not any(watch.left) else "all" if all(watch.left) else "some"
+        assert left == case.left, f"{left} of the rows were left to score_codes: {watch.left}"
+        assert case.high is None or any(watch.high) == case.high, watch.high
+
+
+def wrong_mask_row(scan: bool) -> None:
+    """A row that the table lacks poisons its token, and no other."""
+    from cu_fast.kernels.triton import codebook_quantize, launch
+
+    launch.TUNING = launch.Tuning(scan_start=-1)
+    z, codes = hurtful.matrix(6, 40, "gaussian", fp32, 1), hurtful.matrix(300, 40, "gaussian", fp32, 2)
+    table, row = hurtful.masks(6, 300, 0.5, 4)
+    scores, ids, hits = reference.codebook_quantize(z, codes, None, None, 5, table, row, True)
+    row[2], row[4] = 3, -2
+    plane = reference.pack_scan(codes, None) if scan else (None, None, None)
+    got = codebook_quantize.codebook_quantize(*on((z, codes, None, None, 5, table, row, True, *plane)))
+    for t in (2, 4):
+        scores[t], ids[t], hits[t] = torch.nan, -1, 0
+    same(got, (scores, ids, hits))
+
+
+def no_masks_in_the_table() -> None:
+    from cu_fast.kernels.triton import codebook_quantize
+
+    z, codes = hurtful.matrix(3, 20, "gaussian", fp32, 1), hurtful.matrix(70, 20, "gaussian", fp32, 2)
+    masks = torch.zeros(0, 3, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    want = reference.codebook_quantize(z, codes, None, None, 5, None, None, True)
+    given = z, codes, None, None, 5, *masks, True, None, None, None
+    same(codebook_quantize.codebook_quantize(*on(given)), want)
+
+
+def needs_its_bound(term: str) -> None:
+    """Codes whose bytes promise more than they hold, and others that hold more: what is left out of the bound drops them."""
+    from cu_fast.kernels.triton import codebook_quantize, launch
+
+    launch.TUNING = launch.Tuning(scan_start=-1)
+    C, E, k = 256, 64, 5
+    sign = torch.arange(E) % 2 * 2.0 - 1
+    better = torch.arange(C)[:, None] % 3 == 0
+    z = sign * 100  # bytes as they are: the largest entry is 127
+    codes = sign.expand(C, E) * 50
+    if term == "residual":
+        codes = codes + torch.where(better, 0.45, -0.45) * sign
+        codes[~better[:, 0], 6] += sign[6]
+    if term == "miss":
+        z = torch.where(sign > 0, 100.45, 100.55)  # to 100 and 101
+        codes = torch.where(better, 100.0 * (sign > 0), 103.0 * (sign < 0))
+    if term == "outliers":
+        z = sign.clone()
+        z[2] = 1e4
+        codes = torch.where(better, codes, 90 * sign)
+        codes[:, 2] = torch.where(better[:, 0], 50.4, 49.6)
+    z[0], codes[:, 0] = 127 if term != "outliers" else 0, 127
+    codes = torch.cat([codes, -codes])  # no mean
+    arguments = (z[None].contiguous(), codes, None, None, k, None, None, False)
+    want = reference.codebook_quantize(*arguments)
+    plane = reference.pack_scan(codes, None)
+    assert not plane[2].any()
+    same(codebook_quantize.codebook_quantize(*on((*arguments, *plane))), want)
+
+
+def encode(T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, layout: str) -> None:
+    from cu_fast.kernels.triton import sae_encode
+
+    x, W_enc = hurtful.matrix(T, D, kind, dtype, 1), hurtful.matrix(E, D, "gaussian", dtype, 2)
+    x, W_enc = hurtful.strided(x, layout), hurtful.strided(W_enc, layout)
+    b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (E, D))
+    arguments = x, W_enc, b_enc, b_pre, relu
+    same([sae_encode.sae_encode(*on(arguments))], [reference.sae_encode(*arguments)])
+
+
+def encode_topk(T: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, scan: bool) -> None:
+    from cu_fast.kernels.triton import codebook_quantize, launch, sae_encode
+
+    launch.TUNING = launch.Tuning(scan_start=-1)
+    x, W_enc = hurtful.matrix(T, 50, kind, dtype, 1), hurtful.matrix(200, 50, "gaussian", dtype, 2)
+    b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (200, 50))
+    b_enc = None if b_enc is None else b_enc - 20
+    arguments = (x, W_enc, b_enc, b_pre, 9, *hurtful.masks(T, 200, 0.3, 4), relu)
+    plane = reference.pack_scan(W_enc, None) if scan else (None, None, None)
+    with Watch(codebook_quantize) as watch:
+        got = sae_encode.sae_encode_topk(*on((*arguments, *plane)))
+    same(got, reference.sae_encode_topk(*arguments))
+    assert ("scan_codes" in watch.kernels) == scan
+
+
+class Decode(NamedTuple):
+    T: int
+    k: int
+    D: int
+    dtype: torch.dtype = fp32
+    table: str = "gaussian"
+    weights: torch.dtype | None = fp32
+    rest: torch.dtype | None = fp32  # of bias and residual
+    share: float | None = None
+    mean: bool = False
+    faults: bool = False
+    layout: str = "plain"
+
+
+DECODES = {
+    "one token": Decode(1, 8, 70),
+    "wide": Decode(2, 3, 1030, bf16, mean=True),
+    "fp16": Decode(6, 9, 40, fp16, rest=bf16, share=0.5),
+    "bf16": Decode(6, 20, 40, bf16, weights=bf16, rest=fp16, share=0.5, mean=True),
+    "nothing but the table": Decode(4, 5, 33, weights=None, rest=None, mean=True),
+    "everything deleted": Decode(4, 5, 33, bf16, share=1.0),
+    "faults": Decode(12, 6, 20, share=0.3, faults=True),
+    "faulty table": Decode(6, 9, 40, table="faulty", share=0.5),
+    "huge": Decode(6, 9, 40, fp16, table="huge"),
+    "denormal": Decode(6, 9, 40, bf16, table="denormal", weights=None, rest=None, mean=True),
+    "rows apart": Decode(5, 4, 40, layout="rows"),
+    "columns apart": Decode(5, 4, 40, bf16, layout="columns"),
+    "no tokens": Decode(0, 4, 40),
+}
+
+
+def decode(case: Decode) -> None:
+    from cu_fast.kernels.triton import masked_decode
+
+    g, C = torch.Generator().manual_seed(1), 90
+    ids = torch.randint(-1, C, (case.T, case.k), generator=g, dtype=torch.int32)
+    weights = None if case.weights is None else torch.randn(case.T, case.k, generator=g).to(case.weights)
+    table = hurtful.strided(hurtful.matrix(C, case.D, case.table, case.dtype, 2), case.layout)
+    bias = residual = None
+    if case.rest is not None:
+        bias = hurtful.matrix(1, case.D, "gaussian", case.rest, 3)[0]
+        residual = hurtful.strided(
+            hurtful.matrix(max(case.T, 1), case.D, "gaussian", case.rest, 4)[: case.T], case.layout
+        )
+    table_of_masks, row = (None, None) if case.share is None else hurtful.masks(case.T, C, case.share, 5)
+    want = reference.masked_decode(ids, weights, table, bias, residual, table_of_masks, row, case.mean)
+    if case.faults:
+        ids[1, 2], weights[1, 2] = -1, torch.nan
+        ids[2, 5], ids[3, 0], row[4], row[5] = C, -2, 3, -2
+        ids[6, 1], weights[6, 1] = -1, torch.inf  # adds nothing
+        rest = table, bias, residual, table_of_masks, torch.where(row.clamp(-1, 2) == row, row, -1), case.mean
+        want = reference.masked_decode(ids.clamp(-1, C - 1), weights, *rest)
+        want[2:6] = torch.nan
+    got = masked_decode.masked_decode(*on((ids, weights, table, bias, residual, table_of_masks, row, case.mean)))
+    same([got], [want])
+
+
+def ties_of_bf16() -> None:
+    """Halfway between two numbers of bf16, and what rounds to Inf."""
+    from cu_fast.kernels.triton import masked_decode
+
+    bits = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00008000, 0x7F7F8000, 0x00000001]
+    )
+    residual = torch.cat([bits.int().view(fp32), -bits.int().view(fp32)])[None]
+    ids, table = torch.full((1, 1), -1, dtype=torch.int32), torch.zeros(1, 16, dtype=bf16)
+    got = masked_decode.masked_decode(*on((ids, None, table, None, residual, None, None, False)))
+    assert torch.equal(got.cpu().view(torch.int16), residual.bfloat16().view(torch.int16)), got
+
+
+def does_not_depend_on_the_tiles() -> None:
+    """Every tile that ships for some architecture gives the same bits."""
+    from cu_fast.kernels.triton import codebook_quantize, launch
+
+    launch.TUNING = launch.Tuning(scan_start=-1)
+    z, codes = hurtful.matrix(20, 64, "outliers", bf16, 1), hurtful.matrix(300, 64, "gaussian", bf16, 2)
+    plane, arch_of = reference.pack_scan(codes, None), launch.arch_of
+    want = reference.codebook_quantize(z, codes, None, None, 5, None, None, False)
+    try:
+        for arch in ("sm_100", "gfx942"):
+            launch.arch_of = lambda device, arch=arch: arch
+            for given in (plane, (None, None, None)):
+                arguments = z, codes, None, None, 5, None, None, False, *given
+                same(codebook_quantize.codebook_quantize(*on(arguments)), want)
+    finally:
+        launch.arch_of = arch_of
+
+
+def through_ops(mask_mode: str, encode: bool) -> None:
+    """impl="triton" of the operators and of the bottleneck, with its receipt."""
+    from cu_fast import ops
+
+    T, D, E, C, k = 6, 20, 16, 70, 5
+    x, codes = hurtful.matrix(T, D if encode else E, "mixed", fp32, 1), hurtful.matrix(C, E, "tied", fp32, 2)
+    encoder = (hurtful.matrix(E, D, "gaussian", fp32, 3), None, None) if encode else None
+    table, masks = hurtful.matrix(C, D, "gaussian", bf16, 4), hurtful.masks(T, C, 0.4, 5)
+    for given in (masks, (None, None)):
+        arguments, results = (x, encoder, codes, table, given, torch.zeros(2, dtype=torch.int64)), []
+        for impl, tensors in (("triton", on(arguments)), ("reference", arguments)):
+            x, encoder, codes, table, mask, receipt = tensors
+            options = dict(k=k, mask_mode=mask_mode, weight="score", receipt=receipt, impl=impl)
+            y = ops.codebook_bottleneck(x, encoder, ops.pack_codes(codes), table, None, *mask, **options)
+            results.append((y, receipt))
+        same(*results)
+
+
+CASES = {
+    **{f"codebook_quantize: {name}": (selection, case) for name, case in SELECTIONS.items()},
+    "codebook_quantize: wrong mask row": (wrong_mask_row, False),
+    "codebook_quantize: scan, wrong mask row": (wrong_mask_row, True),
+    "codebook_quantize: no masks in the table": (no_masks_in_the_table,),
+    **{
+        f"codebook_quantize: scan, {term} (bound)": (needs_its_bound, term) for term in ("residual", "miss", "outliers")
+    },
+    "codebook_quantize: tiles": (does_not_depend_on_the_tiles,),
+    "sae_encode: one token": (encode, 1, 70, 100, fp32, "gaussian", True, True, "plain"),
+    "sae_encode: few tokens": (encode, 3, 33, 65, bf16, "faulty", True, True, "plain"),
+    "sae_encode: many tokens": (encode, 17, 40, 100, fp16, "mixed", True, False, "rows"),
+    "sae_encode: no biases": (encode, 17, 40, 30, fp32, "faulty", False, True, "columns"),
+    "sae_encode_topk: one token": (encode_topk, 1, fp32, "gaussian", True, True, False),
+    "sae_encode_topk: many tokens": (encode_topk, 17, bf16, "faulty", True, False, False),
+    "sae_encode_topk: scan": (encode_topk, 9, bf16, "outliers", True, True, True),
+    "sae_encode_topk: scan, no biases": (encode_topk, 9, fp16, "faulty", False, True, True),
+    **{f"masked_decode: {name}": (decode, case) for name, case in DECODES.items()},
+    "masked_decode: ties of bf16": (ties_of_bf16,),
+    "codebook_bottleneck: ablate": (through_ops, "ablate", True),
+    "codebook_bottleneck: reselect": (through_ops, "reselect", False),
+}
+
+
+def report(cases: dict[str, tuple]) -> None:
+    """Runs the cases that the command line names, or all."""
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of the NaN and Inf that are meant
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or cases:
+        run, *arguments = cases[name]
+        begin = time.process_time()
+        try:
+            run(*arguments)
+            failure = None
+        except Exception:
+            failure = traceback.format_exc()
+        print(
+            json.dumps({"case": name, "failure": failure, "seconds": round(time.process_time() - begin, 2)}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    report(CASES)
