@@ -196,7 +196,7 @@ def test_a_wrong_shape_is_an_error(wrong):
 def test_where_triton_finds_gradients(monkeypatch, impl, device, dtype, reason, triton):
     monkeypatch.setattr(autograd, "resolve", lambda impl, device: {"auto": device.type}.get(impl, impl))
     monkeypatch.setattr(autograd, "failure", lambda impl, device: reason)
-    monkeypatch.setattr(autograd.triton, "kernels", lambda op: op)
+    monkeypatch.setattr(autograd.triton, "launcher", lambda op: op)
     factors = [SimpleNamespace(device=torch.device(device), dtype=dtype) for dtype in (torch.float32, dtype)]
     assert autograd._kernels("gather_dot", impl, *factors) == ("gather_dot" if triton else None)
 
