@@ -349,7 +349,7 @@ class Active:
         filled = self.topics.unstamped if stamp is None else int(stamp)
         if filled != present and int(length) > 0:
             raise StaleCacheError(
-                f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with an "
+                f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with a "
                 f"new one, or continue inside the context that it comes from"
             )
         return torch.tensor(present)
