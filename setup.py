@@ -46,7 +46,12 @@ BASELINE = [
     "csrc/cpu/codebook_bottleneck.cpp",
     "csrc/cpu/peak.cpp",
     "csrc/cpu/peak_scalar.cpp",
-    "csrc/cuda/built.cpp",
+    "csrc/host/codebook_quantize.cpp",
+    "csrc/host/sae_encode.cpp",
+    "csrc/host/masked_decode.cpp",
+    "csrc/host/codebook_bottleneck.cpp",
+    "csrc/host/selection_plan.cpp",
+    "csrc/host/built.cpp",
 ]
 AVX2 = [
     "csrc/cpu/codebook_quantize_avx2.cpp",
@@ -60,7 +65,7 @@ AVX512 = [
     "csrc/cpu/masked_decode_avx512.cpp",
     "csrc/cpu/peak_avx512.cpp",
 ]
-# Only with CUDA: kernels and what starts them, compiled by nvcc without torch; and C++ that calls those.
+# Only with CUDA: kernels and what starts them, compiled by nvcc without torch.
 CUDA_KERNELS = [
     "csrc/cuda/scan_codes.cu",  # takes longest
     "csrc/cuda/scan_codes_sm90.cu",
@@ -70,12 +75,6 @@ CUDA_KERNELS = [
     "csrc/cuda/sae_encode.cu",
     "csrc/cuda/masked_decode.cu",
     "csrc/cuda/codebook_bottleneck.cu",
-]
-CUDA_HOST = [
-    "csrc/cuda/codebook_quantize.cpp",
-    "csrc/cuda/sae_encode.cpp",
-    "csrc/cuda/masked_decode.cpp",
-    "csrc/cuda/codebook_bottleneck.cpp",
 ]
 
 # "80" is machine code for compute capability 8.0, "PTX 90" is PTX of 9.0, "90+PTX" is both. Machine code runs on the
@@ -229,7 +228,7 @@ class BuildNative(build_ext):
                 raise SystemExit(f"error: CU_FAST_CUDA is 1, but {error}") from error
             self.warn(f"the CUDA kernels are left out: {error}")
             cuda = None
-        # The library itself says what it was built for (csrc/cuda/built.cpp).
+        # The library itself says what it was built for (csrc/host/built.cpp).
         marker = f"cu_fast CUDA build: {cuda.built if cuda else ''}\0".encode()
         current = not newer_group(extension.sources + extension.depends, str(library))
         if current and not self.force and marker in library.read_bytes():
@@ -271,7 +270,7 @@ class BuildNative(build_ext):
             return compiled
 
         # nvcc takes longest, so it starts first.
-        chosen = (CUDA_KERNELS + CUDA_HOST if cuda else []) + sources()
+        chosen = (CUDA_KERNELS if cuda else []) + sources()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(compile_one, chosen))
         self.compiler.link_shared_object(
@@ -284,7 +283,7 @@ setup(
     ext_modules=[
         Extension(
             "cu_fast._C",
-            sources() + CUDA_KERNELS + CUDA_HOST,
+            sources() + CUDA_KERNELS,
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
             language="c++",
             py_limited_api=True,

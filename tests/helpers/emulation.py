@@ -71,7 +71,8 @@ def _build_file(sanitize: str) -> str:
         "csrc/emulation/selftest.cpp": "_selftest",
         "csrc/emulation/selftest_hopper.cpp": "_selftest_hopper",
     }
-    cuda = sorted(str(path.relative_to(ROOT)) for kind in ("cpp", "cu") for path in ROOT.glob(f"csrc/cuda/*.{kind}"))
+    kernels = [*ROOT.glob("csrc/host/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+    cuda = sorted(str(path.relative_to(ROOT)) for path in kernels)
     python = f"-isystem {sysconfig.get_path('include')} -isystem {_package('pybind11') / 'include'}"
     lines = [
         f"builddir = {folder}",
