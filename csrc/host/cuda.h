@@ -15,7 +15,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #ifndef CU_FAST_EMULATED
-// A torch without CUDA lacks it; nobody calls it there.
+// A torch without CUDA lacks it, and does not call it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
