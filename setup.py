@@ -113,7 +113,7 @@ def find_cuda() -> Cuda | None:
     if cuda_setting() == "0":
         return None
     home = os.environ.get("CUDA_HOME")
-    nvcc = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+    nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     if nvcc is None:
         raise CompileError("there is no nvcc, neither in $CUDA_HOME/bin nor on PATH; install the CUDA toolkit")
     return Cuda(nvcc)
@@ -150,11 +150,6 @@ class BuildNative(build_ext):
                 raise SystemExit(f"error: CU_FAST_CUDA is 1, but {error}") from error
             self.warn(f"the CUDA kernels are left out: {error}")
             cuda = None
-        # The library itself says what it was built for (csrc/host/built.cpp).
-        marker = f"cu_fast CUDA build: {cuda.built if cuda else ''}\0".encode()
-        current = not newer_group(extension.sources + extension.depends, str(library))
-        if current and not self.force and marker in library.read_bytes():
-            return
         try:
             self.build_with_or_without(cuda, extension, library)
         except Exception as error:
@@ -184,7 +179,19 @@ class BuildNative(build_ext):
         includes = ["csrc", str(torch / "include")]
         flags = CXX_FLAGS + (cuda.cxx_flags if cuda else [])
         write_compile_commands(includes, flags)
+        # Kept until a source or what it is compiled with changes: an editable install and a wheel compile once.
+        how = [
+            flags, (torch / "version.py").read_text(), cuda and [cuda.nvcc, cuda.version, cuda.archs], self.compiler.compiler_so,
+            self.compiler.linker_so, *map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS")),
+        ]  # fmt: skip
+        made = ROOT / "build" / f"_C-{hashlib.sha256(repr(how).encode()).hexdigest()[:12]}.so"
+        if self.force or newer_group(extension.sources + extension.depends, str(made)):
+            self.compile_and_link(cuda, torch, includes, flags, made)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # not written into: a process may have mapped it
+        shutil.copy(made, library)
 
+    def compile_and_link(self, cuda, torch, includes, flags, made):
         def compile_one(source):
             if source.endswith(".cu"):
                 return cuda.compile(source)
@@ -195,10 +202,12 @@ class BuildNative(build_ext):
         chosen = (sources.CUDA if cuda else []) + sources.CPU + sources.HOST
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(compile_one, chosen))
+        unfinished = made.with_suffix(f".{os.getpid()}.so")
         self.compiler.link_shared_object(
-            objects, str(library), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
+            objects, str(unfinished), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
             extra_postargs=cuda.link_flags if cuda else [], target_lang="c++",
         )  # fmt: skip
+        unfinished.replace(made)
 
 
 setup(
