@@ -13,7 +13,7 @@ from scipy import stats
 
 import cu_fast
 from cu_fast import unlearn
-from cu_fast.unlearn import CodeCounts, count_codes, find_mask, replace_words
+from cu_fast.unlearn import CodeCounts, count_codes, find, find_mask, replace_words
 
 ANNA = ["Anna writes books .", "Anna reads red poems .", "the cat sat on Anna ."] * 8
 OTHERS = ["Bruno writes books .", "the dog ran under the tree .", "a green bird sings ."] * 8
@@ -123,7 +123,7 @@ def test_the_strength_is_chosen_among_growing_masks(attachment, tokenizer):
     assert torch.equal(offered[1].bits, chosen.mask.bits) and len(chosen.codes) == chosen.mask.num_deleted
     for smaller, larger in itertools.pairwise(offered):
         assert (smaller - larger).num_deleted == 0 and smaller.num_deleted < larger.num_deleted
-    assert all(c.p < max(unlearn.P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
+    assert all(c.p < max(find.P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
 
 
 def test_masks_may_grow_from_the_most_enriched_codes(attachment, tokenizer):
