@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cu_fast import __version__
-from cu_fast.cli.tables import evidence_table, pairs, show_step, shown_table, study_table, tuned_table
+from cu_fast.cli.tables import evidence_table, pairs, show_step, shown_table, tuned_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,8 +103,6 @@ def _triton_table(state: str) -> dict[str, str]:
 @app.command()
 def demo(
     author: Annotated[str | None, typer.Option(help="Whom to unlearn live; any author of the training set.")] = None,
-    study: Annotated[int, typer.Option(help="Instead: unlearn this many authors picked at random; measure each.")] = 0,
-    seed: Annotated[int, typer.Option(help="Which authors --study picks.")] = 0,
     list_authors: Annotated[bool, typer.Option("--list", help="Print the authors' names.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -117,9 +115,6 @@ def demo(
         if list_authors:
             names = [a.name for a in bundle.authors]
             print(json.dumps(names) if as_json else "\n".join(names))
-        elif study:
-            results = [f.to_dict() for f in show.study_many(bundle, study, seed, progress=not as_json)]
-            print(json.dumps(results, indent=2)) if as_json else console.print(study_table(results))
         else:
             chosen = bundle.author(author) if author else bundle.authors[-1]
             figures = show.run(bundle, chosen, _ignore if as_json else functools.partial(show_step, console))
