@@ -59,7 +59,7 @@ def test_imports_go_down_the_rooms():
 
 def test_few_rooms_know_transformers():
     knows = {room_of(path) for path in FILES if "transformers" in imported(path)}
-    assert knows == {"hf", "train", "cli", "bench"}
+    assert knows == {"hf", "train", "cli"}
 
 
 def test_torch_headers_stop_at_the_host_files():

@@ -31,7 +31,7 @@ from cu_fast import bench, ops
 from cu_fast.bench import machine
 from cu_fast.bench.cells import make_inputs
 from cu_fast.bench.clock_gpu import GraphClock
-from cu_fast.bench.providers import Job
+from cu_fast.bench.job import Job
 from cu_fast.bench.tune_grid import CROSSING, SCENES, Scene, candidates, proofs
 from cu_fast.kernels import triton
 from cu_fast.kernels.triton import launch, tiles

@@ -313,7 +313,7 @@ def verify(
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="Operators, bottleneck, models: a,b; or all.")] = "codebook_quantize",
+    op: Annotated[str, typer.Argument(help="Operators, bottleneck: a,b; or all.")] = "codebook_quantize",
     tokens: Annotated[str | None, typer.Option(help="T: 1,64. Each axis: default all.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="E,C,k: 512,25000,8; may be repeated.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32,bf16.")] = None,
@@ -330,7 +330,7 @@ def bench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure against PyTorch and other libraries, in turns, and check the answers."""
+    """Measure against PyTorch, in turns, and check the answers."""
     with errors_are_messages():
         from cu_fast import bench as benchmark
 
