@@ -345,7 +345,6 @@ def bench(
 def tune(
     output: Annotated[Path | None, typer.Option(help="The table's file; default: where this package looks.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds; what was not reached by then is said.")] = 120,
-    kernels: Annotated[str | None, typer.Option(help="a,b; default all. A wrong one lists them.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Measure nothing; print the table in force.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -353,8 +352,7 @@ def tune(
     with errors_are_messages():
         from cu_fast.bench import tune as tuning
 
-        names = kernels.split(",") if kernels else None
-        found = tuning.show() if show else tuning.run(output, budget, names, progress=not as_json)
+        found = tuning.show() if show else tuning.run(output, budget, progress=not as_json)
         if as_json:
             print(json.dumps(found, indent=2))
         else:
