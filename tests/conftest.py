@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Scripts that tests start in processes of their own find what the tests find.
@@ -10,12 +12,32 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("helper
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CU_FAST_TRITON_TABLE"] = "shipped"  # not what was once measured on this machine
 
+import background
 import pytest
 import tiny_training
 import torch
 
 import cu_fast
 from cu_fast.hf.checkpoint import save_model
+
+OUTPUTS = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "background(task): a helpers/background.py Task that the test waits for")
+    if background.FOLDER not in os.environ:
+        os.environ[background.FOLDER] = config.stash[OUTPUTS] = tempfile.mkdtemp(prefix="cu_fast-tests-")
+
+
+def pytest_unconfigure(config):
+    if OUTPUTS in config.stash:
+        shutil.rmtree(config.stash[OUTPUTS], ignore_errors=True)
+        del os.environ[background.FOLDER]
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+        background.start(dict.fromkeys(m.args[0] for item in session.items for m in item.iter_markers("background")))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 //   partial[l] = 0 + z[l] c[l] + z[l+16] c[l+16] + ...   l = 0..15; product rounded, then sum: never fused
 //   dot        = the 16 partials added as a tree: l with l+8, then l+4, l+2, l+1
 //
-// A length that is no multiple of 16 is padded with zeros. Compile with -ffp-contract=off.
+// A length that is no multiple of 16 is padded with zeros. -ffp-contract=off keeps the compiler from fusing.
 
 #pragma once
 
@@ -19,7 +19,7 @@ CU_FAST_BOTH inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Adds the partials; uses them up.
+// Adds the partials as the tree above, and overwrites them.
 inline float tree_sum(float (&partial)[kLanes]) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) partial[l] += partial[l + half];

@@ -16,9 +16,10 @@
 
 namespace cu_fast {
 
-// Below every key of a code: an empty place in a list.
+// An empty place in a list: below the key of every code.
 inline constexpr uint64_t kEmpty = 0;
-// Above every key of a code, and its score is NaN: the row holds NaN or Inf, and nothing can enter its list.
+// Marks the list of a row that holds NaN or Inf. Above the key of every code, so no code can enter the list;
+// its score is NaN.
 inline constexpr uint64_t kPoison = ~uint64_t{0};
 
 CU_FAST_BOTH inline uint64_t key_of(float score, int32_t id) {
@@ -36,8 +37,8 @@ CU_FAST_BOTH inline int32_t id_of(uint64_t key) {
   return static_cast<int32_t>(~static_cast<uint32_t>(key));
 }
 
-// The best codes seen so far: a heap of fixed size with the worst on top, O(log capacity) a code. It starts
-// full of kEmpty, which every code beats.
+// The best codes seen so far: a heap of fixed size with the worst key on top, O(log capacity) per code. It
+// starts full of kEmpty, which every code beats.
 struct KeyHeap {
   uint64_t* keys;
   int64_t capacity;
@@ -54,7 +55,8 @@ struct KeyHeap {
     std::push_heap(keys, keys + capacity, std::greater<>());
   }
 
-  // No score below this can enter: every finite one may while a place is empty, none if the row is poisoned.
+  // Scores below this cannot enter the heap. Lowest float while the heap is not full. NaN for a row that
+  // holds NaN or Inf, so that no comparison holds.
   float threshold() const {
     return keys[0] == kEmpty ? std::numeric_limits<float>::lowest() : score_of(keys[0]);
   }

@@ -1,6 +1,8 @@
-// What a kernel is given: plain structs, a shape on every pointer. No torch: the host files translate.
+// Parameters of the kernels: plain structs, with the shape beside every pointer. No torch: host files fill
+// them.
 //
-// Letters: T tokens, D model width, E code width, C codes, k codes kept a token, U masks, W = ceil(C / 32).
+// Letters: T tokens, D model width, E code width, C codes, k codes kept per token, U masks in the table,
+// W = ceil(C / 32) words per mask.
 
 #pragma once
 
@@ -14,8 +16,8 @@ namespace cu_fast {
 
 enum class Dtype { f32, bf16, f16 };
 
-// Rows of any stride (zero too: an expanded tensor), each row contiguous. Element (i, j) is i * stride + j
-// elements after data; 64-bit, because C * E passes 2^31.
+// A matrix with contiguous rows. Element (i, j) is i * stride + j elements after data. The stride may be zero
+// (an expanded tensor). It is 64-bit, because C * E exceeds 2^31.
 struct Matrix {
   const void* data;
   int64_t stride;
@@ -27,21 +29,21 @@ struct Matrix {
   }
 };
 
-// The scores of T rows against C codes, before their epilogue: canonical dot products of z - pre and a code.
+// Dot products of T rows and C codes, before any epilogue: canonical(z_t - pre, codes_j).
 struct ScoreParams {
   Matrix z;          // [T, E]
   Matrix codes;      // [C, E]
-  const float* pre;  // [E], subtracted from every row of z and rounded to fp32; null: nothing is
+  const float* pre;  // [E], subtracted from every row of z, rounded to fp32; null: zero
   int64_t T, C, E;
 };
 
-// Tokens [t_begin, t_end), or those that a list has at these places, against codes [c_begin, c_end): what one
-// thread works on at a time.
+// What one thread works on at a time: tokens [t_begin, t_end), or those that entries [t_begin, t_end) of a
+// list name, against codes [c_begin, c_end).
 struct Block {
   int64_t t_begin, t_end;
   int64_t c_begin, c_end;
-  int64_t part;                   // which part of the codes
-  const int64_t* list = nullptr;  // null: the tokens themselves
+  int64_t part;                   // index of [c_begin, c_end) among the parts of the codes
+  const int64_t* list = nullptr;  // null: tokens [t_begin, t_end)
 
   int64_t tokens() const { return t_end - t_begin; }
   int64_t token(int64_t i) const { return list == nullptr ? t_begin + i : list[t_begin + i]; }
@@ -49,26 +51,26 @@ struct Block {
 
 struct SelectParams {
   ScoreParams score;
-  const float* inv_norm;  // [C], multiplies the dot product; null: nothing does
-  const float* bias;      // [C], added after that; null: nothing is
-  ScanPlane scan;         // of codes and inv_norm; plane null: every code is scored canonically
-  float largest_bias;     // of the bias's magnitudes; 0 without one
-  Mask mask;              // [T] rows, C bits: deleted codes cannot be selected
+  const float* inv_norm;  // [C], factor of the dot product; null: 1
+  const float* bias;      // [C], added after inv_norm; null: zero
+  ScanPlane scan;         // packed from codes and inv_norm; plane null: every code is scored canonically
+  float largest_bias;     // max |bias_j|; 0 without a bias
+  Mask mask;              // [T] rows, C bits: a deleted code cannot be selected
   int64_t k;
-  // Heaps of keys (core/order.h), filled by the scan, read by select_finish. A part keeps `capacity` codes,
-  // the smaller of k and the part's codes.
+  // Lists of keys (core/order.h), one per token and part of the codes, of `capacity` keys each. On a CPU:
+  // heaps, [T, parts, capacity]. On a GPU: sorted, [T, capacity, parts] (cuda/select.h).
   int64_t parts, capacity;
-  uint64_t* kept;     // [T, parts, capacity], codes that may be selected
-  uint64_t* deleted;  // [T, parts, capacity], the best deleted codes; null: nobody asks for hits
+  uint64_t* kept;     // the best codes that are not deleted
+  uint64_t* deleted;  // the best deleted codes; null: hits are not counted
   // Results, best code first.
-  bool relu;      // scores below zero come out as zero; the order is that of the raw scores
-  float* scores;  // [T, k], 0 beyond the survivors, NaN for a row with NaN or Inf
-  int32_t* ids;   // [T, k], -1 there
-  int32_t* hits;  // [T], deleted codes that would have been selected without the mask; null: not wanted
+  bool relu;      // scores below zero are written as zero; selection uses the raw scores
+  float* scores;  // [T, k]; 0 where fewer than k codes are left, NaN for a row with NaN or Inf
+  int32_t* ids;   // [T, k]; -1 in those places
+  int32_t* hits;  // [T], deleted codes that would be selected without the mask; null: not counted
 };
 
 struct EncodeParams {
-  ScoreParams score;  // z is x [T, D], codes is W_enc [E, D]: C is the operator's E, and E its D
+  ScoreParams score;  // z is x [T, D], codes is W_enc [E, D]: C here is the operator's E, and E its D
   const float* bias;  // [C], b_enc; null: none
   bool relu;
   float* out;  // [T, C]

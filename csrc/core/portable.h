@@ -1,4 +1,4 @@
-// For functions that kernels on a GPU call too.
+// CU_FAST_BOTH marks functions that both host code and CUDA kernels call.
 
 #pragma once
 

@@ -1,24 +1,25 @@
-// The scan plane: codes in int8, read instead of the codes, with what bounds the error of doing so.
+// The scan plane: the codes in int8, and the terms that bound the error of scoring with them.
 //
 //   codes_j = mean + d_j           d_j ~ step_j q_j,   q_j in [-127, 127]
-//   z       ~ unit (p + base h)    p, h in [-range, range]; h only where z has outliers
+//   z       ~ unit (p + base h)    p, h in [-range, range], base = 2 range; h is zero except in outliers
 //
 //   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, exact
 //
-//   |approx - score| <= norm_in residual_j + miss size_j + l1_out scale_j / 2 + norm epsilon magnitude_g
-//                       + rounding of the bias
+//   |approx - score| <= norm_in residual_j + miss size_j + l1_out |scale_j| / 2
+//                       + norm epsilon magnitude_g + rounding of the bias
 //
-//   scale_j     step_j |inv_norm_j|          (inv_norm is 1 where there is none)
-//   residual_j  ||d_j - step_j q_j|| |inv_norm_j|
-//   size_j      ||step_j q_j|| |inv_norm_j|
-//   magnitude_g the group's largest (||codes_j|| + ||mean|| + 2 size_j) |inv_norm_j|: what roundings are
-//               relative to
-//   norm_in, l1_out   ||z|| over the dimensions without outliers, and sum |z| over those with:
-//               |<z, d - step q>| is at most Cauchy-Schwarz on the former, and half a step for each unit of
-//               the latter, since q is rounded to nearest
-//   miss        ||z - unit (p + base h)||
+//   scale_j      step_j inv_norm_j            (inv_norm is 1 where there is none)
+//   residual_j   ||d_j - step_j q_j|| |inv_norm_j|
+//   size_j       ||step_j q_j|| |inv_norm_j|
+//   magnitude_g  the group's largest (||codes_j|| + ||mean|| + 2 size_j) |inv_norm_j|: rounding errors are
+//                relative to it
+//   miss         ||z - unit (p + base h)||
+//   norm_in      ||z|| over the entries that are not outliers
+//   l1_out       sum of |z| over the outliers
 //
-// A code whose error has no finite bound has residual = infinity: it is always a candidate.
+// <z, d_j - step_j q_j> is bounded by Cauchy-Schwarz over the entries that are not outliers, and by half a
+// step per unit of |z| over the outliers, because q is rounded to nearest. A code whose error has no finite
+// bound has residual = infinity: it is always a candidate.
 //
 //   what    shape                             layout
 //   plane   [G, ceil(E/4), 64, 4] uint8       q + 128: a group of 64 codes is one stream of memory
@@ -38,7 +39,7 @@
 namespace cu_fast {
 
 inline constexpr int kScanGroup = 64;
-inline constexpr int kOffset = 128;  // what makes q unsigned, as the byte product wants one side
+inline constexpr int kOffset = 128;  // q + 128 is unsigned: vpdpbusd and vpmaddubsw take u8 x s8
 
 enum Term { kScale, kResidual, kSize, kMagnitude };
 inline constexpr int kTermsOfGroup = 3 * kScanGroup + 4;
@@ -47,12 +48,12 @@ CU_FAST_BOTH inline int64_t scan_groups(int64_t C) {
   return (C + kScanGroup - 1) / kScanGroup;
 }
 
-// Bytes of a row of z, or of a code, in the plane.
+// Bytes per row of z, and per code in the plane: E, padded to whole 32-bit words.
 CU_FAST_BOTH inline int64_t scan_width(int64_t E) {
   return round_up(E, 4);
 }
 
-// I must fit into 32 bits: |I| <= ||p|| ||q|| <= 127^2 E. Products on the way may wrap.
+// The largest E: I fits into 32 bits, |I| <= ||p|| ||q|| <= 127^2 E < 2^31. Partial sums may wrap.
 inline constexpr int64_t kMaxScanWidth = 131072;
 
 struct ScanPlane {
@@ -71,27 +72,27 @@ struct ScanPlane {
   }
 };
 
-// Relative to norm * magnitude: rounding of a canonical dot product (one product, E / 16 + 4 sums), of
-// <z, mean>, which is one too, and of the few operations of either epilogue; underflow is smaller still in
-// the ranges below. 1 % covers the products of such errors.
+// Rounding errors relative to norm * magnitude: of a canonical dot product (one product, E / 16 + 4 sums), of
+// <z, mean>, which is one too, and of the few operations of either epilogue. 1 % covers the products of such
+// errors. Underflow is smaller still in the range below.
 CU_FAST_BOTH inline float scan_epsilon(int64_t E) {
   return 1.01f * 0x1p-24f * static_cast<float>(E / kLanes + 40);
 }
 
-// A row of z is scanned if its largest entry lies between these, a code is certified if its norm and its norm
-// times inv_norm do (or are zero): nothing overflows and no underflow is larger than epsilon says.
+// The range in which nothing overflows and no underflow exceeds epsilon. A row of z is scanned if its largest
+// |z| is in it. A code is certified if its norm and its norm times |inv_norm| are in it, or zero.
 inline constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p40f;
 
-// Entries of a row that may lie above its clip (the largest entry that p reaches): a few per cent more work,
-// for a unit of half the size or less.
+// Entries of a row that may be above its clip, the largest |z| that p represents. They cost a few per cent
+// more work; in return the unit is half as large, or less.
 CU_FAST_BOTH inline int64_t max_outliers(int64_t E) {
   return E / 64 > 4 ? E / 64 : 4;
 }
-// With the clip at largest / 2^7, high bytes stay within 64.
+// The clip is at least largest / 2^7, so that |h| <= 2^7 / 2 = 64: in range on AVX2 too (cpu/vec_avx2.h).
 inline constexpr int kMaxHalvings = 7;
 
-// More than this, and the buffers of candidates outgrow the cache that they are to stay in: the exact scan
-// has none.
+// For larger k the buffers of candidates would not stay in the cache: the exact scan, which has none, is
+// used.
 inline constexpr int64_t kMaxScanK = 1024;
 
 }  // namespace cu_fast

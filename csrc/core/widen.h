@@ -26,9 +26,9 @@ CU_FAST_BOTH inline float widen(Bf16 x) {
 
 CU_FAST_BOTH inline float widen(Half x) {
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31;
-  const uint32_t magnitude = uint32_t{x.bits} << 17 >> 4;  // exponent and fraction where fp32 has them
+  const uint32_t magnitude = uint32_t{x.bits} << 17 >> 4;  // exponent and fraction in fp32's bits
   if (magnitude >= 0x0f800000u) return std::bit_cast<float>(sign | 0x70000000u | magnitude);  // Inf, NaN
-  // The exponents' biases differ by 112; as a product it is exact, and right for subnormals.
+  // The exponent biases differ by 127 - 15 = 112. The product is exact, and right for subnormals too.
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f));
 }
 
@@ -52,7 +52,8 @@ CU_FAST_BOTH inline void narrow(float x, Half* out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 and above round to Inf
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: one unit in the last place of 0.5f is fp16's smallest number, so this addition rounds.
+    // Subnormal: one unit in the last place of 0.5f is 2^-24, fp16's smallest number, so this addition
+    // rounds.
     half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;

@@ -1,4 +1,4 @@
-// What the -inl.h files need of the standard library and the core, included before a target region opens.
+// All that the -inl.h files include. It comes before a target region opens (cpu/simd.h says why).
 
 #pragma once
 

@@ -1,18 +1,17 @@
 // Canonical dot products of a block's tokens and codes, tile by tile.
 //
-//   dots[t][j] = canonical(z_t - pre, codes_j)          core/canonical.h says what that number is
+//   dots[t][j] = canonical(z_t - pre, codes_j)          defined in core/canonical.h
 //
 //   what           shape                            where it stays
-//   rows of z      [kBlockTokens, round_up(E, 16)]  fp32 in scratch, widened once a block
-//   tile of codes  [tile_codes(E), E]               in place, or fp32 in scratch: second-level cache
+//   rows of z      [kBlockTokens, round_up(E, 16)]  fp32 in scratch, widened once per block
+//   tile of codes  [tile_codes(E), E]               in place, or fp32 in scratch: L2 cache
 //   partials       [kTokens, kCodes, 16]            registers
-//   dots           [kTokens, kMaxTileCodes]         first-level cache
+//   dots           [kTokens, kMaxTileCodes]         L1 cache
 //
 // 1. Widen the block's rows of z, subtract pre, note the rows that hold NaN or Inf.
-// 2. For each tile of codes, for each kTokens rows: fill dots. One code passes by kTokens rows at a time, so
-// that
-//    memory is read as one stream, which is what the hardware prefetches best.
-// 3. Hand each row of dots to the operator, which selects or stores. The [T, C] matrix never exists.
+// 2. For each tile of codes and each kTokens rows of z: fill dots, kTokens x kCodes at a time. With few
+//    tokens the codes go one by one: memory is then read as one stream, which the hardware prefetches best.
+// 3. Pass each row of dots to the operator, which selects or stores. The [T, C] matrix never exists.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
@@ -33,7 +32,7 @@ inline void store_first(Vec v, T* to, int64_t n) {
   std::copy_n(padded, n, to);
 }
 
-// Calls use(pointer to the element's type) for element (row, 0).
+// Calls use(pointer to element (row, 0)), with a pointer to the matrix's element type.
 template <class Use>
 inline void with_row(const Matrix& m, int64_t row, Use use) {
   const int64_t offset = row * m.stride;
@@ -47,8 +46,8 @@ inline void with_row(const Matrix& m, int64_t row, Use use) {
   }
 }
 
-// to[0, round_up(n, 16)) = row of m, minus `minus` if that is not null, then zeros. False if a value is NaN
-// or Inf.
+// to[0, round_up(n, 16)) = row of m - minus (null: zero), padded with zeros. Returns whether all values are
+// finite.
 inline bool widen_row(const Matrix& m, int64_t row, const float* minus, int64_t n, float* to) {
   Vec faults = Vec::broadcast(0);  // x - x is 0, or NaN if x is not finite
   with_row(m, row, [&](const auto* from) {
@@ -87,7 +86,7 @@ template <int kTokens, int kCodes, class T>
   for (int t = 0; t < kTokens; ++t) Vec::tree_sums(partial[t], dots + t * kMaxTileCodes);
 }
 
-// Four rows of z, each against a code of its own.
+// dots[i] of row z[i] and code[i], four independent pairs.
 template <class T>
 [[gnu::noinline]] void dot_pairs(const float* const (&z)[4], const T* const (&code)[4], int64_t E,
                                  float* dots) {
@@ -105,7 +104,7 @@ template <class T>
   }
 }
 
-// dots[t, j] for the first kTokens rows and n codes, kCodes at a time, then one by one.
+// dots[t][j] of kTokens rows and n codes: kCodes codes at a time, the rest one by one.
 template <int kTokens, int kCodes, class T>
 inline void score_rows(const float* z, int64_t z_stride, const T* codes, int64_t stride, int64_t n, int64_t E,
                        float* dots) {
@@ -116,7 +115,7 @@ inline void score_rows(const float* z, int64_t z_stride, const T* codes, int64_t
   for (; j < n; ++j) dot_tile<kTokens, 1>(z, z_stride, codes + j * stride, stride, E, dots + j);
 }
 
-// The same for `rows` rows: kTokens, or one.
+// The same for `rows` rows, which is kTokens or 1.
 template <class T>
 inline void score_tile(int64_t rows, bool one_by_one, const float* z, int64_t z_stride, const T* codes,
                        int64_t stride, int64_t n, int64_t E, float* dots) {
@@ -129,7 +128,7 @@ inline void score_tile(int64_t rows, bool one_by_one, const float* z, int64_t z_
   }
 }
 
-// Codes [first, first + n) as a matrix of their own: where they lie, or widened into scratch.
+// Codes [first, first + n) as a matrix: in place, or widened into scratch.
 inline Matrix codes_of_tile(const ScoreParams& p, int64_t first, int64_t n, float* widened) {
   if (reads_codes_in_place(p)) return p.codes.from_row(first);
   const int64_t stride = round_up(p.E, kLanes);

@@ -1,27 +1,31 @@
-// The k best codes of each token, every code scored.
+// The k best codes of each token, by scoring every code.
 //
 //   score(t, j) = canonical(z_t - pre, codes_j) [* inv_norm_j] [+ bias_j]      each step rounded to fp32
 //
-// 1. visit_dots computes the canonical dot products.
-// 2. offer_tile adds the epilogue, 16 scores at a time, and compares once with the k-th best so far. What
-//    passes enters the token's heap, unless its mask deletes it. A deleted code that would have entered goes
-//    to a second heap if somebody asks for hits.
-// 3. select_finish (codebook_quantize.cpp), when all parts of the codes are done, sorts and writes.
+//   what           shape                         layout
+//   z, codes       [T, E], [C, E]                any stride, fp32, bf16 or fp16
+//   kept, deleted  [T, parts, capacity] keys     heaps (core/order.h), the worst key on top
 //
-// Heaps hold keys (core/order.h), so the order of visits does not matter. The certified scan, which fills the
+// 1. visit_dots computes the canonical dot products.
+// 2. offer_tile applies the epilogue to 16 scores at a time and compares them once with the k-th best so far.
+//    A code that reaches it enters the token's heap `kept`. A deleted code that reaches it enters the heap
+//    `deleted`, if hits are counted.
+// 3. select_finish (codebook_quantize.cpp) sorts and writes, when all parts of the codes are done.
+//
+// Keys are totally ordered, so the order of visits does not change the result. The certified scan fills the
 // same heaps without scoring every code: codebook_quantize_scan-inl.h.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
 namespace {
 
-// The heaps of one token and part, and what a score must reach.
+// The heaps of one token and part, and the token's mask.
 struct Candidates {
   KeyHeap kept, deleted;
   const uint32_t* mask;
 
   void offer(float score, int64_t code) {
-    if (!(score <= std::numeric_limits<float>::max())) return;  // +Inf; the threshold kept out -Inf and NaN
+    if (!(score <= std::numeric_limits<float>::max())) return;  // +Inf; the threshold drops -Inf and NaN
     const uint64_t key = key_of(score, static_cast<int32_t>(code));
     if (!is_deleted(mask, code)) {
       kept.push(key);
@@ -31,7 +35,7 @@ struct Candidates {
   }
 };
 
-// Offers the codes [first, first + n), whose dot products are given.
+// Offers codes [first, first + n), given their dot products.
 void offer_tile(const SelectParams& p, Candidates& candidates, int64_t first, int64_t n, const float* dots) {
   Vec threshold = Vec::broadcast(candidates.kept.threshold());
   for (int64_t j = 0; j < n; j += kLanes) {

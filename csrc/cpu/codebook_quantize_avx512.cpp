@@ -1,3 +1,5 @@
+// codebook_quantize for AVX-512; the algorithm: codebook_quantize-inl.h and codebook_quantize_scan-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx512.h"
 

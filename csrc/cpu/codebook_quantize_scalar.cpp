@@ -1,3 +1,5 @@
+// codebook_quantize for any machine; the algorithm: codebook_quantize-inl.h and codebook_quantize_scan-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_scalar.h"
 

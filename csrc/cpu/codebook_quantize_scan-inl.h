@@ -1,32 +1,36 @@
 // The k best codes of each token by the certified scan: int8 products propose, canonical scores decide.
 //
-//   score <= approx + error, score >= approx - error              core/scan.h says what these are
+//   approx - error <= score <= approx + error            core/scan.h defines approx and error
+//
+//   what           shape                         where it stays
+//   plane, terms   core/scan.h                   streamed once per block of kScanTokens tokens
+//   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
+//   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
 // 1. start       Rows of z become bytes (scan-inl.h). A row that cannot be certified goes to the exact scan.
-// 2. read_codes  Each group of 64 codes against all rows. Of a row's 64 sums, those whose upper bound reaches
-//                tau become candidates, unless deleted.
-// 3. tighten     tau: the k-th largest lower bound, then, where that rules out too few, the k-th best
-// canonical
-//                score. What still does not fit is scored: the buffer is a cache, and nothing is dropped. A
-//                row that scores much that way (all codes equal, a few tight clusters) goes to the exact
-//                scan.
+// 2. read_codes  Each group of 64 codes against all rows. A code whose upper bound reaches tau becomes a
+//                candidate of the row; a deleted code only if hits are counted.
+// 3. tighten     tau = the k-th largest lower bound. If that drops too few candidates, some are scored, and
+//                tau = the k-th best canonical score. A full buffer is scored too: no candidate is dropped
+//                unseen. A row that scores too many that way (all codes equal, a few tight clusters) goes to
+//                the exact scan.
 // 4. finish      Scores what is left, likeliest first, then runs the exact scan for the rows that need it.
 //
 // Included inside the namespace and the target region of one instruction set, after codebook_quantize-inl.h.
 
 namespace {
 
-constexpr float kNone = -std::numeric_limits<float>::infinity();  // a bound that tells nothing
+constexpr float kNone = -std::numeric_limits<float>::infinity();  // no bound: below every score
 
-// Covers the roundings of the bound itself.
+// Covers the rounding errors of computing the bound.
 constexpr float kWiden = 1.0f + 0x1p-18f;
 
-// Floats of the codes that all rows score before any goes on: what stays in a second-level cache.
+// Floats of codes that all rows score before any row goes on: 1 MiB, which stays in an L2 cache.
 constexpr int64_t kSpanFloats = 256 * 1024;
 
-// A row that has scored this share of the codes before the end gives up: the exact scan, which scores four
-// rows against four codes at a time, takes about 4 times as long as the scan, and scoring all codes one by
-// one 14.
+// A row that has scored more than 1 / kGiveUp of the codes before finish() goes to the exact scan. The exact
+// scan scores four rows against four codes at a time and takes about 4 times as long as the scan; scoring all
+// codes one by one takes about 14 times as long.
 constexpr int64_t kGiveUp = 16;
 
 // The certified scan of one block.
@@ -39,7 +43,8 @@ class Scan {
         sizes_(params),
         bias_rounding_(0x1p-20f * params.largest_bias) {}
 
-  // Makes rows of the tokens that can be certified; notes the others for the exact scan.
+  // Converts the tokens that can be certified to rows, and notes the others for the exact scan. A token with
+  // NaN or Inf is in neither: its heaps are marked, and nothing is left to do.
   void start() {
     for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
       Row& row = rows_[n_];
@@ -66,7 +71,7 @@ class Scan {
     }
   }
 
-  // Reads the plane once for all rows.
+  // Reads the plane once, for all rows.
   void read_codes() {
     const int64_t steps = scan_width(p.score.E) / 4;
     alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
@@ -86,8 +91,8 @@ class Scan {
     }
   }
 
-  // Scores what is left, first the likeliest. All rows go through the codes together, so that a code is read
-  // from memory once for all of them.
+  // Scores the remaining candidates, first those whose lower bound is among the k largest. All rows visit the
+  // codes in step, so that a code is read from memory once for all of them.
   void finish() {
     for (Row* row = rows_; row < rows_ + n_; ++row) {
       find_best(*row);
@@ -95,7 +100,7 @@ class Scan {
     }
     visit_candidates([](Row& row, int64_t i) {
       if (row.lower[i] < row.best) return false;
-      row.upper[i] = kNone;  // seen
+      row.upper[i] = kNone;  // scored: the second pass skips it
       return true;
     });
     visit_candidates([](Row& row, int64_t i) { return !(row.upper[i] < row.tau); });
@@ -107,7 +112,7 @@ class Scan {
   }
 
  private:
-  // Scores the candidates for which choose(row, i) is true, in the order of the codes.
+  // Scores the candidates for which choose(row, i) is true, in the order of the codes' ids.
   template <class Choose>
   void visit_candidates(Choose choose) {
     for (Row* row = rows_; row < rows_ + n_; ++row) row->visited = 0;
@@ -124,14 +129,14 @@ class Scan {
     flush();
   }
 
-  // Takes a code to be scored; four at a time hide the latency of the additions.
+  // Queues a code to be scored. Scoring four at a time hides the latency of the additions.
   void add(Row& row, int32_t id) {
     batch_row_[batch_] = &row;
     batch_id_[batch_] = id;
     if (++batch_ == 4) flush();
   }
 
-  // Offers the canonical scores of the codes taken, and raises tau.
+  // Scores the queued codes, offers them to the heaps of their rows, and raises tau.
   void flush() {
     const int64_t n = std::exchange(batch_, 0), E = round_up(p.score.E, kLanes);
     if (n == 0) return;
@@ -164,7 +169,7 @@ class Scan {
     }
   }
 
-  // Makes room among a row's candidates.
+  // Frees places in a row's buffer of candidates.
   void tighten(Row& row) {
     const int64_t room = sizes_.capacity - kScanGroup;
     find_best(row);
@@ -179,8 +184,8 @@ class Scan {
     row.trigger = std::min(room, 2 * row.n + 2 * kScanGroup);
   }
 
-  // The k-th largest lower bound, which tau need not be below; the same of all codes, where deleted ones ride
-  // along.
+  // Raises tau to the k-th largest lower bound. If hits are counted, also tau_all, from all codes, deleted
+  // ones included.
   void find_best(Row& row) const {
     row.best = kth_lower(row.lower, row.n, row.tau);
     row.tau = std::max(row.tau, row.best);
@@ -189,7 +194,7 @@ class Scan {
     }
   }
 
-  // Drops the candidates that cannot be selected any more.
+  // Drops the candidates that can no longer be selected, and the deleted ones that can no longer be hits.
   static void drop_hopeless(Row& row) {
     const Vec tau = Vec::broadcast(row.tau), tau_all = Vec::broadcast(row.tau_all),
               none = Vec::broadcast(kNone);
@@ -211,7 +216,7 @@ class Scan {
     row.n = n;
   }
 
-  // Scores and drops the candidates whose lower bound reaches `best`.
+  // Scores the candidates whose lower bound reaches `best`, and removes them from the buffer.
   void score_those(Row& row, float best) {
     int64_t n = 0;
     for (int64_t i = 0; i < row.n; ++i) {
@@ -229,7 +234,8 @@ class Scan {
     drop_hopeless(row);
   }
 
-  // What at least k of n bounds reach, near the largest such; kNone if `low` is no worse.
+  // A value that at least k of the n bounds reach, by bisection: near the k-th largest. kNone if fewer than k
+  // reach `low`, which is then at least as good.
   float kth_lower(const float* bounds, int64_t n, float low) const {
     if (low == kNone) {
       low = std::numeric_limits<float>::max();
@@ -248,8 +254,8 @@ class Scan {
     return low;
   }
 
-  // Takes those of a group's codes as candidates whose upper bound reaches tau. `high` is null without
-  // outliers.
+  // Adds the codes of a group whose upper bound reaches tau to the row's candidates. `high` is null if the
+  // row has no outliers.
   void pass(Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
     const float *scale = p.scan.terms_of(g, kScale), *residual = p.scan.terms_of(g, kResidual),
                 *size = p.scan.terms_of(g, kSize);
@@ -302,7 +308,7 @@ class Scan {
       const Vec score = Vec::load(approx + j), upper = score + error;
       const Vec lower = score - error;
       lanes &= Vec::not_below(upper, tau);
-      const uint32_t deleted = lanes & static_cast<uint32_t>(gone >> j);  // only where they ride along
+      const uint32_t deleted = lanes & static_cast<uint32_t>(gone >> j);  // none, unless hits are counted
       if (deleted != 0) lanes &= ~deleted | Vec::not_below(upper, Vec::broadcast(row.tau_all));
       upper.store_lanes(lanes, row.upper + row.n);
       lower.store_lanes(lanes, row.lower + row.n);
@@ -322,7 +328,7 @@ class Scan {
   const float bias_rounding_;
   Row rows_[kScanTokens];
   int64_t n_ = 0;
-  int64_t exact_[kScanTokens];  // tokens that every code is scored for
+  int64_t exact_[kScanTokens];  // tokens for the exact scan
   int64_t exact_n_ = 0;
   Row* batch_row_[4];
   int32_t batch_id_[4];

@@ -1,5 +1,5 @@
-// Every kernel that exists once an instruction set. Scratch is 64-byte aligned, of the size that
-// scratch_floats() in cpu/grid.h (and ScanScratch in cpu/scan.h) says.
+// The kernels that exist once per instruction set. Scratch is 64-byte aligned; its size is scratch_floats()
+// of cpu/grid.h, and for the scan also ScanScratch of cpu/scan.h.
 
 #pragma once
 
@@ -21,13 +21,13 @@ namespace cu_fast {
 CU_FAST_FOR_EACH_LEVEL(
     // Fills the heaps p.kept and p.deleted of a block's tokens and part.
     void select_exact(const SelectParams& p, const Block& block, float* scratch);
-    // The same by the certified scan; both scratches, one behind the other.
+    // The same by the certified scan. Its scratch is followed by that of select_exact.
     void select_scan(const SelectParams& p, const Block& block, float* scratch);
     // Writes p.out for a block's tokens and codes.
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
     // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
     void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);
-    // Operations or bytes done (peak-inl.h).
+    // Return the operations or bytes done (peak-inl.h).
     int64_t peak_int8(int64_t iterations, int32_t* out); int64_t peak_fp32(int64_t iterations, int32_t* out);
     int64_t peak_read(const int32_t* from, int64_t count, int32_t* out);)
 

@@ -2,19 +2,24 @@
 //
 //   y_t = ((sum_i w_i table[ids_i]) [/ k] [+ bias]) [+ residual_t]
 //
-// The sum starts at +0.0 and goes in the order of the slots: multiply, then add. Everything is rounded to
+//   what          shape    layout
+//   ids, weights  [T, k]   contiguous; id -1: no code; weights null: 1
+//   table         [C, D]   any stride, fp32, bf16 or fp16
+//   residual      [T, D]   any stride and dtype
+//   y             [T, D]   contiguous, table's dtype
+//
+// The sum starts at +0.0 and goes in the order of the slots: multiply, then add. Each step is rounded to
 // fp32, y once more to the table's dtype.
 //
-// 1. List the slots that take part: a code is there, and it is not deleted. A slot without a code whose
-// weight is
-//    NaN marks a row that was NaN before the selection: y_t is NaN.
+// 1. List the slots that hold a code that is not deleted. A slot without a code and with the weight NaN marks
+//    a row that held NaN or Inf before the selection: y_t is NaN.
 // 2. For each run of kRun vectors of y_t: add up in registers, finish, store.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
 namespace {
 
-// The list of slots; its length, or -1 for a NaN row.
+// Fills `slots`. Returns how many there are, or -1 if y_t is NaN.
 int64_t list_slots(const DecodeParams& p, int64_t token, DecodeSlot* slots) {
   const uint32_t* const mask = p.mask.bits(token);
   int64_t n = 0;
@@ -29,9 +34,9 @@ int64_t list_slots(const DecodeParams& p, int64_t token, DecodeSlot* slots) {
   return n;
 }
 
-constexpr int64_t kAhead = 4;  // rows
+constexpr int64_t kAhead = 4;  // prefetch distance in rows of the table
 
-// y[token, d .. d + 16 kRun), or with kRun 1 what of it lies before D.
+// Writes y[token, d .. d + 16 kRun). With kRun = 1 it may end at D before that.
 template <int kRun, class T>
 inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* slots, int64_t n, int64_t d) {
   const int64_t left = kRun > 1 ? kRun * kLanes : p.D - d;  // only a single vector may be cut short
@@ -41,7 +46,7 @@ inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* s
   for (int64_t i = 0; i < n; ++i) {
     const T* const row = static_cast<const T*>(p.table.data) + slots[i].id * p.table.stride + d;
     const Vec weight = Vec::broadcast(slots[i].weight);
-    if (i + kAhead < n) {  // rows lie anywhere: the next ones are asked for now
+    if (i + kAhead < n) {  // prefetch: the hardware cannot guess the next row of the table
       const auto* next = static_cast<const T*>(p.table.data) + slots[i + kAhead].id * p.table.stride + d;
       for (size_t at = 0; at < kRun * kLanes * sizeof(T); at += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(next) + at);

@@ -1,3 +1,5 @@
+// masked_decode for AVX2; the algorithm: masked_decode-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx2.h"
 

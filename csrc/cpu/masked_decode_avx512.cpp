@@ -1,3 +1,5 @@
+// masked_decode for AVX-512; the algorithm: masked_decode-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx512.h"
 

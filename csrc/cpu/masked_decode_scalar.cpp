@@ -1,3 +1,5 @@
+// masked_decode for any machine; the algorithm: masked_decode-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_scalar.h"
 

@@ -1,7 +1,9 @@
-// Makes the scan plane of a codebook (core/scan.h). Once for a codebook, so it is plain C++.
+// Packs the scan plane of a codebook (core/scan.h). It runs once per codebook, so it is plain C++.
+//
+//   codes_j = mean + d_j        q_j = round(d_j / step_j)        step_j = largest |d_j| / 127
 //
 // 1. The mean of the codes, in double; kept only if it takes away a tenth of their squared norm.
-// 2. Each code minus the mean, its largest entry to 127, rounded to nearest; norms in double, rounded up.
+// 2. Each code minus the mean, scaled and rounded to nearest; norms in double, rounded up to fp32.
 
 #include <algorithm>
 #include <cmath>
@@ -45,12 +47,13 @@ double squared_norm(const float* x, int64_t E) {
   return sum;
 }
 
-// The next float above, with room for the rounding of the doubles that led to it.
+// A float above x. 1e-9 covers the rounding of the doubles that x comes from.
 float rounded_up(double x) {
   return std::nextafter(static_cast<float>(x * (1 + 1e-9)), std::numeric_limits<float>::infinity());
 }
 
-// Whether a code's norm, as it is and times inv_norm, lies where its error has a bound. NaN and Inf do not.
+// Whether a code's error has a finite bound: its norm, and its norm times |inv_norm|, are zero or in range.
+// NaN and Inf are not.
 bool is_certified(double norm, double inv_norm) {
   if (!(norm <= kLargest) || !std::isfinite(inv_norm)) return false;
   const auto in_range = [](double x) { return x == 0 || (x >= kSmallest && x <= kLargest); };
@@ -67,7 +70,8 @@ struct Packing {
 
   double inv_norm_of(int64_t j) const { return inv_norm == nullptr ? 1.0 : inv_norm[j]; }
 
-  // Adds the certified codes of [begin, end) to sum [E]; the sum of their squared norms, and how many.
+  // Adds the certified codes among [begin, end) to sum [E]. Returns the sum of their squared norms, and how
+  // many there are.
   std::pair<double, int64_t> add_codes(int64_t begin, int64_t end, float* code, double* sum) const {
     double squares = 0;
     int64_t n = 0;
@@ -82,7 +86,7 @@ struct Packing {
     return {squares, n};
   }
 
-  // Bytes and terms of one group. `code` is scratch, [E]; `mean_norm` is 0 if there is no mean.
+  // Writes the bytes and terms of one group. `code` is scratch, [E]; `mean_norm` is 0 if there is no mean.
   void pack_group(int64_t g, double mean_norm, float* code) const {
     const int64_t steps = scan_width(E) / 4;
     uint8_t* const bytes = plane + g * steps * 4 * kScanGroup;
@@ -112,7 +116,7 @@ struct Packing {
         size += q * q;
       }
       size = std::sqrt(size) * step;
-      // A score of inv_norm < 0 turns the order round: the scale takes its sign, the bounds do not.
+      // A negative inv_norm reverses the order: the scale keeps its sign, the bounds use its magnitude.
       const float values[] = {static_cast<float>(inv_norm_of(j) * step),
                               rounded_up(std::sqrt(residual) * inv), rounded_up(size * inv),
                               rounded_up((norm + mean_norm + 2 * size) * inv)};
@@ -142,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& codes_in, const Optio
                   terms.mutable_data_ptr<float>(),
                   mean.data()};
 
-  // Sums of a fixed number of codes, added in order, so that the plane does not depend on the threads.
+  // Partial sums over chunks of fixed size, added in order, so that the plane does not depend on the threads.
   constexpr int64_t kChunk = 4096;
   const int64_t chunks = (C + kChunk - 1) / kChunk;
   const int64_t workers = std::clamp<int64_t>(C * E / kMinWork, 1, torch::stable::get_num_threads());

@@ -1,4 +1,4 @@
-// Threads of the framework, each with the floating-point mode that the canonical score asks for.
+// Runs work on PyTorch's threads, in the floating-point mode that canonical scores need.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace cu_fast {
 
-// Round to nearest, denormals kept, whatever the process has set; what was set comes back at the end.
+// Sets round to nearest and keeps denormals, whatever the process has set. The destructor restores the mode.
 class FloatMode {
  public:
   FloatMode() {
@@ -24,7 +24,7 @@ class FloatMode {
   std::fenv_t saved_;
 };
 
-// Calls work(worker, begin, end) once for each worker, with its share of `items`. No exception may leave it.
+// Calls work(worker, begin, end) once per worker, with its share of `items`. work must not throw.
 template <class Work>
 void parallel(int64_t workers, int64_t items, const Work& work) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {

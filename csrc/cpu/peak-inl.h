@@ -1,10 +1,11 @@
-// What the machine can do at most: the benchmark measures its kernels against these.
+// Peak rates of the machine, with which the benchmark compares the kernels.
 //
-//   int8   the byte products of the scan, on codes and rows in the first-level cache
+//   int8   the byte products of the scan, on codes and rows in the L1 cache
 //   fp32   the multiplications and additions of canonical scores, on registers
 //   read   every 64-byte line of a buffer, once
 //
-// Each returns how much it did, and a value that depends on all of it, so that nothing is left out.
+// Each returns how much it did, and changes *out by all its results, so that the compiler cannot omit any
+// work.
 //
 // Included inside the namespace and the target region of one instruction set, after scan-inl.h.
 

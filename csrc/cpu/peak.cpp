@@ -1,4 +1,4 @@
-// Host side of the machine's ceilings; kernels: peak-inl.h.
+// Host side of the peak rates; kernels: peak-inl.h.
 
 #include <atomic>
 #include <string>
@@ -13,7 +13,7 @@
 namespace cu_fast {
 namespace {
 
-// The work of all threads: operations, two a multiply-add, or bytes.
+// The work of all threads: operations (two per multiply-add), or bytes.
 template <class Work>
 int64_t on_all_threads(int64_t items, const Work& work) {
   std::atomic<int64_t> done = 0;

@@ -1,3 +1,5 @@
+// peak for AVX2; the algorithm: peak-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx2.h"
 

@@ -1,3 +1,5 @@
+// peak for AVX-512; the algorithm: peak-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx512.h"
 

@@ -1,3 +1,5 @@
+// peak for any machine; the algorithm: peak-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_scalar.h"
 

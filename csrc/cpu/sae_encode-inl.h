@@ -2,7 +2,11 @@
 //
 //   out[t, j] = act(canonical(x_t - pre, W_enc_j) [+ bias_j])     act: none, or ReLU, which keeps NaN
 //
-// visit_dots computes the dot products; a row of x that holds NaN or Inf comes out as NaN throughout.
+//   what       shape            layout
+//   x, W_enc   [T, D], [E, D]   any stride, fp32, bf16 or fp16
+//   out        [T, E] fp32      contiguous
+//
+// visit_dots computes the dot products. A row of x - pre that holds NaN or Inf gives a row of NaN.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 

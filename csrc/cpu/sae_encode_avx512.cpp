@@ -1,3 +1,5 @@
+// sae_encode for AVX-512; the algorithm: sae_encode-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_avx512.h"
 

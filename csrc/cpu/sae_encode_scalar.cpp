@@ -1,3 +1,5 @@
+// sae_encode for any machine; the algorithm: sae_encode-inl.h.
+
 #include "cpu/baseline.h"
 #include "cpu/vec_scalar.h"
 

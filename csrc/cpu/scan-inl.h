@@ -1,16 +1,16 @@
 // The arithmetic of the certified scan: rows of z as bytes, and their integer products with the plane.
 //
-//   z_t ~ unit (p + base h)        sums[t][j] = <p, q_j>, and <h, q_j> for a row with outliers core/scan.h
+//   z_t ~ unit (p_t + base h_t)     sums[t][j] = <p_t, q_j>; for a row with outliers also <h_t, q_j>
 //
 //   what            shape                             where it stays
 //   rows of z       [kScanTokens, round_up(E, 16)]    fp32 in scratch, for the canonical scores
-//   bytes of z      [kScanTokens, round_up(E, 16)]    second-level cache; kTokens of them first-level
+//   bytes of z      [kScanTokens, round_up(E, 16)]    L2 cache; kTokens rows of them L1 cache
 //   group of codes  [scan_width(E), 64] bytes         streamed; read by all tokens of the block
 //   partial sums    [kTokens, kGroups, 16]            registers
 //
-// 1. quantize_row  A row becomes bytes, and its share of the error's bound is computed, rounded up. The few
-//                  entries far above the others, which would make the unit coarse for all, get high bytes
-//                  too.
+// 1. quantize_row  Converts a row to bytes, and computes its terms of the error bound (core/scan.h), rounded
+//                  up. The few entries far above the others, which would make the unit coarse for all, get
+//                  high bytes too.
 // 2. scan_rows     A few rows against a group of 64 codes: byte_dots, the hot loop.
 // 3. outlier_dots  The high bytes of one row against the group: a few steps only.
 //
@@ -26,26 +26,26 @@ struct Row {
   int8_t* bytes;  // [round_up(E, 16)]
   ScanOutlier* outliers;
   int64_t outlier_count;
-  int32_t start, outlier_start;  // minus kOffset times the sum of the bytes: undoes the offset of the codes
+  int32_t start, outlier_start;  // - kOffset * sum of the bytes: cancels the codes' offset
   float unit, mean_dot;
-  float norm_in, miss, half_l1_out, slop;  // what the terms of a code are multiplied by, and what is added
+  float norm_in, miss, half_l1_out, slop;  // factors of residual, size, |scale| and magnitude in the error
 
-  float tau;             // no better than the k-th best score
+  float tau;             // at most the k-th best score: codes below it are not selected
   float best;            // the k-th largest lower bound
-  float *upper, *lower;  // lower is kNone for a deleted code: it says nothing of tau
-  // Where deleted codes ride along: the lower bounds with theirs, and what is no better than the k-th best
-  // score among all codes. A deleted code that does not reach it would not have been selected either.
-  float* lower_all;  // null: they do not
+  float *upper, *lower;  // lower is kNone for a deleted code, so that it cannot raise tau
+  // Only when hits are counted: lower bounds and threshold over all codes, deleted ones included. A deleted
+  // code below tau_all would not be selected without the mask either.
+  float* lower_all;  // null: hits are not counted
   float tau_all;
   int32_t* id;
-  int64_t n, trigger;  // candidates, in the order of their ids, and how many call for a tighter tau
-  int64_t scored;      // candidates that were scored before the end, for want of room
-  bool gives_up;       // so many that the exact scan is the faster way
-  int64_t visited;     // candidates behind the cursor of finish()
+  int64_t n, trigger;  // candidates, in the order of their ids; `trigger` of them start tighten()
+  int64_t scored;      // candidates scored before finish(), to free places in the buffer
+  bool gives_up;       // scored exceeded the limit (kGiveUp): the row goes to the exact scan
+  int64_t visited;     // candidates that visit_candidates has passed
 };
 
-// The largest |z| that the bytes reach: the largest of all, or half, a quarter, ... of it while few lie
-// above.
+// The clip: the largest |z| that low bytes represent. It is the row's largest |z|, halved as long as at most
+// max_outliers entries are above it.
 float clip_of(const float* z, int64_t E, float largest) {
   float clip = largest;
   for (int halvings = 0; halvings < kMaxHalvings; ++halvings) {
@@ -60,8 +60,8 @@ float clip_of(const float* z, int64_t E, float largest) {
   return clip;
 }
 
-// Splits what does not fit a byte among 16 entries, given as integers: low bytes stay, high ones go to the
-// list.
+// Splits those of 16 entries (integers, in `lanes`) that do not fit a byte. The low byte stays in `lanes`,
+// the high byte goes to the row's list of outliers.
 void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float* l1_out) {
   constexpr int kBase = 2 * Ints::kRange;
   for (int l = 0; l < kLanes; ++l) {
@@ -78,7 +78,7 @@ void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float
   }
 }
 
-// Fills everything of a row but its candidates; false if it cannot be certified.
+// Computes the bytes and the error terms of a row. False if it cannot be certified.
 bool quantize_row(const SelectParams& p, Row& row) {
   const int64_t E = round_up(p.score.E, kLanes);
   Vec most = Vec::broadcast(0), squares = Vec::broadcast(0);
@@ -120,7 +120,7 @@ bool quantize_row(const SelectParams& p, Row& row) {
   for (int64_t e = 0; e < E; ++e) sum += row.bytes[e];
   row.start = -kOffset * sum;
 
-  // Every sum of squares is off by at most one rounding for each addend of a lane.
+  // A sum of squares is off by at most one rounding per addend of a lane.
   const float grow = 1.0f + 0x1p-23f * static_cast<float>(E / kLanes + 16);
   float sums[3];
   const Vec partials[] = {squares, misses, squares_in};
@@ -129,9 +129,9 @@ bool quantize_row(const SelectParams& p, Row& row) {
     Vec::tree_sums(one, &sums[i]);
   }
   const float norm = std::sqrt(sums[0]) * grow;
-  const float rounding = 0x1p-22f * norm;  // of unit * whole, and of the difference above
+  const float rounding = 0x1p-22f * norm;  // of unit * whole, and of z minus it
   row.miss = std::sqrt(sums[1]) * grow + rounding;
-  row.norm_in = std::max(std::sqrt(sums[2]) * grow, 0x1p-60f);  // not zero: infinity times it is infinity
+  row.norm_in = std::max(std::sqrt(sums[2]) * grow, 0x1p-60f);  // > 0: its product with infinity is not NaN
   row.half_l1_out = 0.5f * l1_out * grow;
   row.slop = norm * scan_epsilon(p.score.E);
   row.mean_dot = 0;
@@ -145,7 +145,7 @@ bool quantize_row(const SelectParams& p, Row& row) {
   return true;
 }
 
-// The hot loop: kTokens rows against 64 codes, Ints::kGroups * 16 of them at a time.
+// The hot loop: kTokens rows against 64 codes, 16 kGroups codes at a time.
 template <int kTokens>
 [[gnu::noinline]] void byte_dots(const Row* rows, const uint8_t* codes, int64_t steps, int32_t* sums) {
   constexpr int kGroups = Ints::kGroups, kStride = 4 * kScanGroup;
@@ -178,7 +178,7 @@ template <int kTokens>
   }
 }
 
-// The same for the sparse plane of one row.
+// The same for the high bytes of one row, in the steps that have any.
 [[gnu::noinline]] void outlier_dots(const Row& row, const uint8_t* codes, int32_t* sums) {
   constexpr int kGroups = Ints::kGroups;
   for (int first = 0; first < kScanGroup; first += kGroups * kLanes, codes += 4 * kGroups * kLanes) {
@@ -194,21 +194,22 @@ template <int kTokens>
   }
 }
 
-// Scores the first few of n rows against a group: sums [rows, 64]. Returns how many.
+// Multiplies the first few of n rows with a group: sums [rows, 64]. Returns how many rows.
 inline int64_t scan_rows(const Row* rows, int64_t n, const uint8_t* codes, int64_t steps, int32_t* sums) {
   const auto run = [&]<int kTokens>() {
     byte_dots<kTokens>(rows, codes, steps, sums);
     return kTokens;
   };
   if constexpr (Ints::kTokens > 4) {
-    if (n >= Ints::kTokens && n != 8) return run.template operator()<Ints::kTokens>();  // 8 is 4 + 4
+    // 8 rows go as 4 + 4 rather than 6 + 2.
+    if (n >= Ints::kTokens && n != 8) return run.template operator()<Ints::kTokens>();
     if (n >= 4) return run.template operator()<4>();
   }
   if (n >= 2 && Ints::kTokens > 1) return run.template operator()<2>();
   return run.template operator()<1>();
 }
 
-// How many of n bounds reach x.
+// How many of the n bounds are at least x.
 int64_t count_at_least(const float* bounds, int64_t n, float x) {
   const Vec limit = Vec::broadcast(x);
   int64_t count = 0;
@@ -223,7 +224,8 @@ int64_t count_at_least(const float* bounds, int64_t n, float x) {
 float largest_of(const float* bounds, int64_t n) {
   Vec most = Vec::broadcast(-std::numeric_limits<float>::infinity());
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) most = Vec::larger(Vec::load(bounds + i), most);  // NaN: the second
+  // A NaN bound leaves `most` as it is: larger() then returns its second argument.
+  for (; i + kLanes <= n; i += kLanes) most = Vec::larger(Vec::load(bounds + i), most);
   float lanes[kLanes];
   most.store(lanes);
   float largest = *std::max_element(lanes, lanes + kLanes);

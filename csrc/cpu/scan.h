@@ -11,24 +11,25 @@
 
 namespace cu_fast {
 
-// The high bytes of four neighbours in a row of z, at bytes 4 step to 4 step + 3.
+// The high bytes of entries [4 step, 4 step + 4) of a row of z.
 struct ScanOutlier {
   int32_t step;
   int8_t bytes[4];
 };
 
-// Candidates that a row's buffer holds; a group may add all its codes at once.
+// Places in a row's buffer of candidates. The last kScanGroup are spare: a group may add all its codes at
+// once.
 inline int64_t candidate_capacity(int64_t k) {
   return round_up(std::max<int64_t>(4096, 4 * k), kScanGroup) + kScanGroup;
 }
 
-// Tokens of a block: they share each reading of the plane, and of the codes that are scored.
+// Tokens per block: all of them use each read of the plane, and of the codes that are scored.
 inline constexpr int64_t kScanTokens = 256;
 
-// What one worker needs for a block, by array. The first `rows` of everything are in use.
+// The scratch of one worker: where each array starts, in floats. Arrays have `rows` rows.
 struct ScanScratch {
   int64_t rows, width, outliers, capacity;
-  bool rides_along;
+  bool rides_along;  // hits are counted: deleted codes are candidates too
 
   explicit ScanScratch(const SelectParams& p)
       : rows(std::min(p.score.T, kScanTokens)),
@@ -37,7 +38,7 @@ struct ScanScratch {
         capacity(candidate_capacity(p.k)),
         rides_along(p.deleted != nullptr) {}
 
-  // Floats for z, 4 codes widened, bytes of z, outliers, bounds and ids.
+  // Offsets of z, 4 codes widened, bytes of z, outliers, bounds and ids.
   int64_t z() const { return 0; }
   int64_t codes() const { return z() + rows * width; }
   int64_t bytes() const { return codes() + 4 * width; }
@@ -49,14 +50,14 @@ struct ScanScratch {
   int64_t floats() const { return id() + rows * capacity; }
 };
 
-// How a selection runs. Pure: a function of its arguments, and no result depends on it.
+// How a selection runs. A pure function of its arguments; no result depends on it.
 struct SelectPlan {
-  bool scans;  // by the plane; or every code is scored
+  bool scans;  // false: every code is scored
   Grid grid;
 };
 
-// It scans where there is a plane, the bias leaves bounds finite, and k is small enough, among enough codes,
-// to be worth the buffers.
+// Scans if there is a plane, the bias leaves the bounds finite, and k is small enough, and C large enough, to
+// justify the buffers of candidates.
 inline SelectPlan plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
                                  float largest_bias) {
   const bool scans = has_plane && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;

@@ -1,3 +1,5 @@
+// Chooses the instruction set: the best that the CPU has, or the one that CU_FAST_SIMD names.
+
 #include "cpu/simd.h"
 
 #include <cstdlib>
@@ -37,7 +39,7 @@ bool is_supported(SimdLevel level) {
 
 struct Choice {
   SimdLevel level = SimdLevel::scalar;
-  std::string error;  // empty: the level may run
+  std::string error;  // empty: the CPU has the level
 };
 
 Choice choose(const char* wanted) {
@@ -62,7 +64,7 @@ Choice choose(const char* wanted) {
   return choice;
 }
 
-// Read once, when the library is loaded; an error waits for the first call.
+// Read once, when the library is loaded. An error is raised by the first call.
 const Choice kChoice = choose(std::getenv("CU_FAST_SIMD"));
 
 std::string simd_level_name() {

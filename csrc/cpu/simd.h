@@ -1,9 +1,9 @@
 // Instruction sets: which one runs, and how its code is kept apart from the rest.
 //
 // The algorithm of an operator is written once, in <op>-inl.h, over the type Vec. <op>_<level>.cpp includes
-// it into the namespace and the target region of one level. Every other header comes before the region opens:
-// what is compiled inside it may use instructions that the machine lacks, and a linker that keeps one copy of
-// an inline function must never find such a copy. So no file needs a compiler flag for its instruction set.
+// it into the namespace and the target region of one level. Every other header is included before the region
+// opens: functions compiled inside it may use instructions that the CPU lacks, and the linker, which keeps
+// one copy of an inline function, might keep theirs. No file needs a compiler flag for its instruction set.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 #define CU_FAST_TARGET_END CU_FAST_PRAGMA(GCC pop_options)
 #endif
 
-// Keep in step with is_supported() in simd.cpp.
+// Must match is_supported() in simd.cpp.
 #define CU_FAST_AVX2 "avx2,f16c"
 #define CU_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
@@ -26,12 +26,12 @@ namespace cu_fast {
 enum class SimdLevel { scalar, avx2, avx512 };
 
 // The best level of this machine, or the one that the environment variable CU_FAST_SIMD named when the
-// library was loaded. Throws if that is no level, or one that this machine or this build lacks.
+// library was loaded. Throws if there is no such level, or if this machine or this build lacks it.
 SimdLevel simd_level();
 
 }  // namespace cu_fast
 
-// The function of that name for the level that runs.
+// The function of this name at the level in use.
 #if defined(__x86_64__)
 #define CU_FAST_DISPATCH(function)                               \
   (simd_level() == SimdLevel::avx512 ? cu_fast::avx512::function \

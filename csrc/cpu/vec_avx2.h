@@ -15,7 +15,7 @@ CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
 namespace cu_fast::avx2 {
 
 struct Vec {
-  static constexpr int kTokens = 4, kCodes = 1;  // 8 of 16 registers
+  static constexpr int kTokens = 4, kCodes = 1;  // 4 sums of two registers each: 8 of 16
 
   __m256 low, high;
 
@@ -35,7 +35,7 @@ struct Vec {
   }
   void store(Bf16* to) const {
     const __m256i halves = _mm256_packus_epi32(narrowed(low), narrowed(high));
-    // The pack went by halves of a register.
+    // packus works within 128-bit halves: restore the order.
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0xd8));
   }
   void store(Half* to) const {
@@ -80,18 +80,18 @@ struct Vec {
   static Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
   void store_bytes(int8_t* to) const {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // the pack went by halves of a register
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // packs works within halves
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
   }
 
-  Vec relu() const {  // maxps gives its second operand where one is NaN
+  Vec relu() const {  // maxps returns its second operand if one is NaN
     return {_mm256_max_ps(_mm256_setzero_ps(), low), _mm256_max_ps(_mm256_setzero_ps(), high)};
   }
 
  private:
   static __m128i bits(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
-  static __m256i narrowed(__m256 v) {  // narrow() of core/widen.h, in 32 bits
+  static __m256i narrowed(__m256 v) {  // narrow() of core/widen.h, in 32-bit lanes
     const __m256i all = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(all, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(all, _mm256_set1_epi32(0x7fff)), odd);
@@ -140,8 +140,8 @@ struct Bytes {
 };
 
 struct Ints {
-  static constexpr int kTokens = 2, kGroups = 2;  // 8 sums of 16 registers
-  // maddubs saturates at 2^15: 2 * 255 * 64 stays below.
+  static constexpr int kTokens = 2, kGroups = 2;  // 4 sums of two registers each: 8 of 16
+  // vpmaddubsw saturates at 2^15 - 1; two products of at most 255 * 64 are below it.
   static constexpr int kRange = 64;
 
   __m256i low, high;

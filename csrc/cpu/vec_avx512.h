@@ -14,7 +14,7 @@ CU_FAST_TARGET_BEGIN(CU_FAST_AVX512)
 namespace cu_fast::avx512 {
 
 struct Vec {
-  static constexpr int kTokens = 4, kCodes = 4;  // 16 of 32 registers
+  static constexpr int kTokens = 4, kCodes = 4;  // 16 sums: 16 of 32 registers
 
   __m512 v;
 
@@ -62,7 +62,7 @@ struct Vec {
 
   static uint32_t not_below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
 
-  void store_lanes(uint32_t lanes, float* to) const {  // compressed in a register: to memory it is far slower
+  void store_lanes(uint32_t lanes, float* to) const {  // in a register: vcompressps to memory is far slower
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), v));
   }
 
@@ -73,13 +73,13 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
-  Vec relu() const {  // maxps gives its second operand where one is NaN
+  Vec relu() const {  // maxps returns its second operand if one is NaN
     return {_mm512_max_ps(_mm512_setzero_ps(), v)};
   }
 
  private:
   static __m256i bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-  // Four-lane blocks of a and b that the first mask picks, plus those that the second does.
+  // The four-lane blocks of a and b that kFirst selects, plus those that kSecond selects.
   template <int kFirst, int kSecond>
   static __m512 folded(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, kFirst), _mm512_shuffle_f32x4(a, b, kSecond));

@@ -1,4 +1,4 @@
-// Vec for any machine: 16 lanes in plain C++. Its operations are the list that every level supplies.
+// Vec for any machine: 16 lanes in plain C++. Every level supplies the same operations.
 
 #pragma once
 
@@ -41,7 +41,7 @@ struct Vec {
     for (int l = 0; l < kLanes; ++l) narrow(lane[l], to + l);
   }
 
-  // out[i] = the 16 lanes of v[i], added as the canonical tree. Needed for one code and for kCodes.
+  // out[i] = the 16 lanes of v[i], added as the canonical tree. Called with 1 and with kCodes vectors.
   static void tree_sums(const Vec (&v)[1], float* out) {
     Vec partial = v[0];
     out[0] = tree_sum(partial.lane);
@@ -61,7 +61,7 @@ struct Vec {
     return bits;
   }
 
-  // The lanes whose bits are set, one behind the other. May write 16 floats.
+  // Stores the lanes whose bits are set, packed. May write 16 floats.
   void store_lanes(uint32_t lanes, float* to) const {
     for (; lanes != 0; lanes &= lanes - 1) *to++ = lane[std::countr_zero(lanes)];
   }
@@ -72,19 +72,20 @@ struct Vec {
     return r;
   }
 
-  // The nearest integer, ties to even; for lanes that fit an int32.
+  // The nearest integer, ties to even; lanes must fit an int32.
   Vec nearest() const {
     Vec r;
     for (int l = 0; l < kLanes; ++l) r.lane[l] = std::nearbyint(lane[l]);
     return r;
   }
 
+  // a > b ? a : b: if one is NaN, b.
   static Vec larger(Vec a, Vec b) {
     for (int l = 0; l < kLanes; ++l) a.lane[l] = a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l];
     return a;
   }
 
-  // Lanes that are integers of at most 127 either way.
+  // Stores the lanes as bytes; they must be integers in [-127, 127].
   void store_bytes(int8_t* to) const {
     for (int l = 0; l < kLanes; ++l) to[l] = static_cast<int8_t>(lane[l]);
   }
@@ -114,17 +115,17 @@ struct Vec {
   }
 };
 
-// first + l for each lane l whose bit is set, one behind the other. May write 16 of them.
+// Stores first + l for each lane l whose bit is set, packed. May write 16 of them.
 inline void store_ids(uint32_t lanes, int32_t first, int32_t* to) {
   for (; lanes != 0; lanes &= lanes - 1) *to++ = first + std::countr_zero(lanes);
 }
 
-// The same of ids in memory; `to` may lie before `from` in the same array.
+// Stores from[l] for each such lane l. May write 16 of them; `to` may be before `from` in the same array.
 inline void keep_ids(uint32_t lanes, const int32_t* from, int32_t* to) {
   for (; lanes != 0; lanes &= lanes - 1) *to++ = from[std::countr_zero(lanes)];
 }
 
-// 64 bytes: four of each of 16 codes, or the same four of a row of z.
+// 64 bytes: four entries of each of 16 codes, or four entries of a row of z, 16 times.
 struct Bytes {
   int16_t byte[4 * kLanes];
 
@@ -144,7 +145,7 @@ struct Bytes {
 struct Ints {
   // Rows of z and groups of 16 codes whose sums stay in registers together.
   static constexpr int kTokens = 1, kGroups = 1;
-  static constexpr int kRange = 127;  // of a row's bytes
+  static constexpr int kRange = 127;  // the largest magnitude of a row's bytes
 
   uint32_t lane[kLanes];  // unsigned, so that it wraps
 

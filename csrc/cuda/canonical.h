@@ -2,18 +2,19 @@
 //
 //   dot(t, j) = the 16 partials of z_t c_j, added as a tree        multiply, then add: never fused
 //
-//   what      SomeTokens (1 or 4 x 64)               ManyTokens (16 x 64)
-//   z         shared, some 1000 entries of a row     shared, 64 entries of a row at a time
-//   codes     registers, 8 or 12 loads on their way  shared, widened once for all tokens
-//   partials  [kM, kN, 4] a thread, registers        the same
+//   what      SomeTokens (1 or 4 x 64)            ManyTokens (16 x 64)
+//   z         shared, 960 or 1024 entries per     shared, 64 entries per row at a time
+//             row at a time
+//   codes     registers, 8 or 12 loads in flight  shared, widened once for all tokens
+//   partials  [kM, kN, 4] per thread, registers   the same
 //
 // 1. Four neighbouring threads, a quad, hold the 16 partials of kM x kN pairs, four each: thread q those of
 //    l = 4 q .. 4 q + 3, so that z and codes are read four entries at a time.
 // 2. Entries are visited in order, 16 by 16, so each partial adds what the definition says, in its order.
-// 3. The tree: l with l + 8 is quad thread q with q + 2, l + 4 is q + 1; the rest is a thread's own.
+// 3. The tree: l + 8 is in thread q + 2 of the quad, l + 4 in thread q + 1; l + 2 and l + 1 are in the same.
 //
-// Few tokens wait for the codes: every quad reads its own, far ahead. Many share them. Rows beyond T or C and
-// entries beyond E count as zeros.
+// With few tokens the time is that of loading codes: every quad loads its own, far ahead. With many tokens
+// the block shares the codes. Rows beyond T or C and entries beyond E count as zeros.
 
 #pragma once
 
@@ -28,8 +29,8 @@ namespace cu_fast {
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 
-// Adds 16 partials, four a thread of a quad: l = 4 q .. 4 q + 3. All four get the sum. A step for the whole
-// warp.
+// Adds the 16 partials of a quad, four per thread: l = 4 q .. 4 q + 3. All four threads get the sum. All
+// lanes of the warp take part.
 CU_FAST_DEVICE float quad_sum(const float (&partial)[4]) {
   float sum[4];
 #pragma unroll
@@ -49,7 +50,7 @@ CU_FAST_DEVICE uint64_t key_of_dot(const SelectParams& p, float dot, int64_t j) 
   return is_finite(score) ? key_of(score, static_cast<int32_t>(j)) : kEmpty;
 }
 
-// Adds a step of 16 entries, of which this thread has four.
+// Adds the products of a step of 16 entries, of which this thread has four.
 CU_FAST_DEVICE void add_products(float (&partial)[4], float4 z, float4 c) {
   partial[0] = add(partial[0], multiply(z.x, c.x));
   partial[1] = add(partial[1], multiply(z.y, c.y));
@@ -57,8 +58,8 @@ CU_FAST_DEVICE void add_products(float (&partial)[4], float4 z, float4 c) {
   partial[3] = add(partial[3], multiply(z.w, c.w));
 }
 
-// Adds the steps of entries [first, first + 16 kLoads) of a row in memory of any kind, `z(e)`: entries e .. e
-// + 3, and of code j.
+// Adds the products of entries [first, first + 16 kLoads) of kM rows and code j. z(m, e) returns entries
+// [e, e + 4) of row m.
 template <int kM, int kLoads, class Z>
 CU_FAST_DEVICE void add_steps(float (&partial)[kM][4], const Matrix& codes, bool fours, int64_t j,
                               int64_t first, int64_t E, const Z& z) {
@@ -79,26 +80,26 @@ struct SomeTokens {
   static constexpr int kM = kMTokens, kN = 1;
   static constexpr int kTokens = kM, kCodes = kThreads / 4;
   static constexpr int kLoads = kM == 1 ? 12 : 8, kStep = kLoads * kLanes;
-  static constexpr int kWidth =
-      4 * kThreads / kStep * kStep;  // whole steps that one load of the block covers
+  static constexpr int kWidth = 4 * kThreads / kStep * kStep;  // whole steps, loaded at once
 
   struct Shared {
     alignas(16) float z[kM][kWidth];
   };
 
-  // The pair (m, n) of this thread's quad.
+  // Token and code of pair (m, n) of this thread's quad.
   CU_FAST_DEVICE static int token(int m) { return m; }
   CU_FAST_DEVICE static int code(int) { return thread_index() / 4; }
 
-  // dots[m][n] for tokens t0 .., codes c0 ..; all threads of a quad get them. Sets bit t of *faulty (shared,
-  // zero before) where row t of z has NaN or Inf: there for all threads, if there are entries at all.
+  // dots[m][n] for the tokens from t0 and the codes from c0; all threads of a quad get them. Sets bit t of
+  // *faulty (shared, zero before) if row t of z - pre holds NaN or Inf. If E > 0, all threads see it on
+  // return.
   CU_FAST_DEVICE static void dots(const ScoreParams& p, int64_t t0, int64_t c0, Shared& shared,
                                   uint32_t* faulty, float (&dots)[kM][kN]) {
     const bool z_fours = reads_fours(p.z), codes_fours = reads_fours(p.codes);
     const int64_t j = c0 + code(0);
     float partial[kM][4] = {};
     for (int64_t first = 0; first < p.E; first += kWidth) {
-      sync_block();  // the entries before these have been read
+      sync_block();  // the previous entries have been read
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         const int column = 4 * thread_index();
@@ -125,21 +126,21 @@ struct ManyTokens {
   static constexpr int kM = 4, kN = 4;
   static constexpr int kTokenQuads = 4, kCodeQuads = kThreads / 4 / kTokenQuads;
   static constexpr int kTokens = kM * kTokenQuads, kCodes = kN * kCodeQuads;
-  // Rows are half the banks more than a multiple of all apart: the two quads that read at a time meet
-  // different ones.
+  // A row is 80 floats, 16 more than a multiple of the 32 banks: the two quads that a 128-bit read serves at
+  // a time read different banks.
   static constexpr int kWidth = 64, kStride = kWidth + 16, kFours = kWidth / 4;
-  static constexpr int kRows = kThreads / kFours;  // that a load of the whole block covers
+  static constexpr int kRows = kThreads / kFours;  // rows that the block loads at once
   static_assert(kTokens <= kRows && kCodes % kRows == 0,
                 "a load covers the tokens, and whole shares of the codes");
 
   struct Shared {
-    alignas(16) float rows[(kTokens + kCodes) * kStride];  // those of z first
+    alignas(16) float rows[(kTokens + kCodes) * kStride];  // kTokens rows of z, then kCodes codes
   };
 
   CU_FAST_DEVICE static int token(int m) { return m * kTokenQuads + thread_index() / 4 % kTokenQuads; }
   CU_FAST_DEVICE static int code(int n) { return n * kCodeQuads + thread_index() / 4 / kTokenQuads; }
 
-  // As SomeTokens does.
+  // As SomeTokens::dots.
   CU_FAST_DEVICE static void dots(const ScoreParams& p, int64_t t0, int64_t c0, Shared& shared,
                                   uint32_t* faulty, float (&dots)[kM][kN]) {
     const bool z_fours = reads_fours(p.z), codes_fours = reads_fours(p.codes);
@@ -147,7 +148,7 @@ struct ManyTokens {
     const int row = thread_index() / kFours, column = thread_index() % kFours * 4;
     float partial[kM][kN][4] = {};
     for (int64_t first = 0; first < p.E; first += kWidth) {
-      sync_block();  // the entries before these have been read
+      sync_block();  // the previous entries have been read
       uint4 codes[kCodes / kRows];
 #pragma unroll
       for (int i = 0; i < kCodes / kRows; ++i) {
@@ -192,8 +193,8 @@ struct ManyTokens {
   }
 };
 
-// Calls use(token, code, dot) for every pair, by the first thread of its quad: were they shared out, the
-// compiler would put dots into local memory, to index it by the thread.
+// Calls use(token, code, dot) for every pair, in the first thread of its quad. If the quad shared them out,
+// it would index dots by the thread, and the compiler would move dots to local memory.
 template <class Tile, class Use>
 CU_FAST_DEVICE void each_pair(const float (&dots)[Tile::kM][Tile::kN], const Use& use) {
   if (thread_index() % 4 != 0) return;
@@ -204,11 +205,12 @@ CU_FAST_DEVICE void each_pair(const float (&dots)[Tile::kM][Tile::kN], const Use
   }
 }
 
-// Codes of a tile, whatever the tokens.
+// Codes per tile, for any number of tokens.
 inline constexpr int kTileCodes = 64;
-static_assert(SomeTokens<1>::kCodes == kTileCodes && ManyTokens::kCodes == kTileCodes);
+static_assert(SomeTokens<1>::kCodes == kTileCodes && ManyTokens::kCodes == kTileCodes,
+              "every tile of with_tile has kTileCodes = 64 codes");
 
-// Calls run with the tile for T tokens.
+// Calls run(tile) with the tile type for T tokens.
 template <class Run>
 void with_tile(int64_t T, const Run& run) {
   if (T == 1) {

@@ -2,8 +2,15 @@
 //
 //   y[t] = reduce_i(w_i table[ids_i]) + b_dec      w_i: 1, or relu(score_i)
 //
-// 1. The first warp merges the token's parts (cuda/finish.h), in every block: cheaper than a launch.
-// 2. The block decodes its share of the columns (cuda/decode.h); the first counts what the mask took.
+//   what           shape                      layout
+//   kept, deleted  [T, capacity, parts] keys  sorted lists, as the selection leaves them (cuda/select.h)
+//   table          [C, D]                     any stride, fp32, bf16 or fp16
+//   y              [T, D]                     contiguous, table's dtype
+//   receipt        [2] int64                  tokens, and kept codes that masks took away
+//
+// 1. The first warp of every block merges the token's parts (cuda/finish.h): doing it in each block is
+//    cheaper than another launch.
+// 2. The block decodes its share of the columns (cuda/decode.h). The first share adds to the receipt.
 
 #include "cuda/decode.h"
 #include "cuda/finish.h"
@@ -70,7 +77,7 @@ void launch_codebook_bottleneck(const BottleneckParams& p, Stream stream) {
     decode.k = job.p.k;
     const int64_t bytes = p.table.dtype == Dtype::f32 ? 4 : 2;
     decode.y = static_cast<char*>(p.y) + done * p.D * bytes;
-    // A list in global memory is merged by one block only.
+    // A merged list in global memory (k > kFusedK) may have one writer only: one block per token.
     const int64_t shares = job.merged == nullptr ? (p.D + kDecodeColumns - 1) / kDecodeColumns : 1;
     launch(finish_decode, Grid2{decode.T, shares}, kDecodeThreads, stream, some, decode);
     done += decode.T;

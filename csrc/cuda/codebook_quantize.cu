@@ -4,17 +4,18 @@
 //
 //   what         shape                        layout
 //   z, codes     [T, E], [C, E]               any stride, fp32, bf16 or fp16
-//   kept         [T, capacity, parts] keys    a part's list is sorted; the best of all parts lie side by side
+//   kept         [T, capacity, parts] keys    a part's list is sorted; equal ranks are contiguous
 //   scores, ids  [T, k]                       best first
 //
 // 1. select_exact  A block takes a tile of tokens and one part of the codes, tile by tile: canonical dot
 //                  products, the epilogue, keys (core/order.h) in shared memory.
-// 2.               A warp a token offers the keys to the token's list (cuda/top_list.h). A deleted code's key
-//                  goes to the list of deleted ones, or to none: the mask is a predicate, not a score.
+// 2.               One warp per token offers the keys to the token's list (cuda/top_list.h). A deleted code's
+//                  key goes to the list of deleted codes, or to none: the mask is a predicate, not a score.
 // 3.               A row with NaN or Inf, or whose mask row does not exist, leaves kPoison.
-// 4. finish        A warp a token merges its parts, and writes ids, scores and hits.
+// 4. finish        One warp per token merges its parts, and writes ids, scores and hits.
 //
-// Behind a scan, select_exact does only the rows that the scan could not do; without any it ends at once.
+// After a scan, select_exact does only the rows that the scan could not do; a block without any returns at
+// once.
 
 #include "cuda/canonical.h"
 #include "cuda/finish.h"
@@ -25,7 +26,7 @@
 namespace cu_fast {
 namespace {
 
-// Lists this short stay in shared memory.
+// Lists of up to this many keys stay in shared memory.
 constexpr int kSharedK = 64;
 
 template <class Tile>
@@ -51,7 +52,7 @@ select_exact(SelectJob job) {
   const uint32_t wanted = ballot(todo);
   if (wanted == 0) return;
 
-  // List i of a token: keys `stride` apart.
+  // The list of token t, of kept or deleted codes: keys `stride` apart.
   const bool in_shared = p.capacity <= kSharedK;
   const int64_t stride = in_shared ? 1 : p.parts;
   const auto list = [&](int t, bool of_deleted) -> uint64_t* {
@@ -128,7 +129,7 @@ finish(SelectJob job) {
 
 template <class Tile>
 void launch_exact(const SelectJob& job, Stream stream) {
-  // The second dimension of a grid is limited; a chunk of that many tokens is cut by whoever asks.
+  // gridDim.y <= 65535: a chunk is at most 2^18 tokens (plan_select), 2^18 / 16 = 16384 tiles.
   const Grid2 grid{job.plan.parts, (job.p.score.T + Tile::kTokens - 1) / Tile::kTokens};
   launch(select_exact<Tile>, grid, kThreads, stream, job);
 }

@@ -1,13 +1,19 @@
-// Gather and sum for one token and a share of the columns, by a small block.
+// Gather and sum for one token and a share of the columns, by a block of kDecodeThreads.
 //
-//   y = reduce_i(w_i table[id_i]) + bias + residual      in the order of i, multiply, then add; rounded once
+//   y = reduce_i(w_i table[id_i]) + bias + residual      in the order of i: multiply, then add, in fp32; y is
+//                                                        rounded once more, to the table's dtype
 //
-// 1. The first warp looks at kSlots slots at a time and keeps those that add something, in their order.
-// 2. A thread owns 8 neighbouring columns: 16 bytes of a 16-bit table at a time, kInFlight rows on their way.
+//   what   shape     where it stays
+//   slots  [kSlots]  shared: those in use
+//   table  [C, D]    global -> registers
+//   y      [T, D]    registers, 8 columns per thread
 //
-// A slot without a code adds nothing, but with the weight NaN it makes the row NaN. So does an id that is
-// none of the table's, or a mask row that does not exist: nobody has looked at them before, and the fault has
-// to show.
+// 1. The first warp reads kSlots slots at a time and keeps, in their order, those whose code is not deleted.
+// 2. A thread owns 8 neighbouring columns, 16 bytes of a 16-bit table, and has kInFlight rows in flight.
+//
+// A slot without a code (id -1) adds nothing, but if its weight is NaN the row is NaN. So is a row with an id
+// that is not in the table, or whose mask row does not exist: on a GPU the host does not check them, and NaN
+// is how a kernel reports it.
 
 #pragma once
 
@@ -19,7 +25,7 @@
 namespace cu_fast {
 
 inline constexpr int kDecodeThreads = 64;
-inline constexpr int kDecodeColumns = 8 * kDecodeThreads;  // of a block
+inline constexpr int kDecodeColumns = 8 * kDecodeThreads;  // columns per block
 inline constexpr int kSlots = 128;
 inline constexpr int kInFlight = 8;
 
@@ -83,8 +89,8 @@ CU_FAST_DEVICE void store_eight(const Eight& from, void* y, int64_t D, int64_t r
   }
 }
 
-// Writes columns [first, first + kDecodeColumns) of a token. slot(i): what the i-th of p.k slots holds; p.ids
-// and p.weights are not looked at. Returns how many codes the mask took, to all threads of the first warp.
+// Writes columns [first, first + kDecodeColumns) of a token. slot(i) returns the i-th of p.k slots; p.ids and
+// p.weights are not read. Returns, to all threads of the first warp, how many codes the mask took away.
 template <class Slot>
 CU_FAST_DEVICE int32_t decode_columns(const DecodeParams& p, int64_t token, int64_t first, const Slot& slot,
                                       DecodeShared& shared) {
@@ -96,7 +102,7 @@ CU_FAST_DEVICE int32_t decode_columns(const DecodeParams& p, int64_t token, int6
   sync_block();
   if (thread_index() == 0) shared.faulty = mask.exists() ? 0 : 1;
   for (int64_t begin = 0; begin < p.k; begin += kSlots) {
-    sync_block();  // slots have been read
+    sync_block();  // the previous slots have been read
     if (warp_index() == 0) {
       int32_t used = 0;
       for (int64_t at = begin; at < begin + kSlots && at < p.k; at += 32) {

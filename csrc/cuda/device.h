@@ -1,8 +1,8 @@
-// What a kernel asks of the machine, one thin function each. Under nvcc these are intrinsics and PTX; with
-// CU_FAST_EMULATED they are the host twins of csrc/emulation, and the same kernels run on a CPU.
+// The hardware operations of the kernels, one thin function each. Under nvcc they are intrinsics and PTX;
+// with CU_FAST_EMULATED csrc/emulation implements them, and the same kernels run on a CPU.
 //
-// What a warp does together (sync_warp, shuffle, ballot, ...) is done by all its 32 lanes; what a block does
-// together (sync_block) by all its threads. Blocks are one-dimensional, of whole warps.
+// All 32 lanes of a warp must take part in an operation of the warp (sync_warp, shuffle, ballot, ...), and
+// all threads of a block in sync_block. Blocks are one-dimensional and consist of whole warps.
 
 #pragma once
 
@@ -88,7 +88,7 @@ CU_FAST_DEVICE float add(float a, float b) {
   return __fadd_rn(a, b);
 }
 
-// Atomic in global or shared memory, relaxed; each returns what was there before.
+// Atomic in global or shared memory, relaxed. The 32-bit ones return the old value.
 CU_FAST_DEVICE int32_t atomic_add(int32_t* at, int32_t x) {
   return atomicAdd(at, x);
 }
@@ -99,7 +99,7 @@ CU_FAST_DEVICE void atomic_add(int64_t* at, int64_t x) {
   atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(x));  // modulo 2^64
 }
 
-// 16 bytes at an aligned address, read once: past the first-level cache.
+// Loads 16 bytes at an aligned address without filling the L1 cache: for data that is read once.
 CU_FAST_DEVICE uint4 load_streaming(const void* at) {
   uint4 x;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -108,9 +108,9 @@ CU_FAST_DEVICE uint4 load_streaming(const void* at) {
   return x;
 }
 
-// Copies 16 bytes from global to shared memory in the background, both aligned; zeros if not valid. A thread
-// sees its own copies after wait_copies<n>, n = groups (closed by commit_copies) that may still be on their
-// way; other threads after a barrier behind that.
+// Copies 16 bytes from global to shared memory asynchronously, both aligned; writes zeros if not valid.
+// commit_copies closes a group of copies. wait_copies<n> waits until at most n groups are in flight. Then the
+// thread sees its own copies; other threads see them after a barrier.
 CU_FAST_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int bytes = valid ? 16 : 0;
@@ -124,8 +124,8 @@ CU_FAST_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// d += a b, 16 x 8 x 32, by a warp: a unsigned bytes, b signed, d int32, sums modulo 2^32. With g = lane / 4
-// and q = lane % 4, four neighbours in k to a register:
+// d += a b, 16 x 8 x 32, by a warp: a unsigned bytes, b signed, d int32, sums modulo 2^32. A register of a or
+// b holds four neighbours in k. With g = lane / 4 and q = lane % 4:
 //   a[0] rows g,     k = 4 q .. 4 q + 3        a[2] rows g,     k = 16 + 4 q ..
 //   a[1] rows g + 8, k = 4 q ..                a[3] rows g + 8, k = 16 + 4 q ..
 //   b[0] k = 4 q .., column g                  b[1] k = 16 + 4 q .., column g
@@ -138,8 +138,8 @@ CU_FAST_DEVICE void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The first thing in every kernel: the next kernel of the stream may be set up from now on, and what the
-// kernels before this one wrote is there when it returns (programmatic dependent launch; sm_90 and newer).
+// Every kernel calls this first. It lets the next kernel of the stream be set up, and returns when the writes
+// of the previous kernels are visible (programmatic dependent launch; sm_90 and newer).
 CU_FAST_DEVICE void start_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -1,14 +1,15 @@
-// What a kernel asks of a Hopper GPU (sm_90a) beyond device.h, one thin function each; their host twins are
-// in csrc/emulation/hopper.h. Code that calls them stands between #ifdef CU_FAST_HAS_HOPPER and #endif.
+// Hardware operations of a Hopper GPU (sm_90a) beyond device.h, one thin function each;
+// csrc/emulation/hopper.h implements them on a CPU. Code that calls them stands between #ifdef
+// CU_FAST_HAS_HOPPER and #endif.
 //
-// A barrier is 8 bytes of shared memory. In each of its phases it waits for a number of arrivals, and for
-// bytes of copies that some of those arrivals announced; then the next phase begins. Phases count from 0; a
-// phase's parity is its lowest bit.
+// A barrier (mbarrier) is 8 bytes of shared memory. A phase completes when the barrier has had all its
+// arrivals, and all bytes of copies that those arrivals announced; then the next phase begins. Phases count
+// from 0. A phase's parity is its lowest bit.
 //
-// A warpgroup is four warps, the first a multiple of four; all its threads do a multiply together. Multiplies
-// run in the background: until wait_multiplies says that one has ended, its d must be neither read nor
-// written, nor its a or its shared memory written. Several multiplies of one d may be on their way: they run
-// in order.
+// A warpgroup is four warps, the first a multiple of four. All its threads execute a multiply (wgmma)
+// together. Multiplies are asynchronous. Until wait_multiplies says that one is complete, its d must be
+// neither read nor written, and its a and its shared memory must not be written. Several multiplies into one
+// d may be in flight: they run in order.
 
 #pragma once
 
@@ -26,12 +27,13 @@ CU_FAST_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// By one thread; then fence_barrier_init by the same, then a barrier of the block, then anything else.
+// Called by one thread, followed by fence_barrier_init in that thread and a sync_block. Only then may the
+// barrier be used.
 CU_FAST_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 }
-// Makes them known to copies too.
+// Makes initialised barriers visible to asynchronous copies too.
 CU_FAST_DEVICE void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -39,13 +41,14 @@ CU_FAST_DEVICE void fence_barrier_init() {
 CU_FAST_DEVICE void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and announces bytes of copy_bulk.
+// Arrives, and announces `bytes` of copy_bulk.
 CU_FAST_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity has ended: the one that runs, or else the one before it.
+// Waits until the barrier's phase with this parity completes (mbarrier.try_wait.parity): the current phase,
+// or else the previous one, for which it returns at once.
 CU_FAST_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -58,8 +61,8 @@ CU_FAST_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Copies bytes, a multiple of 16, from global to shared memory in the background, both aligned to 16; the
-// barrier is told when they are there.
+// Copies `bytes`, a multiple of 16, from global to shared memory asynchronously, both aligned to 16. The
+// barrier counts the bytes as they arrive.
 CU_FAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -68,33 +71,34 @@ CU_FAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint6
       : "memory");
 }
 
-// Where multiply_tile finds its b: core matrices of 8 columns by 16 bytes of k, a column's 16 bytes after the
-// other's. `along_k` bytes lead from one to the one of the next 16 bytes of k, `along_columns` to that of the
-// next 8 columns; multiples of 16, as the address, and less than 2^18. No swizzle.
+// The descriptor of multiply_tile's b in shared memory, without swizzle. b is made of core matrices of 8
+// columns by 16 bytes of k, the columns one after the other. The core matrix of the next 16 bytes of k is
+// `along_k` bytes away, that of the next 8 columns `along_columns`. Both, and the address, are multiples of
+// 16 less than 2^18.
 CU_FAST_DEVICE uint64_t describe_tile(const void* shared, int along_k, int along_columns) {
   return uint64_t{(shared_address(shared) & 0x3ffff) >> 4} |
          uint64_t{static_cast<uint32_t>(along_k) >> 4} << 16 |
          uint64_t{static_cast<uint32_t>(along_columns) >> 4} << 32;
 }
 
-// By the warpgroup, before the first multiply of each group: orders what touched its registers before with
-// it.
+// Called by the warpgroup before the first multiply of each group: orders it after earlier accesses to its
+// registers.
 CU_FAST_DEVICE void fence_multiplies() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Closes a group of the multiplies since the last.
+// Closes the group of the multiplies since the last commit.
 CU_FAST_DEVICE void commit_multiplies() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most kPending groups are on their way.
+// Waits until at most kPending groups are in flight.
 template <int kPending>
 CU_FAST_DEVICE void wait_multiplies() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d += a b, 64 x 128 x 32, by a warpgroup: a unsigned bytes, b signed, in shared memory as described, d
-// int32, sums modulo 2^32. Warp w of the four has rows 16 w .. 16 w + 15, and d[column] and a are as in
-// multiply_bytes.
+// d += a b, 64 x 128 x 32, by a warpgroup: a unsigned bytes in registers, b signed bytes in shared memory
+// (describe_tile), d int32, sums modulo 2^32. Warp w of the four has rows [16 w, 16 w + 16). The layouts of a
+// and of d[column], 8 columns each, are those of multiply_bytes.
 CU_FAST_DEVICE void multiply_tile(int32_t (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"

@@ -1,4 +1,8 @@
-// From the sorted lists of a token's parts to its k best codes. By one warp.
+// Merges the sorted lists of a token's parts into its k best codes, and counts hits. By one warp.
+//
+//   what           shape                      layout
+//   kept, deleted  [T, capacity, parts] keys  a part's list is sorted; equal ranks are contiguous
+//   merged         [k] keys                   sorted, in shared memory, or in global memory for k > kFusedK
 
 #pragma once
 
@@ -8,7 +12,7 @@
 
 namespace cu_fast {
 
-// Shared memory of a warp that merges.
+// Shared memory of the warp that merges.
 struct MergeShared {
   uint64_t queue[kQueue];
   uint64_t kept[SelectTuning::kFusedK];
@@ -18,12 +22,12 @@ struct MergeShared {
 // A token's k best codes, and the k best deleted ones, sorted; kEmpty where there are fewer.
 struct Merged {
   const uint64_t* kept;
-  const uint64_t* deleted;  // null: they did not ride along
+  const uint64_t* deleted;  // null: hits are not counted
   bool poisoned;            // the row holds NaN or Inf, or its mask does not exist
 };
 
-// lists: [capacity, stride], each of the first `parts` sorted. Reads the best of every part first, then the
-// second best, until a whole row of them is of no use.
+// lists: [capacity, stride], the first `parts` columns sorted. Merges rank by rank: the best key of every
+// part, then the second best, and so on. Stops at the first rank at which no part adds a key.
 CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t stride, int64_t capacity,
                                 uint64_t* into, int64_t k, uint64_t* queue) {
   TopList::clear(into, 1, k);
@@ -39,12 +43,13 @@ CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t st
   best.merge();
 }
 
-// Whether the scan could not do this token, so that select_exact did.
+// Whether the scan could not do this token, so that select_exact does it: a row without a certificate, or
+// with more candidates than places.
 CU_FAST_DEVICE bool needs_exact(const SelectJob& job, int64_t token) {
   return job.work.exact[token] != 0 || job.work.count[token] > SelectTuning::kCandidates;
 }
 
-// `token` is one of the chunk's.
+// `token` counts from the start of the chunk.
 CU_FAST_DEVICE Merged merge_parts(const SelectJob& job, int64_t token, MergeShared& shared) {
   const SelectParams& p = job.p;
   const int64_t places = p.parts * p.capacity;
@@ -58,14 +63,14 @@ CU_FAST_DEVICE Merged merge_parts(const SelectJob& job, int64_t token, MergeShar
   return {kept, p.deleted == nullptr ? nullptr : deleted, kept[0] == kPoison};
 }
 
-// How many of the k best codes would be deleted ones, had they been let in.
+// Hits: how many of the k best codes would be deleted ones, if there were no mask.
 CU_FAST_DEVICE int32_t count_hits(const Merged& merged, int64_t k) {
   if (merged.deleted == nullptr || merged.poisoned) return 0;
   int32_t hits = 0;
   for (int64_t first = 0; first < k; first += 32) {
     const int64_t i = first + lane_index();
     const uint64_t key = i < k ? merged.deleted[i] : kEmpty;
-    int64_t better = 0, high = k;  // kept codes that beat it
+    int64_t better = 0, high = k;  // kept codes above it
     while (better < high) {
       const int64_t middle = (better + high) / 2;
       if (merged.kept[middle] > key) {

@@ -1,4 +1,4 @@
-// What the host files call: each starts the kernels of one operator and waits for nothing.
+// What the host files call. Each function launches the kernels of one operator and does not wait for them.
 
 #pragma once
 
@@ -11,31 +11,31 @@ namespace cu_fast {
 // Writes p.out.
 void launch_sae_encode(const EncodeParams& p, Stream stream);
 
-// Fills job.p.kept (and deleted) for one chunk: scores every code, or scans.
+// Fills job.p.kept and job.p.deleted for one chunk: scores every code, or scans.
 void launch_select_parts(const SelectJob& job, Stream stream);
-// The kernels of the scan, up to the parts of the rows that it can do; and two of them alone.
+// All kernels of the scan. They fill the lists of the rows that the scan can do. Below, two of them alone.
 void launch_scan(const SelectJob& job, Stream stream);
 void launch_scan_rows(const SelectJob& job, Stream stream);
 void launch_scan_codes(const SelectJob& job, bool sample, Stream stream);
-// What launch_scan_codes calls for more than 64 tokens, where it can run: compute capability 9.0, and code
+// Called by launch_scan_codes for more than 64 tokens, on compute capability 9.0, if the library holds code
 // for 90a.
 void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream);
-// All chunks, and the results in p.scores, p.ids and p.hits.
+// Runs all chunks, and writes p.scores, p.ids and p.hits.
 void launch_codebook_quantize(const SelectJob& job, Stream stream);
 
 void launch_masked_decode(const DecodeParams& p, Stream stream);
 
-// What follows the selection in a bottleneck: merges the parts of a chunk, weighs, and decodes.
+// A bottleneck: a selection, then in one kernel the merge of its parts, the weights and the decoder.
 struct BottleneckParams {
   SelectJob job;
-  Mask ablated;        // deleted codes among the selected add nothing; table null: none
-  bool score_weights;  // relu(score) a code, or 1
-  bool mean;
-  Matrix table;       // [C, D]
-  const float* bias;  // [D]; null: none
+  Mask ablated;        // a selected code that it deletes adds nothing; table null: none
+  bool score_weights;  // true: a code's weight is relu(score); false: 1
+  bool mean;           // divide the sum by k
+  Matrix table;        // [C, D]
+  const float* bias;   // [D]; null: none
   int64_t D;
   void* y;           // [T, D], table's dtype
-  int64_t* receipt;  // [2]: tokens, and codes that the mask took, are added; null: not wanted
+  int64_t* receipt;  // [2], += tokens, and codes that masks took away; null: not counted
 };
 
 void launch_codebook_bottleneck(const BottleneckParams& p, Stream stream);

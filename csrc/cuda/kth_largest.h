@@ -1,4 +1,7 @@
-// The k-th largest of n floats, by a block: a radix select, 8 bits at a time.
+// The k-th largest of n floats, by a block of kThreads: a radix select, 8 bits at a time.
+//
+// 1. Count, by their next 8 bits, the numbers that begin with the prefix found so far.
+// 2. The first warp finds the digit that the k-th largest has, and appends it to the prefix.
 
 #pragma once
 
@@ -15,7 +18,7 @@ struct KthShared {
   int32_t left;
 };
 
-// Floats as numbers that grow with them. What is no number, or -inf, is 0.
+// Maps floats to integers in the same order. NaN and -inf become 0.
 CU_FAST_DEVICE uint32_t ordered(float x) {
   if (!(x >= -3.402823466e38f)) return 0;
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -26,12 +29,12 @@ CU_FAST_DEVICE float from_ordered(uint32_t x) {
   return std::bit_cast<float>(x >> 31 ? x & 0x7fffffffu : ~x);
 }
 
-// Of value(i), i in [0, n); NaN and -inf do not count; -inf if fewer than k are left. All threads of the
-// block get it. Once a kernel.
+// The k-th largest of value(i), i in [0, n), returned to every thread of the block. NaN and -inf do not
+// count; -inf if fewer than k are left.
 template <class Value>
 CU_FAST_DEVICE float kth_largest(int64_t n, int64_t k, const Value& value, KthShared& shared) {
   uint32_t prefix = 0;
-  // The k-th largest is the left-th of those that begin with the prefix.
+  // The k-th largest is the left-th largest of those that begin with the prefix.
   int32_t left = static_cast<int32_t>(k);
   for (int shift = 24; shift >= 0; shift -= 8) {
     shared.count[thread_index()] = 0;
@@ -43,7 +46,7 @@ CU_FAST_DEVICE float kth_largest(int64_t n, int64_t k, const Value& value, KthSh
     }
     sync_block();
     if (warp_index() == 0) {
-      // Each lane has 8 of the 256 counts; those of higher lanes come first.
+      // Each lane has 8 of the 256 counts. Higher lanes have the larger digits, which count first.
       int32_t mine = 0;
       for (int i = 0; i < 8; ++i) mine += shared.count[8 * lane_index() + i];
       int32_t from_here = mine;

@@ -1,4 +1,4 @@
-// Starts a kernel: launch(kernel, grid, threads, stream, arguments...). Nothing is waited for.
+// Launches a kernel: launch(kernel, grid, threads, stream, arguments...). Asynchronous.
 
 #pragma once
 
@@ -24,7 +24,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("cu_fast: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device.
+// An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "no CUDA device");
@@ -36,7 +36,8 @@ inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-// Every kernel calls start_kernel() first, so the next one may be set up before it has ended.
+// Every kernel calls start_kernel() first, so the next one may be set up before this one ends (programmatic
+// stream serialization, sm_90 and newer).
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid2 grid, int threads, Stream stream,
             const Arguments&... arguments) {

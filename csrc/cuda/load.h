@@ -1,5 +1,5 @@
-// Rows of a matrix as fp32, whatever they are stored as. The dtype is looked at here, at run time, so that
-// kernels exist once: what is loaded is used several times, and every thread takes the same branch.
+// Loads rows of a matrix as fp32. The dtype is tested here, at run time, so that every kernel is compiled
+// once. This is cheap: all threads take the same branch, and what is loaded is used several times.
 
 #pragma once
 
@@ -18,7 +18,7 @@ CU_FAST_DEVICE bool reads_fours(const Matrix& m) {
   return reinterpret_cast<uintptr_t>(m.data) % (4 * bytes) == 0 && m.stride % 4 == 0;
 }
 
-// Four neighbours as they are stored: loading them does not wait for them, so many can be on their way.
+// Four neighbours as they are stored. Widening is a separate step, so that many loads can be in flight.
 // 16-bit types leave z and w zero. column is a multiple of 4, entries beyond the width are zero; `fours` is
 // reads_fours(m).
 CU_FAST_DEVICE uint4 load_raw(const Matrix& m, bool fours, int64_t row, int64_t column, int64_t width) {

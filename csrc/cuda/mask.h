@@ -1,4 +1,4 @@
-// The deletions that hold for one token (core/mask.h), read where nobody has checked mask_row before.
+// The mask of one token (core/mask.h). On a GPU the host does not check mask_row, so the kernel does.
 
 #pragma once
 
@@ -10,13 +10,13 @@ namespace cu_fast {
 class MaskRow {
  public:
   CU_FAST_DEVICE MaskRow(const Mask& mask, int64_t token) {
-    if (mask.row == nullptr) return;  // a table of no masks may have no address
+    if (mask.row == nullptr) return;  // a table of 0 masks may have no address
     const int32_t row = mask.row[token];
     exists_ = row >= -1 && row < mask.U;
     if (exists_ && row >= 0) bits_ = mask.table + row * mask.words;
   }
 
-  // Whether the token's row is one of the table, or none. If not, nothing may be said for this token.
+  // Whether the token's mask_row is in [-1, U). If not, its results must be NaN.
   CU_FAST_DEVICE bool exists() const { return exists_; }
 
   // The bits of codes [first, first + 32); first is a multiple of 32. Codes beyond C are not deleted.

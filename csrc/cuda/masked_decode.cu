@@ -1,13 +1,14 @@
-// Gather and sum: y[t] = reduce_i(w[t, i] table[ids[t, i]]) + bias + residual[t]. How: cuda/decode.h.
+// Gather and sum: y[t] = reduce_i(w[t, i] table[ids[t, i]]) + bias + residual[t]. The algorithm:
+// cuda/decode.h.
 //
 //   what      shape                  layout
 //   ids       [T, k] int32           contiguous; -1: no code
 //   weights   [T, k] fp32            contiguous; null: 1
-//   table     [C, D], any stride     fp32, bf16 or fp16; read once a slot, 16 bytes a thread
+//   table     [C, D], any stride     fp32, bf16 or fp16; read once per slot, 16 bytes per thread
 //   residual  [T, D], any stride     null: none
 //   y         [T, D]                 contiguous, table's dtype
 //
-// A block a token and 512 columns, so that one token with many columns is spread over the machine.
+// One block per token and 512 columns, so that one token with many columns uses many multiprocessors.
 
 #include "cuda/decode.h"
 #include "cuda/kernels.h"

@@ -8,7 +8,7 @@
 //   b_enc, b_pre  [E], [D] fp32        null: zero
 //   z             [T, E] fp32          contiguous
 //
-// One tile of tokens and codes a block (cuda/canonical.h), then the epilogue.
+// One tile of tokens and codes per block (cuda/canonical.h), then the epilogue.
 
 #include "cuda/canonical.h"
 #include "cuda/kernels.h"
@@ -30,7 +30,7 @@ sae_encode_tile(EncodeParams p) {
   const int64_t t0 = int64_t{block_index_y()} * Tile::kTokens, c0 = int64_t{block_index_x()} * Tile::kCodes;
   float dots[Tile::kM][Tile::kN];
   Tile::dots(p.score, t0, c0, shared.tile, &shared.faulty, dots);
-  sync_block();  // faulty is there, of a row without entries too
+  sync_block();  // faulty is visible to all threads, also if rows have no entries
   each_pair<Tile>(dots, [&](int token, int code, float dot) {
     const int64_t t = t0 + token, j = c0 + code;
     if (t >= p.score.T || j >= p.score.C) return;
@@ -43,7 +43,7 @@ sae_encode_tile(EncodeParams p) {
 
 template <class Tile>
 void launch_tiles(const EncodeParams& p, Stream stream) {
-  // The second dimension of a grid is limited: more tokens than fit go into launches of their own.
+  // gridDim.y <= 65535: more tokens take further launches.
   constexpr int64_t kMost = int64_t{Tile::kTokens} * 65535;
   for (int64_t t = 0; t < p.score.T; t += kMost) {
     EncodeParams some = p;

@@ -1,16 +1,17 @@
-// Every code against every token in int8, on the matrix units: bounds on the scores, and who may be among the
-// best. What is made of the sums: scan_codes.h. Many tokens on Hopper: scan_codes_sm90.cu.
+// Scores every code against every token in int8, on the tensor cores, for bounds on the scores and candidates
+// for the k best. What is done with the sums: scan_codes.h. Many tokens on Hopper: scan_codes_sm90.cu.
 //
 //   sum(t, j) = <p_t, q_j>
 //
 //   what   shape                           where it stays
 //   plane  [G, E / 4, 64, 4] uint8         global -> registers, kAhead steps ahead
-//   bytes  [kTokens / 8, K, 2, 8, 4] u32   shared, kSteps steps at a time, kStages stages on their way
-//   sums   [2, kTokens / 8, 4] a thread    registers
+//   bytes  [kTokens / 8, K, 2, 8, 4] u32   shared, kSteps steps at a time, kStages stages in flight
+//   sums   [2, kTokens / 8, 4] per thread  registers
 //
-// 1. A warp takes 32 codes, a block 256, and all kTokens tokens of a tile: the codes are on the long side of
-//    multiply_bytes.
-// 2. Codes run kAhead steps ahead in registers; bytes of z come through cp.async, once for the block.
+// 1. A warp takes 32 codes, a block 256, and all kTokens tokens of a tile. Codes are the 16 rows of
+//    multiply_bytes, tokens its 8 columns.
+// 2. Codes are loaded kAhead steps ahead, into registers. Bytes of z come through cp.async, once for the
+//    block.
 
 #include "cuda/launch.h"
 #include "cuda/scan_codes.h"
@@ -25,7 +26,7 @@ constexpr int kStages = 4;
 
 template <int kTokens>
 struct StageOf {
-  // 8 KiB, or what two steps need.
+  // A stage is 8 KiB: a step is 256 bytes per 8 tokens.
   static constexpr int kSteps = kTokens >= 128 ? 2 : 256 / kTokens;
   alignas(16) uint32_t bytes[kTokens / 8][kSteps][64];
 };
@@ -35,7 +36,7 @@ CU_FAST_KERNEL(kThreads, kTokens >= 64 ? 1 : 2)
 scan_codes(SelectJob job) {
   using Stage = StageOf<kTokens>;
   constexpr int kColumns = kTokens / 8;
-  constexpr int kAhead = kTokens >= 64 ? 2 : 4;  // few tokens wait for memory, many need the registers
+  constexpr int kAhead = kTokens >= 64 ? 2 : 4;  // few tokens: memory-bound; many: registers are scarce
   struct Shared {
     Stage stage[kStages];
     uint32_t high_steps[kHighWords];
@@ -45,22 +46,22 @@ scan_codes(SelectJob job) {
   const SelectParams& p = job.p;
   const ScanWork& work = job.work;
   const int lane = lane_index(), q = lane % 4;
-  const int t0 = block_index_x() * kTokens;  // of a chunk
+  const int t0 = block_index_x() * kTokens;  // within the chunk
   const int steps = static_cast<int>((p.score.E + 31) / 32);
   const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
   const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
   gather_high_steps(job, t0, kTokens, shared.high_steps);
 
   for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
-    // The sample is spread over the codes: neighbours may be alike.
+    // The sample's tiles are spread over the codes: neighbours may be alike.
     const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
     const auto copy_stage = [&](int begin) {
       Stage& stage = shared.stage[begin / Stage::kSteps % kStages];
-      constexpr int kPieces = kColumns * Stage::kSteps * 16;  // of 16 bytes
+      constexpr int kPieces = kColumns * Stage::kSteps * 16;  // copies of 16 bytes
       for (int i = thread_index(); i < kPieces; i += kThreads) {
         const int column = i / (Stage::kSteps * 16), rest = i % (Stage::kSteps * 16);
         const int step = begin + rest / 16;
-        // Tiles of the bytes' memory are 8 tokens; those behind the last token do not exist.
+        // work.bytes has columns of 8 tokens, and none after the last token.
         const bool valid = step < steps && t0 + 8 * column < p.score.T;
         const int64_t from = (int64_t{t0 / 8 + column} * steps + step) * 64 + rest % 16 * 4;
         copy_async(reinterpret_cast<char*>(stage.bytes[column]) + rest * 16, work.bytes + (valid ? from : 0),
@@ -76,7 +77,7 @@ scan_codes(SelectJob job) {
       ahead[i][0] = codes.load(8 * i + q);
       ahead[i][1] = codes.load(8 * i + 4 + q);
     }
-    sync_block();  // nobody reads stages of the last tile any more, and high_steps is there
+    sync_block();  // the last tile's stages have been read, and high_steps is visible
     for (int i = 0; i < kStages - 1; ++i) copy_stage(i * Stage::kSteps);
     for (int begin = 0; begin < steps; begin += kAhead) {
 #pragma unroll
@@ -116,7 +117,7 @@ void launch_tiles(const SelectJob& job, bool sample, Stream stream) {
   }
 }
 
-// Whether scan_codes_sm90 can run. CU_FAST_WGMMA=0: it is not to.
+// Whether scan_codes_sm90 can run; CU_FAST_WGMMA=0 disables it.
 bool has_hopper() {
 #ifdef CU_FAST_EMULATED
   return emulated_hopper();

@@ -1,24 +1,24 @@
 // What the two scans of the codes (scan_codes.cu, scan_codes_sm90.cu) share: how a warp reads its codes, and
-// what is made of their sums.
+// what it does with their sums.
 //
 //   sum(t, j) = <p_t, q_j> + 254 <h_t, q_j>      approx = unit scale_j sum + mean_dot inv_norm_j + bias_j
 //   error     = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
 //
-//   what   shape                     where it stays
-//   plane  [G, E / 4, 64, 4] uint8   global -> registers, past the first-level cache: one warp reads it
-//   sums   [2, columns, 4] a thread  registers; a column is 8 tokens
+//   what   shape                       where it stays
+//   plane  [G, E / 4, 64, 4] uint8     global -> registers, not through L1: one warp reads it
+//   sums   [2, columns, 4] per thread  registers; a column is 8 tokens
 //
-// 1. A warp takes 32 codes. Which code is which row of a product, and which entries are which k, is free: so
-//    four neighbouring codes of one word of the plane, 16 bytes, are one load of a thread, and eight such
-//    loads fill whole lines. Of lane 4 g + q, codes 4 g and 4 g + 1 are rows g and g + 8 of the first
-//    product, 4 g + 2 and 4 g + 3 of the second; words q and q + 4 of a step are its k.
+// 1. A warp takes 32 codes, in two products of 16 rows. Rows and k may be permuted freely. In lane 4 g + q,
+//    codes 4 g and 4 g + 1 are rows g and g + 8 of the first product, 4 g + 2 and 4 g + 3 of the second;
+//    words q and q + 4 of a step are its k. So one 16-byte load of a thread is one word of four neighbouring
+//    codes, and eight lanes load a whole 128-byte line.
 // 2. Outliers: the few steps in which some token of the tile has high bytes are multiplied again.
-// 3. In the sample (some tiles only): the largest lower bound of a thread's four codes, for scan_threshold.
-//    Otherwise: a code whose upper bound reaches tau becomes a candidate. A warp takes places for all its
-//    candidates of a token with one atomic. What finds no place is counted all the same, so that the row is
-//    known to be incomplete.
+// 3. In the sample (some tiles only) a thread writes the largest lower bound of four codes, for
+//    scan_threshold. Otherwise a code whose upper bound reaches tau becomes a candidate. A warp takes places
+//    for all its candidates of a token with one atomic. A candidate without a place still counts: the row is
+//    incomplete.
 //
-// A deleted code is no candidate, or a flagged one where deleted codes ride along; it never raises tau.
+// A deleted code is a candidate only if hits are counted, and is then flagged (bit 31). It never raises tau.
 
 #pragma once
 
@@ -28,14 +28,14 @@
 
 namespace cu_fast {
 
-inline constexpr float kWiden = 1.0f + 0x1p-18f;  // covers the roundings of the bound itself
+inline constexpr float kWiden = 1.0f + 0x1p-18f;  // covers the rounding errors of computing the bound
 inline constexpr int kHighWords = (kMaxScanWidth / 32 + 31) / 32;
 
 // The codes of this thread's warp in a tile.
 struct WarpCodes {
   int first;
-  int words;          // beyond them are zeros; 0: no such codes
-  const uint8_t* at;  // of this thread's four, word 0; without such codes, of others
+  int words;          // words per code, zeros after them; 0: codes beyond C
+  const uint8_t* at;  // word 0 of this thread's four codes; of other codes if words is 0
 
   CU_FAST_DEVICE WarpCodes(const SelectParams& p, int tile)
       : first(tile * int{kScanTile} + 32 * warp_index()),
@@ -47,13 +47,13 @@ struct WarpCodes {
     if (word >= words) return make_uint4(0, 0, 0, 0);
     return load_streaming(at + word * (4 * kScanGroup));
   }
-  // Without a branch: of a word that is not there, anything.
+  // Without a branch. Returns an arbitrary word if this one does not exist.
   CU_FAST_DEVICE uint4 load_any(int word) const {
     return load_streaming(at + (word < words ? word : 0) * (4 * kScanGroup));
   }
 };
 
-// The registers of both products from words q and q + 4 of a step.
+// The a registers of both products, from words q (near) and q + 4 (far) of a step.
 struct Factors {
   uint32_t of[2][4];
 
@@ -96,12 +96,12 @@ CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int
   const float error = kWiden * (row.norm_in * codes.residual[i] + row.miss * codes.size[i] +
                                 row.half_l1_out * fabsf(codes.scale[i]) + row.slop * codes.magnitude +
                                 0x1p-20f * fabsf(codes.bias[i]));
-  // Where the bound is not finite, or the bias so large that it may overflow: it may be anything.
+  // No bound: the error is not finite, or the bias is so large that the score may overflow.
   if (!(error < kLargest) || !(fabsf(codes.bias[i]) <= kLargest)) return {-INFINITY, INFINITY};
   return {approx - error, approx + error};
 }
 
-// In which steps some token of the tile has high bytes; by the whole block, to be followed by a barrier.
+// The steps in which some token of the tile has high bytes. Called by the whole block, followed by a barrier.
 CU_FAST_DEVICE void gather_high_steps(const SelectJob& job, int t0, int tokens,
                                       uint32_t (&high_steps)[kHighWords]) {
   const int bitmap = static_cast<int>((job.p.score.E + 1023) / 1024);
@@ -113,11 +113,12 @@ CU_FAST_DEVICE void gather_high_steps(const SelectJob& job, int t0, int tokens,
   }
 }
 
-// Candidates of a token: a step for the whole warp. passes: of this thread's four codes.
+// Stores the candidates among the warp's codes. All lanes of the warp take part; passes: of this thread's
+// four codes.
 CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, const Bounds (&bounds)[4],
                                     const bool (&passes)[4], uint32_t deleted) {
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  // Lanes of one q share a token: count theirs, and let the first of them take the places.
+  // Lanes of one q share a token: they count their candidates, and the first of them takes the places.
   const uint32_t ours = 0x11111111u << q, before = ours & ((1u << lane) - 1);
   int32_t place = 0, total = 0;
 #pragma unroll
@@ -144,7 +145,7 @@ CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, 
   }
 }
 
-// From the sums of p to bounds, and to maxima (sample) or candidates.
+// Turns the sums of p into bounds, and those into maxima (sample) or candidates.
 template <bool kSample, int kColumns>
 CU_FAST_DEVICE void end_tile(const SelectJob& job, const uint32_t (&high_steps)[kHighWords],
                              const WarpCodes& codes, int t0, int visit, int visited,

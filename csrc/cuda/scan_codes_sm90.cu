@@ -1,23 +1,23 @@
-// scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is made of them: scan_codes.h.
+// scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is done with them: scan_codes.h.
 //
 //   sum(t, j) = <p_t, q_j>
 //
 //   what   shape                            where it stays
 //   plane  [G, E / 4, 64, 4] uint8          global -> registers, kAhead steps ahead
-//   bytes  [kColumns, kSteps, 2, 8, 4] u32  shared: a stage of kSteps steps, kStages stages on their way
-//   sums   [2, kColumns, 4] a thread        registers
+//   bytes  [kColumns, kSteps, 2, 8, 4] u32  shared: a stage of kSteps steps, kStages stages in flight
+//   sums   [2, kColumns, 4] per thread      registers
 //
-// 1. As in scan_codes, a warp takes 32 codes, a block 256, and all 128 tokens of a tile. The codes are the
-//    first factor of multiply_tile, from registers. The tokens are the second, in the layout that it reads: a
-//    core matrix is 8 tokens by 16 bytes of k.
-// 2. Each warp has its share of a stage copied, a piece for each column, which is 8 tokens. A stage is full
-//    when all its bytes are there, and empty when every warp's multiplies that read it have ended.
-// 3. A step's multiplies run while the next one's registers are set: there are two sets of them. Its codes,
-//    on their way for kAhead steps, have other registers: where they land is not where a multiply wants them.
+// 1. As in scan_codes, a warp takes 32 codes, a block 256, and all 128 tokens of a tile. Codes are the first
+//    factor of multiply_tile, in registers. Tokens are the second: a core matrix is 8 tokens by 16 bytes of
+//    k.
+// 2. Each warp copies its share of a stage, one piece per column of 8 tokens. A stage is full when all its
+//    bytes have arrived, and empty when every warp's multiplies that read it are complete.
+// 3. A step's multiplies run while the registers of the next step are set: there are two sets of factors.
+//    Loads in flight have registers of their own, because a multiply may still read the factors.
 // 4. Stages are counted over all tiles of a block: those of the next tile arrive while this one ends.
 //
-// What nobody copies is multiplied all the same: columns behind the last token, whose sums nobody looks at,
-// and steps behind the last one, whose codes are zeros, and bytes have no NaN.
+// Shared memory past the last token or step is not initialised. It is multiplied anyway: sums past the last
+// token are never read, int8 has no NaN, and past the last step the codes are zeros.
 
 #include "cuda/device_sm90.h"
 #include "cuda/scan_codes.h"
@@ -27,7 +27,8 @@ namespace {
 
 constexpr int kTokens = 128, kColumns = kTokens / 8;
 constexpr int kSteps = 2, kStages = 4, kAhead = 4;
-static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0);
+static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0,
+              "kAhead = 4 unrolled steps are whole stages of kSteps = 2, and alternate between 2 factors");
 
 struct Shared {
   alignas(16) uint32_t bytes[kStages][kColumns][kSteps][64];
@@ -42,16 +43,16 @@ scan_codes_sm90(SelectJob job) {
   start_kernel();
   Shared& shared = shared_memory<Shared>();
   const SelectParams& p = job.p;
-  const int t0 = block_index_x() * kTokens;  // of a chunk
+  const int t0 = block_index_x() * kTokens;  // within the chunk
   const int q = lane_index() % 4;
   const int steps = static_cast<int>((p.score.E + 31) / 32);
   const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
   const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
-  // Of a tile, and of all tiles of this block.
+  // Stages per tile, and of all tiles of this block.
   const int stages = (steps + kAhead - 1) / kAhead * (kAhead / kSteps);
   const int all_stages = (visited - block_index_y() + grid_size_y() - 1) / grid_size_y() * stages;
 
-  // By one thread of each warp, for some of the columns.
+  // Called by one thread of each warp, for that warp's columns.
   constexpr int kColumnsOfWarp = kColumns / kWarps;
   const auto copy_stage = [&](int stage) {
     const int slot = stage % kStages, begin = stage % stages * kSteps;
@@ -82,7 +83,7 @@ scan_codes_sm90(SelectJob job) {
 
   int stage = 0;
   for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
-    // The sample is spread over the codes: neighbours may be alike.
+    // The sample's tiles are spread over the codes: neighbours may be alike.
     const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
     int32_t sums[2][kColumns][4] = {};
     uint4 ahead[kAhead][2];
@@ -110,11 +111,13 @@ scan_codes_sm90(SelectJob job) {
         multiply_tile(sums[1], a.of[1], b);
         commit_multiplies();
         wait_multiplies<1>();
-        // Those of the step before have ended. If it was the last of a stage, that is empty for this warp;
-        // before the first stage of all comes one that was never full.
+        // The previous step's multiplies are complete; if that was a stage's last step, release the stage.
+        // Before a block's first stage there is none: that arrival completes phase 0 of the last slot's
+        // `empty`, so that the wait below is the same for every stage.
         const int last = (slot + kStages - 1) % kStages;
         if (i % kSteps == 0 && lane_index() == 0) barrier_arrive(&shared.empty[last]);
-        // A step later, so that other warps are seldom waited for.
+        // The refill waits until all warps have released the slot. One step after the release, the others
+        // have mostly released too.
         if (i % kSteps == kSteps - 1) {
           if (lane_index() == 0 && stage + kStages - 1 < all_stages) {
             barrier_wait(&shared.empty[last], parity);
@@ -129,7 +132,7 @@ scan_codes_sm90(SelectJob job) {
     end_tile<kSample>(job, shared.high_steps, codes, t0, visit, visited, sums);
   }
 #else
-  __trap();  // nobody launches it there
+  __trap();  // has_hopper() keeps it from being launched here
 #endif
 }
 
@@ -137,7 +140,7 @@ scan_codes_sm90(SelectJob job) {
 
 void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream) {
   const int64_t tiles = sample ? job.plan.sample_tiles : (job.p.score.C + kScanTile - 1) / kScanTile;
-  // A block stays and takes tile after tile; a multiprocessor has registers for one.
+  // A block is persistent and takes tile after tile. The registers of a multiprocessor suffice for one block.
   const int64_t token_tiles = (job.p.score.T + kTokens - 1) / kTokens;
   const Grid2 grid{token_tiles, std::clamp<int64_t>(multiprocessors() / token_tiles, 1, tiles)};
   if (sample) {

@@ -1,19 +1,19 @@
-// Rows of z become bytes, with what bounds the error of that. A block a token.
+// Converts rows of z to bytes, with the terms that bound the error of that. One block per token.
 //
 //   z_t - pre ~ unit (p + 254 h)       core/scan.h: terms of a row
 //
 //   what         shape                          layout
-//   z            [chunk, round_up(E, 16)] fp32  widened, centred, zeros behind: what canonical scores read
-//   bytes, high  [ceil(chunk / 8), K, 2, 8, 4]  p and h, four entries a word, of 8 tokens and 32 entries: the
+//   z            [chunk, round_up(E, 16)] fp32  widened, minus pre, padded with zeros
+//   bytes, high  [ceil(chunk / 8), K, 2, 8, 4]  p and h, four entries per word; 8 tokens x 32 entries: the
 //                                               first 16 of each token, then the others. Lane 4 g + q of
-//                                               multiply_bytes finds its b at 4 g + q, and 32 behind that
-//   high_steps   [chunk, ceil(K / 32)]          in which steps h is not zero
+//                                               multiply_bytes has its b at words 4 g + q and 32 + 4 g + q
+//   high_steps   [chunk, ceil(K / 32)]          the steps in which h is not zero
 //
-// 1. Widen; the largest magnitude, the norm, and how many entries lie above 1/2, 1/4, ... of the largest.
-// 2. The clip: halved while few entries lie above it. One outlier does not make the unit coarse for all.
-// 3. Round each entry to a byte; what does not fit is split into a low and a high one.
-// 4. Sums of squares, rounded up: a sum is off by at most one rounding for each addend of a thread, and one
-//    for each step of the tree.
+// 1. Widen; the largest magnitude, the norm, and how many entries are above 1/2, 1/4, ... of the largest.
+// 2. The clip: halved while few entries are above it. One outlier does not make the unit coarse for all.
+// 3. Round each entry to a byte; one that does not fit is split into a low and a high byte.
+// 4. Sums of squares, rounded up: a sum is off by at most one rounding per addend of a thread and per step of
+//    the tree.
 //
 // A row with NaN or Inf, or too small or large for the bound, is marked for select_exact.
 
@@ -35,7 +35,7 @@ struct Shared {
   uint32_t high_steps[(kMaxScanWidth / 32 + 31) / 32];
 };
 
-// Over all threads of the block.
+// Sums and maxima over all threads of the block, returned to all of them.
 CU_FAST_DEVICE float block_sum(float x, Shared& shared) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
   sync_block();
@@ -89,10 +89,10 @@ scan_rows(SelectJob job) {
   }
   if (thread_index() < kMaxHalvings) shared.above[thread_index()] = 0;
   for (int64_t i = thread_index(); i < (steps + 31) / 32; i += kThreads) shared.high_steps[i] = 0;
-  largest = block_max(largest, shared);  // and sync_block: row is there for all
+  largest = block_max(largest, shared);  // has a sync_block: row is visible to all threads
   squares = block_sum(squares, shared);
   faulty = block_sum(faulty, shared);
-  // select_exact also sees to a row whose mask row does not exist.
+  // A token whose mask row does not exist goes to select_exact, which marks it.
   const bool certified =
       MaskRow(job.p.mask, token).exists() && faulty == 0 && largest >= kSmallest && largest <= kLargest;
   if (thread_index() == 0) {
@@ -119,7 +119,7 @@ scan_rows(SelectJob job) {
   sync_block();
   for (int i = 0; certified && i < kMaxHalvings && shared.above[i] <= max_outliers(p.E); ++i) clip /= 2;
 
-  // A row that is not certified leaves zeros: they are multiplied, and looked at by nobody.
+  // A row that is not certified is zeros here: it is multiplied, but its sums are never read.
   const float per_unit = certified ? kRange / clip : 0.0f, unit = certified ? clip / kRange : 0.0f;
   float misses = 0, squares_in = 0, l1_out = 0, mean_dot = 0;
   int32_t sum = 0, high_sum = 0;
@@ -163,7 +163,7 @@ scan_rows(SelectJob job) {
   }
   if (thread_index() != 0) return;
 
-  // A thread adds at most E / kThreads + 4 addends, a tree 5, warps 8: fewer than E / kLanes + 32.
+  // At most E / kThreads + 4 addends per thread, 5 steps of the tree, 8 warps: fewer than E / kLanes + 32.
   const float grow = 1.0f + 0x1p-23f * static_cast<float>(p.E / kLanes + 32);
   const float norm = sqrtf(squares) * grow;
   RowTerms terms;

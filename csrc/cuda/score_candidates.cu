@@ -1,8 +1,9 @@
-// From bounds to scores: the first threshold, and canonical scores of who may be among the k best.
+// From bounds to scores: the first threshold, and canonical scores of the candidates for the k best.
 //
 //   scan_threshold  tau = the k-th largest of the sample's maxima: lower bounds of different codes
 //   first           scores the k candidates with the largest lower bounds
-//   rest            tau = the k-th largest of what is known by now; scores who reaches it; keeps the best k
+//   rest            tau = the k-th largest score or lower bound; scores the candidates that reach it; keeps
+//                   the k best
 //
 //   what        shape                 layout
 //   id, bounds  [chunk, kCandidates]  in no order
@@ -10,10 +11,10 @@
 //
 // A block takes every score_parts-th candidate of a token. All blocks of a token compute the same tau. Then,
 // 256 candidates at a time:
-// 1. Who reaches tau is put on a list in shared memory.
-// 2. A quad of threads scores one of them, reading code and row four entries at a time (cuda/canonical.h).
+// 1. The candidates that reach tau go into a list in shared memory.
+// 2. A quad of threads scores one candidate, reading code and row four entries at a time (cuda/canonical.h).
 // 3. rest: the first warp offers the keys to the block's list (cuda/top_list.h).
-// Exact scores of a few tighten tau before the many are scored: that saves most of the reading of codes.
+// The first pass scores few candidates and tightens tau, so that most other codes need not be read.
 
 #include "cuda/canonical.h"
 #include "cuda/finish.h"
@@ -35,7 +36,7 @@ scan_threshold(SelectJob job) {
   if (thread_index() == 0) job.work.tau[token] = tau;
 }
 
-// The canonical score of a quad's candidate; -1: the quad has none.
+// The canonical dot product of a row and code j, by a quad; j = -1: the quad has no candidate.
 CU_FAST_DEVICE float quad_dot(const SelectParams& p, const float* row, bool fours, int64_t j) {
   const int64_t width = round_up(p.score.E, kLanes);
   constexpr int kLoads = 8;
@@ -72,10 +73,11 @@ score_candidates(SelectJob job) {
   const float* const row = job.work.z + token * round_up(p.score.E, kLanes);
   const bool fours = reads_fours(p.score.codes);
 
-  // A canonical score is a better bound than any. Deleted codes have none by now: their lower bound is -inf.
+  // A canonical score replaces the lower bound. The first pass scores no deleted codes (their lower bound is
+  // -inf), so that they do not raise tau.
   const auto known = [&](int64_t i) { return scored[i] == scored[i] ? scored[i] : lower[i]; };
   const float tau = kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
-  if (kFirst && tau == -INFINITY) return;  // fewer than k: all are scored by the rest
+  if (kFirst && tau == -INFINITY) return;  // fewer than k bounds: the rest pass scores all
   if constexpr (!kFirst) {
     if (warp_index() == 0) {
       TopList::clear(shared.kept, 1, p.k);
@@ -84,7 +86,7 @@ score_candidates(SelectJob job) {
   }
 
   for (int64_t first = part; first < n; first += parts * kThreads) {
-    sync_block();  // keys and chosen have been read
+    sync_block();  // the previous keys and chosen have been read
     if (thread_index() == 0) shared.count = 0;
     shared.keys[thread_index()] = kEmpty;
     sync_block();

@@ -4,7 +4,7 @@
 //   certified scan      scan_rows, scan_codes (sample), scan_threshold, scan_codes, score_candidates (first),
 //                       score_candidates (rest), select_exact (rows that the scan could not do), finish
 //
-// Tokens go through the scan in chunks, so its memory does not grow with them.
+// Tokens go through the scan in chunks, so that its memory does not grow with T.
 
 #pragma once
 
@@ -14,62 +14,62 @@
 
 namespace cu_fast {
 
-// Sizes to keep a GPU busy, and smaller ones for the emulation, whose tests are to take every path.
+// Sizes that keep a GPU busy; smaller ones for the emulation, so that small tests take every path.
 struct SelectTuning {
 #ifdef CU_FAST_EMULATED
   static constexpr int64_t kChunk = 136;       // more than a tile of scan_codes
-  static constexpr int64_t kCandidates = 300;  // more than a block of score_candidates looks at together
+  static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
   static constexpr int64_t kSampleShare = 4;
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
 #else
-  static constexpr int64_t kChunk = 256;          // tokens that go through the scan together
+  static constexpr int64_t kChunk = 256;          // tokens per pass of the scan
   static constexpr int64_t kCandidates = 8192;    // a row with more is scored against every code
-  static constexpr int64_t kSampleShare = 16;     // one code in so many gives the first threshold
-  static constexpr double kScanStart = 10;        // microseconds that the scan's kernels take to start
-  static constexpr int64_t kFusedK = 512;         // a token's list that shared memory holds
-  static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: as many blocks as a grid may have
+  static constexpr int64_t kSampleShare = 16;     // one tile in 16 gives the first threshold
+  static constexpr double kScanStart = 10;        // microseconds to launch the scan's kernels
+  static constexpr int64_t kFusedK = 512;         // the largest k whose merged list is in shared memory
+  static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: gridDim.y <= 65535
 #endif
 };
 
-// Codes of a tile of scan_codes: 32 for each of its warps.
+// Codes per tile of scan_codes: 32 per warp.
 inline constexpr int64_t kScanTile = 256;
-// Maxima that the sample leaves for a tile: of four codes each.
+// Maxima per tile of the sample: one per four codes.
 inline constexpr int64_t kMaximaOfTile = kScanTile / 4;
 
-// What bounds the error of a row in the scan (core/scan.h).
+// A row's terms of approx and of its error (core/scan.h).
 struct alignas(16) RowTerms {
   float unit, mean_dot, norm_in, miss, half_l1_out, slop;
-  int32_t start, high_start;  // minus kOffset times the sum of the bytes: undoes the offset of the codes
+  int32_t start, high_start;  // - kOffset * sum of the bytes: cancels the codes' offset
 };
 
-// The scan's memory, for a chunk. K = ceil(E / 32), the steps of the byte product.
+// The scan's memory, for one chunk. K = ceil(E / 32), the steps of the byte product.
 struct ScanWork {
-  float* z;              // [chunk, round_up(E, 16)], z - pre, zeros behind it
-  uint32_t* bytes;       // [ceil(chunk / 8), K, 2, 8, 4], p: scan_rows.cu says how
-  uint32_t* high;        // the same of h
+  float* z;              // [chunk, round_up(E, 16)], z - pre, padded with zeros
+  uint32_t* bytes;       // [ceil(chunk / 8), K, 2, 8, 4], p; layout: scan_rows.cu
+  uint32_t* high;        // the same for h
   uint32_t* high_steps;  // [chunk, ceil(K / 32)], bit s: h is not zero in step s
   RowTerms* terms;       // [chunk]
   int32_t* exact;        // [chunk], 1: the row cannot be certified
   float* maxima;         // [chunk, sample_tiles * kMaximaOfTile], the largest lower bound of four codes each
-  float* tau;            // [chunk], no better than the k-th best score
-  int32_t* count;        // [chunk], candidates that wanted a place
+  float* tau;            // [chunk], at most the k-th best score
+  int32_t* count;        // [chunk], candidates found; above kCandidates, more than were stored
   int32_t* id;           // [chunk, kCandidates]; bit 31: deleted
-  float *lower, *upper;  // [chunk, kCandidates]; lower is -inf for a deleted code: it says nothing of tau
+  float *lower, *upper;  // [chunk, kCandidates]; lower is -inf for a deleted code: it must not raise tau
   float* scored;         // [chunk, kCandidates], the canonical score, NaN until it is known
 };
 
 struct SelectPlan {
   bool scans;
-  int64_t chunk;                        // tokens at a time
+  int64_t chunk;                        // tokens per chunk
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // of score_candidates; at most parts
   int64_t sample_tiles;                 // of scan_codes
 };
 
-// A selection, or a chunk of one, as its kernels see it. p.parts and p.capacity are the plan's; kept and
-// deleted are [T, capacity, parts].
+// A selection, or a chunk of one, as its kernels see it. p.parts and p.capacity are the plan's; p.kept and
+// p.deleted are [T, capacity, parts].
 struct SelectJob {
   SelectParams p;
   SelectPlan plan;
@@ -77,10 +77,11 @@ struct SelectJob {
   uint64_t *merged, *merged_deleted;  // [T, k] if k > kFusedK, else null
 };
 
-// Whether the scan is there, allowed, and predicted to be faster than scoring every code: by the rates of an
-// H100, not measured. It reads a byte an entry, but starts more kernels.
+// Whether to scan: there is a plane, k is small enough, and the scan is predicted to be faster than scoring
+// every code. It reads one byte per entry, but launches more kernels. The prediction uses rates assumed for
+// an H100 (benchmarks/roofline.py), not measurements.
 inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, int64_t code_bytes, bool has_plane) {
-  constexpr double kBytes = 3.35e6, kProducts = 16.7e6, kByteProducts = 600e6;  // a microsecond
+  constexpr double kBytes = 3.35e6, kProducts = 16.7e6, kByteProducts = 600e6;  // per microsecond
   const double entries = static_cast<double>(C) * E;
   const double exact = std::max(entries * code_bytes / kBytes, T * entries / kProducts);
   const double scan = SelectTuning::kScanStart + std::max(entries / kBytes, T * entries / kByteProducts);
@@ -93,7 +94,7 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, int64_
   SelectPlan plan = {};
   plan.scans = select_scans(T, C, E, k, code_bytes, has_plane);
   plan.chunk = std::max<int64_t>(1, std::min(T, plan.scans ? SelectTuning::kChunk : int64_t{1} << 18));
-  // Enough blocks for two on every multiprocessor; a part is whole tiles of select_exact.
+  // Two blocks per multiprocessor, if there are codes enough; a part is whole tiles of select_exact.
   constexpr int64_t kTile = 64;
   const int64_t token_tiles = ceil_divide(plan.chunk, plan.chunk <= 4 ? 4 : 16);
   const int64_t parts = std::clamp<int64_t>(2 * multiprocessors / token_tiles, 1, ceil_divide(C, kTile));
@@ -107,7 +108,7 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, int64_
   return plan;
 }
 
-// Cuts one piece of memory into arrays, 16-byte aligned. With a null base it only counts.
+// Divides one allocation into arrays, 16-byte aligned. With a null base it only adds up the sizes.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -126,7 +127,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Gives a job its memory. p and plan are set, and p.deleted is not null if deleted codes ride along.
+// Sets a job's arrays. Its p and plan are set before, and p.deleted is not null if hits are counted.
 inline void take_memory(SelectJob& job, Arena& arena) {
   SelectParams& p = job.p;
   const SelectPlan& plan = job.plan;
@@ -158,7 +159,7 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   work.scored = arena.take<float>(candidates);
 }
 
-// Calls run(job) for a chunk of the tokens at a time.
+// Calls run(job) for one chunk of the tokens after the other.
 template <class Run>
 void for_each_chunk(const SelectJob& job, const Run& run) {
   for (int64_t t = 0; t < job.p.score.T; t += job.plan.chunk) {

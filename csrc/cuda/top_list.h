@@ -1,9 +1,13 @@
 // The best keys (core/order.h) that a warp has seen: a sorted list of k, and a queue.
 //
-// 1. push   Lanes whose key beats the worst of the list put it into the queue, which costs a ballot.
+//   what   shape          layout
+//   list   [k] keys       sorted, best first, `stride` apart; shared or global memory
+//   queue  [kQueue] keys  unsorted; shared memory
+//
+// 1. push   Lanes whose key is above the worst of the list append it to the queue. It costs a ballot.
 // 2. merge  When the queue is full it is sorted in registers. Every key of the list moves back by the number
-//           of queued keys that beat it; those of the queue go to what that leaves. From the end of the list
-//           to its front, 32 at a time, so that it can happen in place; it stops where nothing moves.
+//           of queued keys above it, and the queued keys fill the gaps. This goes from the end of the list to
+//           its front, 32 keys at a time, so that it works in place; it stops where nothing moves.
 //
 // The order is total, so neither the order of the pushes nor the time of the merges changes the result.
 
@@ -29,7 +33,7 @@ class TopList {
     sync_warp();
   }
 
-  // Offers a key a lane (kEmpty: none). Returns whether any was good enough.
+  // Offers one key per lane (kEmpty: none). Returns whether any was above the worst of the list.
   CU_FAST_DEVICE bool push(uint64_t key) {
     uint32_t better = ballot(key > worst_);
     if (better == 0) return false;
@@ -44,7 +48,7 @@ class TopList {
     return true;
   }
 
-  // Brings what is queued into the list. The list is only right after this.
+  // Merges the queue into the list. Before that the list lacks the queued keys.
   CU_FAST_DEVICE void merge() {
     if (queued_ == 0) return;
     const int lane = lane_index();
@@ -68,7 +72,7 @@ class TopList {
   }
 
  private:
-  // Sorts one key a lane, the best in lane 0: bitonic.
+  // Sorts one key per lane, the best in lane 0: bitonic.
   CU_FAST_DEVICE static uint64_t sorted(uint64_t key) {
     const int lane = lane_index();
     for (int size = 2; size <= 32; size *= 2) {
@@ -81,7 +85,7 @@ class TopList {
     return key;
   }
 
-  // Keys of the list that beat this one.
+  // How many keys of the list are above this one.
   CU_FAST_DEVICE int64_t beaten_by_list(uint64_t key) const {
     int64_t low = 0, high = k_;
     while (low < high) {

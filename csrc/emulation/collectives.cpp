@@ -1,4 +1,4 @@
-// What a warp or a block does together; interface: device.h.
+// Operations of a whole warp or block; interface: device.h.
 
 #include <bit>
 #include <string>
@@ -78,7 +78,7 @@ uint32_t vote(Collective kind, bool x, Place place) {
   Warp& warp = join(kind, place);
   uint32_t& votes = warp.votes[warp.turn];
   const uint32_t self = 1u << machine.running->lane;
-  if (warp.waiting == self) votes = 0;  // the first; all have read the votes of two collectives ago
+  if (warp.waiting == self) votes = 0;  // the first clears: all have read the votes of two collectives ago
   if (x) votes |= self;
   meet(warp, [] {});
   return votes;

@@ -1,10 +1,9 @@
-// The host twins of cuda/device.h: the same names with the same meaning, for kernels that run on a CPU. Each
-// CUDA thread is a fiber (fiber.h); machine.cpp runs them in a random order and refuses what a GPU would not
-// define.
+// The hardware operations of cuda/device.h on a CPU: the same names with the same meaning. Each CUDA thread
+// is a fiber (fiber.h). machine.cpp runs them in a random order; what a GPU leaves undefined is an error.
 //
 // Two things differ from a GPU. A thread runs until it waits for others or ends, so a kernel must not spin on
-// memory that another thread writes. And only what is reached is checked: a shared-memory object counts
-// towards the limit when shared_memory is called.
+// memory that another thread writes. Only code that runs is checked: a shared-memory object counts towards
+// the limit when shared_memory is called.
 
 #pragma once
 
@@ -23,7 +22,7 @@
 namespace cu_fast {
 namespace emulation {
 
-// Where a collective stands in the kernel's source: the messages name it.
+// Where a kernel calls a collective; error messages name it.
 using Place = std::source_location;
 
 enum class Collective : uint8_t {
@@ -43,7 +42,7 @@ struct Position {
   int thread, block_x, block_y, grid_x, grid_y;
 };
 
-extern const Position* position;  // of the thread that runs
+extern const Position* position;  // of the running thread
 
 // A different address for every type.
 template <class T>
@@ -52,7 +51,7 @@ inline char type_key = 0;
 void* shared_object(const void* key, std::size_t bytes);
 void sync_block(Place place);
 void sync_warp(Place place);
-// What each of the 32 lanes gave; valid until this lane's next collective.
+// Returns the values of all 32 lanes, valid until this lane's next collective.
 const uint64_t* exchange(Collective kind, uint64_t x, Place place);
 uint32_t vote(Collective kind, bool x, Place place);
 void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b, Place place);
@@ -101,7 +100,8 @@ CU_FAST_DEVICE int grid_size_y() {
 
 template <class T>
 CU_FAST_DEVICE T& shared_memory() {
-  static_assert(alignof(T) <= 16 && std::is_trivially_copyable_v<T>);
+  static_assert(alignof(T) <= 16 && std::is_trivially_copyable_v<T>,
+                "shared memory is raw bytes, 16-byte aligned");
   return *static_cast<T*>(emulation::shared_object(&emulation::type_key<T>, sizeof(T)));
 }
 
@@ -112,7 +112,7 @@ CU_FAST_DEVICE void sync_warp(emulation::Place place = emulation::Place::current
   emulation::sync_warp(place);
 }
 
-// As on a GPU, a lane beyond the warp counts modulo 32.
+// As on a GPU, from_lane counts modulo 32.
 template <class T>
 CU_FAST_DEVICE T shuffle(T x, int from_lane, emulation::Place place = emulation::Place::current()) {
   return emulation::exchanged(emulation::Collective::kShuffle, x, from_lane & 31, place);
@@ -175,7 +175,7 @@ CU_FAST_DEVICE void commit_copies() {
 }
 template <int kPending>
 CU_FAST_DEVICE void wait_copies() {
-  static_assert(kPending >= 0);
+  static_assert(kPending >= 0, "cp.async.wait_group takes 0 or more groups");
   emulation::wait_copies(kPending);
 }
 

@@ -29,7 +29,7 @@ std::size_t page_bytes() {
   return bytes;
 }
 
-Context* left = nullptr;  // whom the last switch left
+Context* left = nullptr;  // the context that the last switch left
 
 void arrived(Context* self) {
 #ifdef __SANITIZE_ADDRESS__
@@ -46,7 +46,7 @@ void arrived(Context* self) {
 }  // namespace
 
 Stack::Stack() {
-  // Stacks that all began at the same offset in a page would fight for the same lines of the cache.
+  // Stacks that began at the same offset in a page would compete for the same cache sets.
   static std::size_t count = 0;
   shift_ = count++ % kShifts * kShiftBytes;
   void* const at = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
@@ -70,7 +70,7 @@ bool Stack::unwritten() const {
 #ifdef CU_FAST_EMULATION_UCONTEXT
 
 void Stack::prepare(Context& context, void (*entry)()) {
-  CU_FAST_PERMIT(low_, kStackBytes);  // a thread that was abandoned leaves its redzones
+  CU_FAST_PERMIT(low_, kStackBytes);  // an abandoned thread leaves its redzones
   if (!unwritten()) std::memset(low_, kGuard, kGuardBytes);
   getcontext(&context.registers);
   context.registers.uc_stack.ss_sp = low_;
@@ -84,7 +84,7 @@ void Stack::prepare(Context& context, void (*entry)()) {
 
 #else
 
-// Saves what a function keeps for its caller; the rest is saved round the call.
+// Saves the callee-saved registers; the compiler saves the others around the call.
 extern "C" void cu_fast_switch_stack(void** from, void* to);
 asm(R"(
   .text
@@ -112,10 +112,10 @@ cu_fast_switch_stack:
 )");
 
 void Stack::prepare(Context& context, void (*entry)()) {
-  CU_FAST_PERMIT(low_, kStackBytes);  // a thread that was abandoned leaves its redzones
+  CU_FAST_PERMIT(low_, kStackBytes);  // an abandoned thread leaves its redzones
   if (!unwritten()) std::memset(low_, kGuard, kGuardBytes);
-  // Six registers, the entry's address, and the return address it does not have: then the stack is aligned as
-  // the entry expects it.
+  // Six registers, the entry's address, and a null return address for the entry. This aligns the stack as the
+  // ABI demands at a function's entry.
   void** const top = reinterpret_cast<void**>(low_ + kStackBytes - shift_) - 8;
   std::memset(top, 0, 8 * sizeof(void*));
   top[6] = reinterpret_cast<void*>(entry);

@@ -1,4 +1,4 @@
-// Fibers: a stack and the registers, switched without a system call.
+// Fibers: a stack and saved registers each, switched without a system call.
 
 #pragma once
 
@@ -24,7 +24,7 @@
 
 namespace cu_fast::emulation {
 
-// Where something that does not run will go on.
+// Where a fiber, or the host, that does not run will resume.
 struct Context {
 #ifdef CU_FAST_EMULATION_UCONTEXT
   ucontext_t registers;
@@ -37,9 +37,9 @@ struct Context {
   std::size_t bytes = 0;
 };
 
-// A stack with an inaccessible page below it. Its lowest bytes are known, so that a stack that came close to
-// its end is noticed: unwritten() when its thread ends. One that jumps over them runs into the page below:
-// SIGSEGV.
+// A stack with an inaccessible page below it. Its lowest bytes hold a pattern: unwritten() tells, when the
+// thread ends, whether it came too close to the end of the stack. A frame that skips the pattern faults on
+// the page below (SIGSEGV).
 class Stack {
  public:
   Stack();
@@ -57,9 +57,9 @@ class Stack {
   std::size_t shift_;
 };
 
-// Goes on with `to`; returns when something switches back. `last`: nothing will.
+// Saves the state in `from` and resumes `to`; returns when `from` is resumed. `last`: it never is.
 void switch_context(Context& from, Context& to, bool last);
-// The first thing in an entry.
+// Every entry calls this first.
 void entered();
 
 }  // namespace cu_fast::emulation

@@ -1,8 +1,8 @@
-// Barriers in shared memory, and the bulk copies that tell them; interface: hopper.h, meaning:
+// Barriers in shared memory, and the bulk copies that they count; interface: hopper.h, meaning:
 // cuda/device_sm90.h.
 //
-// A barrier's 8 bytes hold a mark, its state is kept here. A copy's destination holds poison until it lands:
-// at a random time, or when nothing else can go on.
+// A barrier's 8 bytes hold a mark; its state is kept here. A copy's destination holds poison (machine.h)
+// until the copy lands: at a random time, or when no thread can run.
 
 #include <cstring>
 #include <map>
@@ -27,7 +27,7 @@ struct Barrier {
   Thread* maker;
   bool fenced;
   int arrivals, pending;
-  int64_t bytes;  // announced and not there
+  int64_t bytes;  // announced, not yet copied
   uint32_t phase;
   std::vector<Waiting> waiting;
 };
@@ -44,10 +44,10 @@ struct BulkCopy {
 std::map<uint64_t*, Barrier> barriers;
 std::vector<BulkCopy> copies;
 
-uint32_t
-    patience;  // of copies: one in so many chances makes one land; 0: they land when nothing else can go on
+// A copy lands at one in `patience` choices of the scheduler; 0: only when no thread can run.
+uint32_t patience;
 
-bool chosen = true;  // emulated_hopper
+bool chosen = true;  // what emulated_hopper() returns
 
 Barrier& barrier_of(uint64_t* at, const char* what, const Place& place) {
   if (!machine.running) fail(what, &place);
@@ -60,7 +60,7 @@ Barrier& barrier_of(uint64_t* at, const char* what, const Place& place) {
   return found->second;
 }
 
-// A phase ends when everybody and everything is there.
+// Ends the phase if all its arrivals and all announced bytes are there.
 void settle(Barrier& barrier) {
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   ++barrier.phase;

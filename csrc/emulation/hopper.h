@@ -1,6 +1,6 @@
-// The host twins of cuda/device_sm90.h. Copies land, and multiplies end, as late as a GPU may let them, or at
-// a random time before; what a GPU does not define is refused where it is seen: hopper.cpp,
-// hopper_multiply.cpp.
+// The hardware operations of cuda/device_sm90.h on a CPU. Multiplies end as late as a GPU may let them.
+// Copies land then too, or at a random time before. What a GPU leaves undefined is an error where it is seen:
+// hopper.cpp, hopper_multiply.cpp.
 
 #pragma once
 
@@ -64,7 +64,7 @@ CU_FAST_DEVICE void commit_multiplies(emulation::Place place = emulation::Place:
 }
 template <int kPending>
 CU_FAST_DEVICE void wait_multiplies(emulation::Place place = emulation::Place::current()) {
-  static_assert(kPending >= 0 && kPending < 8);
+  static_assert(kPending >= 0 && kPending < 8, "wgmma.wait_group takes 0 to 7 groups");
   emulation::wait_multiplies(kPending, place);
 }
 

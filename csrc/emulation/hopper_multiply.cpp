@@ -1,8 +1,8 @@
-// Multiplies of a warpgroup in the background; interface: hopper.h, meaning: cuda/device_sm90.h.
+// Asynchronous multiplies of a warpgroup; interface: hopper.h, meaning: cuda/device_sm90.h.
 //
-// A warp's part of a multiply needs its own registers and shared memory only, so it is computed for each warp
-// when that waits for it: until then d holds what it held. What must not change until then is compared with
-// what it was.
+// A warp's part of a multiply needs only its own registers and shared memory, so it is computed per warp,
+// when that warp waits for it. Until then d keeps its old value. What must not change until then is compared
+// with a copy of what it was.
 
 #include <array>
 #include <cstring>
@@ -30,25 +30,25 @@ struct Multiply {
   const uint32_t* a[kLanes];
   std::array<uint32_t, 4> a_then[kLanes];
   Registers d_then[kLanes];
-  bool first_of_d;  // no other multiply of this d was on its way
+  bool first_of_d;  // no other multiply into this d was in flight
   Bytes b_then;
 };
 
 struct Multiplies {
-  int64_t groups = 0;  // that were closed
+  int64_t groups = 0;  // closed so far
   int64_t count = 0;
   bool fenced = false;
   std::vector<Multiply> pending;
 };
 
-// All of a warpgroup must do the same.
+// A multiply of a warpgroup: all its warps must issue the same.
 struct Step {
   uint64_t descriptor;
   Place place;
 };
 
 std::map<const Warp*, Multiplies> multiplies;
-std::map<const Warp*, std::vector<Step>> steps;  // by the first warp of the group
+std::map<const Warp*, std::vector<Step>> steps;  // keyed by the first warp of the group
 
 int index_of(const Warp& warp) {
   return static_cast<int>(&warp - warp.block->warps);
@@ -217,7 +217,7 @@ void wait_multiplies(int pending, Place place) {
       end(warp, ours.pending[ended]);
     }
     ours.pending.erase(ours.pending.begin(), ours.pending.begin() + static_cast<std::ptrdiff_t>(ended));
-    // What they leave in d is what the next multiply of it must find.
+    // The next multiply into the same d must find what these left there.
     for (std::size_t i = 0; ended > 0 && i < ours.pending.size(); ++i) {
       Multiply& next = ours.pending[i];
       if (next.first_of_d) continue;

@@ -1,5 +1,5 @@
-// The host twin of cuda/launch.h: launch() runs the whole grid before it returns. What a kernel does wrong
-// comes out of it as a std::runtime_error.
+// cuda/launch.h on a CPU: launch() runs the whole grid before it returns. It throws a kernel's error as a
+// std::runtime_error.
 
 #pragma once
 
@@ -19,14 +19,15 @@ using Stream = void*;
 // The order of threads follows from the seed and the number of launches since it was set.
 void set_emulation_seed(uint64_t seed);
 
-// The signatures of the kernels that have run since the last call, a line each.
+// The signatures of the kernels that have run since the last call, one per line.
 std::string launched_kernels();
 
-// Small, so that grids are; CU_FAST_EMULATED_MULTIPROCESSORS=n or the function below choose another number.
+// Small, so that grids are small. CU_FAST_EMULATED_MULTIPROCESSORS=n or the function below set another
+// number.
 int multiprocessors();
 void set_emulated_multiprocessors(int count);
 
-// Whether kernels of sm_90a are chosen where there are others too; yes until it is set.
+// Whether kernels for sm_90a are chosen where there are others too; true by default.
 bool emulated_hopper();
 void set_emulated_hopper(bool chosen);
 
@@ -41,7 +42,8 @@ void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* co
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid2 grid, int threads, Stream, const Arguments&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "parameters are copied byte by byte");
-  static_assert((sizeof(Parameters) + ... + 0) <= emulation::kParameterBytes);
+  static_assert((sizeof(Parameters) + ... + 0) <= emulation::kParameterBytes,
+                "CUDA passes at most 4096 bytes of kernel parameters");
   const auto body = [&] { kernel(Parameters(arguments)...); };
   const auto run = [](const void* context) { (*static_cast<const decltype(body)*>(context))(); };
   emulation::run_grid(grid, threads, run, &body);

@@ -1,4 +1,4 @@
-// The scheduler: runs a grid's threads in a random order, and says what is wrong when they cannot go on.
+// The scheduler: runs a grid's threads in a random order, and reports why if none can run.
 
 #include "emulation/machine.h"
 
@@ -68,7 +68,7 @@ void thread_main() {
   } catch (...) {
     thrown = "an exception";
   }
-  // Out of the handlers: what follows may never come back.
+  // Outside of the handlers, because fail() and go_on() do not return here.
   if (!thrown.empty()) fail("threw: " + thrown, nullptr);
   if (!thread.started) fail("ended and had not called start_kernel", nullptr);
   if (!thread.stack.unwritten()) fail("overflowed its stack", nullptr);
@@ -76,7 +76,7 @@ void thread_main() {
   check_ended_hopper(thread);
   Warp& warp = *thread.warp;
   warp.ended |= 1u << thread.lane;
-  // The host replaces a block that has ended.
+  // The host starts another block in the place of one that has ended.
   go_on(thread.context, ++warp.block->ended == warp.block->threads ? nullptr : choose(), true);
   std::abort();
 }
@@ -115,7 +115,8 @@ std::string mask_text(uint32_t lanes) {
   return out.str();
 }
 
-// What a block whose threads all wait or have ended waits for. Warps first: a barrier may wait for them.
+// What a stuck block waits for: all its threads wait or have ended. Warps come first, because a sync_block
+// may wait for them.
 std::string deadlock(const Block& block) {
   if (std::string out = barrier_deadlock(block); !out.empty()) return out;
   for (int w = 0; w < block.threads / kLanes; ++w) {
@@ -223,7 +224,8 @@ void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* co
   machine.runnable.clear();
   reset_hopper(nullptr);
   machine.favourite = nullptr;
-  // From a new warp at every choice to one that runs until it must wait: that leaves others far behind.
+  // How seldom the scheduler changes warps: from at every choice to only when a warp must wait, which leaves
+  // the others far behind.
   constexpr uint64_t kRestless[] = {0, 0x7, 0x3f, 0x3ff};
   machine.restless = kRestless[random.below(4)];
   machine.body = body;
@@ -260,7 +262,7 @@ void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* co
       if (started < order.size()) {
         start_block(block, grid, order[started++], threads);
       } else {
-        block.ended = -1;  // counted
+        block.ended = -1;  // already counted in `ended`
       }
     }
     if (!progress && !next && machine.failure.empty()) {

@@ -21,8 +21,8 @@ inline constexpr std::size_t kMaxObjects = 32;
 inline constexpr std::size_t kGapBytes = 32;  // between objects: a write beyond one is seen
 inline constexpr std::size_t kArenaBytes = kSharedBytes + (kMaxObjects + 1) * (kGapBytes + 16);
 
-// What shared memory holds before it is written: NaN in float, bfloat16 and half, the winner of every maximum
-// of int32, beyond every array as an index; not zero in any byte.
+// Poison: what shared memory holds before it is written. It is NaN in float, bfloat16 and half, a large int32
+// that wins every maximum, and an index beyond every array. No byte of it is zero.
 inline constexpr uint16_t kPoison = 0x7fa5;
 
 class Random {
@@ -41,7 +41,7 @@ class Random {
   uint64_t state_;
 };
 
-// A copy on its way: it lands when its thread waits for its group.
+// A copy in flight: it lands when its thread waits for its group.
 struct Copy {
   void* to;
   const void* from;  // nullptr: zeros
@@ -59,20 +59,21 @@ struct Thread {
   Warp* warp;
   int lane;
   bool started;
-  int64_t groups;  // that were closed
+  int64_t groups;  // closed so far
   std::vector<Copy> copies;
   Stack stack;
 };
 
-// Bits are lanes. A lane is ready, at a collective, at the block's barrier, has ended, or runs.
+// Masks have one bit per lane. A lane is ready, waits at a collective or at the block's barrier, has ended,
+// or runs.
 struct Warp {
   Block* block;
   uint32_t ready, waiting, at_barrier, ended;
-  Collective collective;  // of those waiting
+  Collective collective;  // of the waiting lanes
   Place place, barrier_place;
   int runnable;  // position in the machine's list
-  // Two sets in turn: a lane that goes ahead to the next collective leaves what slower lanes have yet to
-  // read.
+  // Two sets, used in turn: a lane that is already at the next collective must not overwrite what slower
+  // lanes have yet to read.
   int turn;
   uint64_t values[2][kLanes];
   uint32_t votes[2];
@@ -112,7 +113,7 @@ struct Machine {
 
 extern Machine machine;
 
-// Threads that can go on.
+// Marks lanes of a warp as able to run.
 void make_ready(Warp& warp, uint32_t lanes);
 // Lets others run until this thread is made ready and chosen.
 void wait();
@@ -122,7 +123,7 @@ void wait();
 // do.
 Warp& join(Collective kind, const Place& place);
 
-// After the lane has left what it gives: returns when all have. The last lane runs `complete`.
+// Called after a lane has stored its value; returns when all lanes have. The last lane runs `complete`.
 template <class Complete>
 void meet(Warp& warp, const Complete& complete) {
   if (warp.waiting == ~0u) {
@@ -143,7 +144,7 @@ void poison_shared(Block& block);
 // Whether nothing was written beyond the block's objects.
 bool gaps_unwritten(const Block& block);
 void check_ended_copies(const Thread& thread);
-// Whether it lies in one of the block's objects.
+// Whether the bytes are within one of the block's objects.
 bool within_objects(const Block& block, const void* at, std::size_t bytes);
 void fill_with_poison(unsigned char* at, std::size_t bytes);
 
@@ -151,12 +152,13 @@ void fill_with_poison(unsigned char* at, std::size_t bytes);
 void multiply_fragments(const Warp& warp);
 void multiply(const uint8_t (&a)[16][32], const int8_t (&b)[8][32], int32_t (&sums)[16][8]);
 
-// hopper.cpp and hopper_multiply.cpp. Before a launch (null), and before a block: nothing is on its way.
+// hopper.cpp and hopper_multiply.cpp. Forgets all barriers, copies and multiplies of a block; of all blocks
+// if null.
 void reset_hopper(const Block* block);
 void reset_multiplies(const Block* block);
-// Lets a copy land, sometimes or if needed; false: none did.
+// Lands a copy, at random or if `needed`. Returns whether one has landed.
 bool land_bulk_copy(bool needed);
-// What threads of the block that wait at barriers wait for, or "".
+// What a thread of the block waits for at a barrier; empty if none does.
 std::string barrier_deadlock(const Block& block);
 void check_ended_hopper(const Thread& thread);
 void check_ended_multiplies(const Thread& thread);

@@ -1,4 +1,4 @@
-// The tensor core's product of bytes; the registers' layout: cuda/device.h.
+// The tensor core's product of bytes; the layout of the registers: cuda/device.h.
 
 #include <cstring>
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRows = 16, kColumns = 8, kDepth = 32;
 
-// The hottest code: vector instructions, whatever the flags; no arithmetic here needs a check.
+// The hottest code: vectorised whatever the flags, and not sanitized, because nothing in it can overflow.
 #define CU_FAST_HOT __attribute__((optimize("O3"), no_sanitize("undefined", "address")))
 
 }  // namespace

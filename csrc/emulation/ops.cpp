@@ -1,4 +1,4 @@
-// What tests ask of the emulation itself, beside the library's own operators (csrc/ops.cpp).
+// Operators with which tests control the emulation, beside the library's own (csrc/ops.cpp).
 
 #include <cstdint>
 #include <string>

@@ -1,4 +1,4 @@
-// What tests ask of a selection beside its results: how it was cut, and what its scan left in memory.
+// Operators for tests of a selection: how it was cut, and what its scan left in memory.
 
 #include <cstring>
 #include <vector>
@@ -15,8 +15,8 @@ std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, boo
           plan.capacity, plan.score_parts, plan.sample_tiles};
 }
 
-// The scan of one chunk: exact, count, tau, id, lower, upper, scored, maxima, terms (the last two are
-// integers), bytes, high and high_steps; as the struct ScanWork has them.
+// Scans one chunk and returns arrays of ScanWork: exact, count, tau, id, lower, upper, scored, maxima, terms
+// (per row; the last two are integers), bytes, high and high_steps.
 std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const OptionalTensor& pre,
                                const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
                                const OptionalTensor& mask_table, const OptionalTensor& mask_row,

@@ -1,4 +1,4 @@
-// Small kernels over numpy arrays, one for each intrinsic: tests/test_emulation.py says what they must give.
+// Small kernels over numpy arrays, one per intrinsic: tests/test_emulation.py says what they must return.
 // selftest_misuse.h has those that must fail.
 
 #include <cstring>
@@ -47,7 +47,7 @@ Array<int32_t> positions(int x, int y) {
   return out;
 }
 
-// Which thread came when, twice: before and after a warp's barrier.
+// The order of the threads, twice: before and after a warp's barrier.
 CU_FAST_KERNEL(1024, 1) order_kernel(int32_t* count, int32_t* out) {
   start_kernel();
   for (int round = 0; round < 2; ++round) {
@@ -171,7 +171,7 @@ Array<int32_t> multiply_registers(const Array<uint32_t>& a, const Array<uint32_t
   return out;
 }
 
-// Each thread reads what one of the next warp wrote.
+// Each thread reads what a thread of the next warp wrote.
 CU_FAST_KERNEL(1024, 1) neighbours_kernel(int32_t* out, bool barrier) {
   start_kernel();
   struct Values {
@@ -193,13 +193,13 @@ struct Stages {
   uint4 of[3][64];
 };
 
-// Three groups; what stands in shared memory after `wait`: groups that may be on their way, or -1: no wait.
+// Three groups of copies, then what shared memory holds after wait_copies<wait>; -1: without waiting.
 CU_FAST_KERNEL(1024, 1) copies_kernel(const uint4* from, uint4* out, int wait, bool valid) {
   start_kernel();
   auto& stages = shared_memory<Stages>();
   const int t = thread_index();
   for (int i = 0; i < 3; ++i) {
-    stages.of[i][t] = {1, 2, 3, 4};  // not to be seen again: a copy may land at any time
+    stages.of[i][t] = {1, 2, 3, 4};  // must not be read back: a copy may land at any time
     copy_async(&stages.of[i][t], from + i * 64 + t, valid || t % 2);
     commit_copies();
   }
@@ -235,7 +235,7 @@ struct Halves {
   uint16_t of[64 * 8];
 };
 
-// What shared memory holds at first; each block leaves something else behind.
+// What shared memory holds at first. Each block then writes something else.
 CU_FAST_KERNEL(1024, 1) fresh_kernel(uint16_t* out) {
   start_kernel();
   auto& halves = shared_memory<Halves>();
@@ -258,8 +258,9 @@ struct Wide {
   double of[9];
 };
 
-// Blocks that are resident together keep their own objects. out [blocks, threads, 2]: the addresses of two;
-// returned: whether each block read what it wrote, and the most blocks at a time.
+// Blocks that are resident together keep their own objects. out [blocks, threads, 2]: the addresses of two
+// objects. Returns also the largest number of resident blocks, and how often a block did not read what it
+// wrote.
 CU_FAST_KERNEL(1024, 1) residents_kernel(int64_t* out, int32_t* now, int32_t* most, int32_t* wrong) {
   start_kernel();
   auto& small = shared_memory<Small>();
@@ -303,7 +304,7 @@ PYBIND11_MODULE(_selftest, m) {
   m.def("set_multiprocessors", &set_emulated_multiprocessors);
   m.def("positions", &positions);
   m.def("order", &order);
-  // The array's type chooses: numpy's own name for it.
+  // One function per dtype, under numpy's name for it.
   m.def("shuffle_float32", &shuffle_array<float>);
   m.def("shuffle_float64", &shuffle_array<double>);
   m.def("shuffle_int32", &shuffle_array<int32_t>);

@@ -1,5 +1,5 @@
 // Small kernels over numpy arrays for the intrinsics of Hopper: tests/test_emulation_hopper.py says what they
-// must give, and which must fail.
+// must return, and which must fail.
 
 #include <cstring>
 #include <string>
@@ -25,9 +25,10 @@ struct Tile {
   alignas(16) unsigned char bytes[kBytes];
 };
 
-// d [4, threads, 16, 4]: what it holds before wait_multiplies, when the first and when both multiplies have
-// ended, and at last that of another accumulator. a [2, threads, 4]: of both; b: what shared memory holds,
-// and where each begins.
+// Two multiplies into one accumulator, and one into another. In d [4, threads, 16, 4] it leaves the first
+// accumulator before wait_multiplies, after the first multiply and after both, and the other accumulator. a
+// [2, threads, 4]: registers of both. b: what shared memory holds; `first` and `second`: where each tile
+// begins.
 CU_FAST_KERNEL(1024, 1)
 multiply_kernel(int threads, const uint32_t* a, const unsigned char* b, int first, int second, int along_k,
                 int along_columns, int32_t* d) {
@@ -64,7 +65,8 @@ void multiply_twice(Array<uint32_t> a, Array<uint8_t> b, int first, int second, 
          along_columns, d.mutable_data());
 }
 
-// Thread 0 sends pieces of 48 bytes through a ring of two places, two copies a piece; all others read them.
+// Thread 0 sends pieces of 48 bytes through a ring of two places, two copies per piece; all other threads
+// read them.
 struct Ring {
   alignas(16) unsigned char place[2][48];
   uint64_t full[2], empty[2];
@@ -88,7 +90,7 @@ ring_kernel(const unsigned char* in, int pieces, int readers, int early, unsigne
     const uint32_t parity = piece / 2 % 2;
     if (t == 0) {
       if (piece >= 2) barrier_wait(&ring.empty[place], parity ^ 1);
-      // Copies may come before they are announced, as long as an arrival is missing.
+      // Copies may start before they are announced, as long as the phase lacks an arrival.
       if (early) copy_bulk(ring.place[place], in + 48 * piece, 32, &ring.full[place]);
       if (early) copy_bulk(ring.place[place] + 32, in + 48 * piece + 32, 16, &ring.full[place]);
       barrier_expect(&ring.full[place], 48);
@@ -109,7 +111,7 @@ Array<uint8_t> ring(Array<uint8_t> in, int threads, bool early) {
   return out;
 }
 
-// What a place holds until its copy has landed, and when a wait for the other parity returns.
+// What a place holds before and after its copy has landed. A wait for the other parity returns at once.
 CU_FAST_KERNEL(1024, 1) landing_kernel(const unsigned char* in, unsigned char* out) {
   start_kernel();
   Ring& ring = shared_memory<Ring>();
@@ -147,7 +149,7 @@ struct Arena {
   uint64_t barrier[4];
 };
 
-// Thread 37, or the warp group, does it. Global: 8 KiB.
+// Thread 37, or the warpgroup, does what the name says. global: 8 KiB.
 CU_FAST_KERNEL(1024, 1) misuse_kernel(int which, const unsigned char* global) {
   start_kernel();
   Arena& arena = shared_memory<Arena>();
@@ -218,7 +220,7 @@ void misuse(const std::string& name) {
   throw std::invalid_argument("no such misuse: " + name);
 }
 
-// A warp group must be whole.
+// A multiply by three warps: no whole warpgroup.
 CU_FAST_KERNEL(1024, 1) few_warps_kernel() {
   start_kernel();
   Arena& arena = shared_memory<Arena>();

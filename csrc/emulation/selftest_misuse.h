@@ -81,7 +81,7 @@ constexpr Name kMisuses[] = {
     {"nothing", Misuse::kNothing},
 };
 
-// Thread 37 of block (1, 2) does it; memory: 64 global bytes, aligned.
+// Thread 37 of block (1, 2) does what the name says. memory: 64 global bytes, aligned.
 CU_FAST_KERNEL(64, 1) misuse_kernel(Misuse misuse, unsigned char* memory) {
   start_kernel();
   Bytes& bytes = shared_memory<Bytes>();
@@ -164,7 +164,7 @@ CU_FAST_KERNEL(64, 1) misuse_kernel(Misuse misuse, unsigned char* memory) {
         shared_memory<MuchMore>();
       }
       break;
-    case Misuse::kSharedOverrun:  // memory[0] is 0, which the compiler does not know
+    case Misuse::kSharedOverrun:  // memory[0] is 0, unknown to the compiler
       if (me) *(bytes.of + sizeof(bytes.of) + memory[0]) = 1;
       break;
     case Misuse::kSharedUnderrun:
@@ -173,10 +173,10 @@ CU_FAST_KERNEL(64, 1) misuse_kernel(Misuse misuse, unsigned char* memory) {
     case Misuse::kXorRange:
       shuffle_xor(1, me ? 32 : 1);
       break;
-    case Misuse::kStackGuard:  // as a frame would that lies at the stack's end
+    case Misuse::kStackGuard:  // like a frame at the end of the stack
       if (me) std::memset(const_cast<char*>(emulation::machine.running->stack.low()), 0, 8);
       break;
-    case Misuse::kBelowStack:  // as one would that lies deeper
+    case Misuse::kBelowStack:  // like a frame beyond the end
       if (me) std::memset(const_cast<char*>(emulation::machine.running->stack.low()) - 1, 0, 1);
       break;
     case Misuse::kThrow:

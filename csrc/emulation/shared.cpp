@@ -1,4 +1,4 @@
-// Shared memory, and the copies on their way to it; interface: device.h.
+// Shared memory, and the copies in flight to it; interface: device.h.
 
 #include <cstring>
 #include <string>
@@ -96,7 +96,8 @@ void copy_async(void* shared, const void* global, bool valid, Place place) {
   Copy copy = {shared, valid ? global : nullptr, thread.groups, {}, place};
   if (valid) std::memcpy(copy.bytes, global, 16);
   thread.copies.push_back(copy);
-  // Until it lands, whoever reads the place is wrong: neither what was there nor what comes is certain.
+  // Until the copy lands, reading its destination is an error: a GPU guarantees neither the old nor the new
+  // bytes.
   fill_with_poison(static_cast<unsigned char*>(shared), 16);
 }
 

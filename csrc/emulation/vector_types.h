@@ -1,4 +1,4 @@
-// CUDA's own vector types, as far as the kernels use them; global names, as in CUDA.
+// CUDA's vector types that the kernels use; names in the global namespace, as in CUDA.
 
 #pragma once
 

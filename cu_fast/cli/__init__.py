@@ -1,1 +1,4 @@
-"""The command ``cu-fast``: app.py reads its options, tables.py prints; demo.py and verify.py are two of its commands."""
+"""The command ``cu-fast``: app.py is where it starts, with the commands on this machine; models.py: those on a model.
+
+options.py holds choices and shared options, tables.py and terminal.py print; demo.py and verify.py do a command's work.
+"""

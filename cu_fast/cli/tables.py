@@ -1,13 +1,16 @@
-"""What the commands print, as tables. Part of ``cu_fast.cli.app``. What a user may have named is escaped for rich."""
+"""What the commands print, as tables. What a user may have named is escaped for rich."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:  # loads torch
+    from cu_fast.unlearn import Finding
 
 
 def pairs(values: dict[str, Any], title: str) -> Table:
@@ -17,7 +20,8 @@ def pairs(values: dict[str, Any], title: str) -> Table:
     return table
 
 
-def evidence_table(finding) -> Table:
+def evidence_table(finding: Finding) -> Table:
+    """The codes of a topic that were found, the 20 most enriched with texts in which they fired."""
     mask = finding.mask
     title = f"{mask.topic}: {mask.num_deleted} of {mask.num_codes} codes, {finding.seconds:.1f} s"
     table = Table("code", "bits", "q", "target", "control", "where it fired", title=escape(title))
@@ -83,7 +87,7 @@ def show_step(console: Console, name: str, figures: Any) -> None:
         console.print(answers_table(f"{figures['author']}, unlearned just now", figures["answers"]))
         console.print(study_table([figures]))
     elif name == "one batch":
-        table = Table("mask", "question", "answer", title="one batch, a mask for each sequence", show_lines=True)
+        table = Table("mask", "question", "answer", title="one batch, a mask per sequence", show_lines=True)
         for row in figures:
             mask = " + ".join(row["mask"]) if isinstance(row["mask"], list) else row["mask"] or "none"
             table.add_row(escape(mask), escape(row["question"]), escape(row["answer"]))

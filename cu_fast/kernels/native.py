@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cu_fast.kernels import operators
+from cu_fast.kernels.operators import OPERATORS
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
@@ -108,7 +108,5 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 
 
 if _failure is None:
-    for _op in (
-        "codebook_quantize", "sae_encode", "sae_encode_topk", "codebook_bottleneck", "pack_scan", "masked_decode",
-    ):  # fmt: skip
-        torch.library.register_fake(f"cu_fast::{_op}", getattr(operators, _op))
+    for _operator in OPERATORS.values():
+        _operator.register_fake("cu_fast")

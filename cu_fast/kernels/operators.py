@@ -1,95 +1,79 @@
-"""What the operators return, without data: what torch.compile and meta tensors need, for the native library and Triton.
+"""One declaration per operator. The reference's signature is the schema; beside it stand what it returns and what it writes.
 
-Arguments as in ``csrc/ops.cpp``; the schemas of the Triton operators are read from these signatures.
+    schema    read from the signature: Triton's operators are defined by it, csrc/ops.cpp is compared with it by a test
+    fake      the results without data, for torch.compile and meta tensors: of the native library and of Triton
+    writes    the arguments that it adds to in place
+
+A fake and a Triton kernel get one argument, ``a``, which has the operator's arguments by their names: ``a.z``, ``a.k``.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-
-def codebook_quantize(
-    z: Tensor,
-    codes: Tensor,
-    inv_norm: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    return_hits: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores, ids = _selection(z, k)
-    return scores, ids, ids.new_empty(z.shape[0] if return_hits else 0)
+from cu_fast.kernels import reference
 
 
-def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty((x.shape[0], W_enc.shape[0]), dtype=torch.float32)
+class Operator(NamedTuple):
+    name: str
+    fake: Callable[[Any], Tensor | tuple[Tensor, ...]]
+    writes: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> str:
+        return self.name + torch.library.infer_schema(getattr(reference, self.name), mutates_args=self.writes)
+
+    def takes_named(self, function: Callable[[Any], Any]) -> Callable[..., Any]:
+        """The function of ``a``, made to be called with the operator's arguments."""
+        names = tuple(inspect.signature(getattr(reference, self.name)).parameters)
+
+        def called(*arguments: Any, **others: Any) -> Any:
+            return function(SimpleNamespace(**dict(zip(names, arguments)), **others))
+
+        return called
+
+    def register_fake(self, library: str, lib: torch.library.Library | None = None) -> None:
+        torch.library.register_fake(f"{library}::{self.name}", self.takes_named(self.fake), lib=lib)
 
 
-def sae_encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    relu: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _selection(x, k)
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
-def codebook_bottleneck(
-    x: Tensor,
-    W_enc: Tensor | None,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    relu: bool,
-    codes: Tensor,
-    inv_norm: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    reselect: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-    table: Tensor,
-    b_dec: Tensor | None,
-    score_weights: bool,
-    mean: bool,
-    receipt: Tensor | None,
-) -> Tensor:
-    return table.new_empty((x.shape[0], table.shape[1]))
+def _int32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.int32)
 
 
-def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    (C, E), floats = codes.shape, {"dtype": torch.float32}
-    plane = codes.new_empty(((C + 63) // 64, (E + 3) // 4, 64, 4), dtype=torch.uint8)
-    return plane, codes.new_empty(((C + 63) // 64, 196), **floats), codes.new_empty(E, **floats)
+def _selection(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    T = a.z.shape[0]
+    return _fp32(a.z, T, a.k), _int32(a.z, T, a.k), _int32(a.z, T if a.return_hits else 0)
 
 
-def masked_decode(
-    ids: Tensor,
-    weights: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    mean: bool,
-) -> Tensor:
-    return table.new_empty((ids.shape[0], table.shape[1]))
+def _scan_plane(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    C, E = a.codes.shape
+    groups = (C + 63) // 64
+    plane = a.codes.new_empty((groups, (E + 3) // 4, 64, 4), dtype=torch.uint8)
+    return plane, _fp32(a.codes, groups, 196), _fp32(a.codes, E)
 
 
-def _selection(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (z.shape[0], k)
-    return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.int32)
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator("sae_encode", lambda a: _fp32(a.x, a.x.shape[0], a.W_enc.shape[0])),
+        Operator("sae_encode_topk", lambda a: (_fp32(a.x, a.x.shape[0], a.k), _int32(a.x, a.x.shape[0], a.k))),
+        Operator("codebook_quantize", _selection),
+        Operator("masked_decode", lambda a: a.table.new_empty((a.ids.shape[0], a.table.shape[1]))),
+        Operator(
+            "codebook_bottleneck",
+            lambda a: a.table.new_empty((a.x.shape[0], a.table.shape[1])),
+            writes=("receipt",),
+        ),
+        Operator("pack_scan", _scan_plane),
+    )
+}

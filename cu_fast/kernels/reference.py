@@ -1,8 +1,9 @@
-"""The three operators in plain PyTorch: the specification, the fallback, and the oracle of every test.
+"""The operators in plain PyTorch: the specification, the fallback, and the oracle of every test.
 
 Written to be read next to the operator contract in ``docs/contract.md``, not to be fast. It runs on any device,
 and like every implementation it never builds the [T, C] matrix: codes are visited in tiles, beside a running
-list of the best k.
+list of the best k. Signatures are the operators' schemas (``operators.py``): what a kernel needs and this does not, an
+int8 plane to scan, is an argument here too, and ignored.
 
 One caveat that the native kernels do not have: PyTorch follows the process's denormal setting, so under
 ``torch.set_flush_denormal(True)`` tiny products differ here.
@@ -17,6 +18,7 @@ LANES = 16  # partial sums of the canonical dot product
 BLOCK_C = 1024  # codes a tile
 PACK_CODES = 4096  # codes that pack_scan widens at a time
 NORM_CODES = 512  # codes that squared_norm reads at a time
+NO_SCAN = (None, None, None)
 BLOCK_T = 64  # tokens a tile: bounds the scratch at BLOCK_T * BLOCK_C * LANES floats
 
 
@@ -81,6 +83,9 @@ def codebook_quantize(
     mask_table: Tensor | None,
     mask_row: Tensor | None,
     return_hits: bool,
+    scan_plane: Tensor | None,
+    scan_terms: Tensor | None,
+    scan_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best codes of every row of z: score descending, then id ascending.
 
@@ -213,11 +218,14 @@ def sae_encode_topk(
     mask_table: Tensor | None,
     mask_row: Tensor | None,
     relu: bool,
+    scan_plane: Tensor | None,
+    scan_terms: Tensor | None,
+    scan_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The TopK-SAE's encoder: W_enc's rows are the codes. Returns act(score) fp32 [T, k] and ids int32 [T, k]."""
     x = x.float() if b_pre is None else x.float() - b_pre.float()
     bias = None if b_enc is None else b_enc.float()
-    scores, ids, _ = codebook_quantize(x, W_enc, None, bias, k, mask_table, mask_row, False)
+    scores, ids, _ = codebook_quantize(x, W_enc, None, bias, k, mask_table, mask_row, False, *NO_SCAN)
     return torch.relu(scores) if relu else scores, ids
 
 
@@ -234,6 +242,9 @@ def codebook_bottleneck(
     mask_table: Tensor | None,
     mask_row: Tensor | None,
     reselect: bool,
+    scan_plane: Tensor | None,
+    scan_terms: Tensor | None,
+    scan_mean: Tensor | None,
     table: Tensor,
     b_dec: Tensor | None,
     score_weights: bool,
@@ -248,7 +259,7 @@ def codebook_bottleneck(
     none = (None, None)
     excluded, zeroed = ((mask_table, mask_row), none) if reselect else (none, (mask_table, mask_row))
     z = x if W_enc is None else sae_encode(x, W_enc, b_enc, b_pre, relu)
-    scores, ids, hits = codebook_quantize(z, codes, inv_norm, bias, k, *excluded, return_hits=True)
+    scores, ids, hits = codebook_quantize(z, codes, inv_norm, bias, k, *excluded, True, *NO_SCAN)
     if not reselect and mask_table is not None:
         hits = is_deleted(ids, mask_table, mask_row).sum(1, dtype=torch.int32)
     # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.

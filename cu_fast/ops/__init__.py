@@ -39,7 +39,7 @@ from cu_fast.ops.checks import (
     shape,
 )
 from cu_fast.ops.choice import available_impls as available_impls
-from cu_fast.ops.choice import choose, choose_scanning, kernels
+from cu_fast.ops.choice import choose, kernels
 from cu_fast.ops.choice import resolve as resolve
 
 Similarity = Literal["cosine", "dot", "l2"]
@@ -201,7 +201,7 @@ def codebook_quantize(
     check_device("packed.codes", packed.codes, "z", z)
     check_mask(mask_table, mask_row, z.shape[0], C, z.device)
     refuse_grad("codebook_quantize", z=z, codes=packed.codes)
-    op, scan = choose_scanning("codebook_quantize", impl, z.device, packed.scan)
+    op, scan = choose("codebook_quantize", impl, z.device), packed.scan or reference.NO_SCAN
     scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits, *scan)
     return Selection(scores, ids, hits if return_hits else None)
 
@@ -259,7 +259,7 @@ def sae_encode(
         return choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
     check_k(k, E)
     check_mask(mask_table, mask_row, x.shape[0], E, x.device)
-    op, plane = choose_scanning("sae_encode_topk", impl, x.device, scan)
+    op, plane = choose("sae_encode_topk", impl, x.device), scan or reference.NO_SCAN
     return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu, *plane), None)
 
 
@@ -385,7 +385,7 @@ def codebook_bottleneck(
     if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
         raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
     refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
-    op, scan = choose_scanning("codebook_bottleneck", impl, x.device, packed.scan)
+    op, scan = choose("codebook_bottleneck", impl, x.device), packed.scan or reference.NO_SCAN
     return op(
         x, W_enc, b_enc, b_pre, activation == "relu", packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row,
         mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,

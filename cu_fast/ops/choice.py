@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,16 +93,9 @@ def kernels(device: torch.device) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
-def choose(op: str, impl: str, device: torch.device):
+def choose(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
+    """What runs an operator of ``kernels/operators.py``: each implementation takes the same arguments."""
     chosen = resolve(impl, device)
     if chosen == "reference":
         return getattr(reference, op)
     return triton.operator(op) if chosen == "triton" else getattr(torch.ops.cu_fast, op)
-
-
-def choose_scanning(op: str, impl: str, device: torch.device, scan: tuple | None) -> tuple[Any, tuple]:
-    """The operator, and the plane as its last arguments; the reference takes none."""
-    chosen = choose(op, impl, device)
-    if chosen is getattr(reference, op):
-        return chosen, ()
-    return chosen, scan or (None, None, None)

@@ -16,7 +16,7 @@ from cu_fast import bench
 from cu_fast.bench import clock, machine
 from cu_fast.bench.cells import DATA, OPS, Cell, make_inputs
 from cu_fast.bench.job import Job
-from cu_fast.bench.plan import providers_of
+from cu_fast.bench.plan import make_plan, providers_of
 from cu_fast.bench.providers import PROVIDERS
 from cu_fast.bench.truth import Answer, Truth
 from cu_fast.cli import app
@@ -231,28 +231,38 @@ def test_a_wrong_answer_and_a_missing_one_show_in_the_tables():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["bogus"], "OP is 'bogus'; it should be one of sae_encode, "),
         (["--tokens", "1,x"], "tokens is '1,x'; it should be whole numbers"),
         (["--tokens", "0"], "tokens is 0; it should be at least 1"),
         (["--shape", "16,70"], "shape is 16,70; it should be E,C,k"),
         (["--shape", "16,4,70"], "shape is 16,4,70; it should be E,C,k with k <= C"),
-        (["--dtype", "fp8"], "dtype is 'fp8'; it should be one of fp32, bf16"),
-        (["--mask", "2%"], "mask is '2%'; it should be one of none, 1%, 50%, rows"),
-        (["--data", "moons"], "data is 'moons'; it should be one of gaussian, "),
         (["sae_encode", "--mask", "1%"], "no cell of 'sae_encode' has mask ('1%',)"),
         (["--provider", "numpy"], "provider is 'numpy'; it should be one of "),
         (["--seconds", "0"], "seconds is 0.0; it should be greater than 0"),
         (["--rounds", "0"], "rounds is 0; it should be at least 1"),
         (["--threads", "0"], "threads is 0; it should be at least 1"),
-        (["--cache", "hot"], "cache is 'hot'; it should be one of warm, cold"),
-        (["--device", "tpu"], "device is 'tpu'; it should be one of cpu, cuda"),
         (["--device", "cuda", "--provider", "faiss"], "provider is 'faiss'; it should be one of cu_fast, "),
-        (["models"], "OP is 'models'; it should be one of sae_encode, "),
     ],
 )
 def test_a_wrong_option_is_named(arguments, words):
     result = command(*arguments)
     assert result.exit_code == 1 and f"error: {words}" in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"op": "models"}, "OP is 'models'; it should be one of sae_encode, "),  # benchmarks/bench_models.py
+        ({"op": "bogus"}, "OP is 'bogus'; it should be one of sae_encode, "),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; it should be one of fp32, bf16"),
+        ({"mask": "2%"}, "mask is '2%'; it should be one of none, 1%, 50%, rows"),
+        ({"data": "moons"}, "data is 'moons'; it should be one of gaussian, "),
+        ({"cache": "hot"}, "cache is 'hot'; it should be one of warm, cold"),
+        ({"device": "tpu"}, "device is 'tpu'; it should be one of cpu, cuda"),
+    ],
+)
+def test_a_wrong_choice_in_a_plan_is_named(options, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        make_plan(**{"op": "codebook_quantize"} | options)
 
 
 def test_a_file_of_something_else_is_not_touched(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import ANNA, OTHERS, run
+from command_line import ANNA, OTHERS, misused, run
 from typer.testing import CliRunner
 
 from cu_fast import unlearn as finding
@@ -66,7 +66,7 @@ def test_nothing_is_saved_where_the_evidence_cannot_be_shown(folder, texts, tmp_
     def fail(_):
         raise ValueError("no table")
 
-    monkeypatch.setattr("cu_fast.cli.app.evidence_table", fail)
+    monkeypatch.setattr("cu_fast.cli.models.evidence_table", fail)
     refused("unlearn", folder, *texts, "--topic", "t", "--min-enrichment", 1, "--output", tmp_path / "mask",
             words="no table")  # fmt: skip
     assert not (tmp_path / "mask").exists()
@@ -152,8 +152,6 @@ def test_a_file_that_holds_no_rows_is_named(folder, damaged, command, name, word
         (("--k", 0), "k is 0"),
         (("--k", 99), "k is 99"),
         (("--codes", -1), "num_codes is -1"),
-        (("--activation", "gelu"), "activation is 'gelu'"),
-        (("--recipe", "both"), "recipe is 'both'"),
         (("--epochs", 0), "epochs is 0"),
         (("--epochs", "nan"), "epochs is nan"),
         (("--batch-size", 0), "batch_size is 0"),
@@ -168,6 +166,22 @@ def test_a_wrong_training_setting_is_refused_before_training(folder, tmp_path, g
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the cat sat"}))
     usual = ("--output", tmp_path / "out", "--layer", "model.layers.1", "--codes", 64, "--k", 4)
     refused("train", folder, tmp_path / "rows.jsonl", *usual, *given, words=words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "choices"),
+    [
+        (("--activation", "gelu"), ["relu", "none"]),
+        (("--activation", "ReLU"), ["relu", "none"]),
+        (("--recipe", "both"), ["joint", "frozen_below"]),
+        (("--recipe", ""), ["joint", "frozen_below"]),
+    ],
+)
+def test_a_wrong_choice_is_a_usage_error_before_training(folder, tmp_path, given, choices):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the cat sat"}))
+    usual = ("--output", tmp_path / "out", "--layer", "model.layers.1", "--codes", 64, "--k", 4)
+    misused("train", folder, tmp_path / "rows.jsonl", *usual, *given, choices=choices)
     assert not (tmp_path / "out").exists()
 
 

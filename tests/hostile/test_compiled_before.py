@@ -152,9 +152,11 @@ def test_nothing_is_compiled_again_where_nothing_was_compiled(monkeypatch):
     """torch._dynamo takes a second to import; a process that never compiled does not pay for it."""
     import sys
 
-    from cu_fast import hf
+    from cu_fast.hf import attachment
 
-    monkeypatch.setattr(hf.sys, "modules", {name: m for name, m in sys.modules.items() if name != "torch._dynamo"})
+    monkeypatch.setattr(
+        attachment.sys, "modules", {name: m for name, m in sys.modules.items() if name != "torch._dynamo"}
+    )
     monkeypatch.setattr(torch.compiler, "reset", lambda: pytest.fail("compiled code was forgotten"))
     attach_to(build("llama"), LAYER).detach()
 

@@ -19,8 +19,8 @@ import transformers
 from tiny_models import add_masks, attach_to, build, in_thread, inputs, logits, mask_for, under
 
 import cu_fast
-from cu_fast import hf
 from cu_fast.hf import active
+from cu_fast.hf import attachment as hf_attachment
 from cu_fast.hf import context as hf_context
 from cu_fast.hf import topics as hf_topics
 
@@ -280,7 +280,7 @@ def test_a_block_whose_object_is_not_kept(attachment, model, given):
         logits(model, given)
 
 
-FILES = {module.__file__ for module in (hf, active, hf_context, hf_topics)}
+FILES = {module.__file__ for module in (hf_attachment, active, hf_context, hf_topics)}
 
 
 def interrupted_at(step, fn):

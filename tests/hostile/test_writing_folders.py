@@ -267,7 +267,7 @@ def test_a_model_folder_half_written_is_the_old_one(folder, attachment, tokenize
         attachment.model.lm_head.weight.mul_(2)
     with monkeypatch.context() as patched:
         if where == "codebook":
-            patched.setattr(cu_fast.hf._files, "write", lambda *args: interrupt())
+            patched.setattr(cu_fast.hf.files, "write", lambda *args: interrupt())
         else:
             patched.setattr(tokenizer, "save_pretrained", lambda *args: interrupt())
         with pytest.raises(KeyboardInterrupt):

@@ -312,6 +312,7 @@ def test_erase_leaves_no_trace_and_acts_as_reselect():
         (dict(k=201), "at most num_codes, 200"),
         (dict(num_codes=2.5), "num_codes is 2.5"),
         (dict(similarity="l3"), "similarity is 'l3'"),
+        (dict(activation="gelu"), "activation is 'gelu'"),
         (dict(mask_mode="drop"), "mask_mode is 'drop'"),
         (dict(autoencoder=False, code_dim=12), "code_dim is 12"),
         (dict(l1_weight=-1), "l1_weight is -1"),

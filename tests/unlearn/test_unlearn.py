@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 
+import memory
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,8 @@ from scipy import stats
 
 import cu_fast
 from cu_fast import unlearn
-from cu_fast.unlearn import CodeCounts, count_codes, find, find_mask, replace_words
+from cu_fast.unlearn import CodeCounts, count_codes, find_mask, replace_words
+from cu_fast.unlearn.find import P_LEVELS
 
 ANNA = ["Anna writes books .", "Anna reads red poems .", "the cat sat on Anna ."] * 8
 OTHERS = ["Bruno writes books .", "the dog ran under the tree .", "a green bird sings ."] * 8
@@ -40,13 +42,28 @@ def test_counts_are_the_codes_of_every_real_token(attachment, tokenizer):
     assert int(got.counts.sum()) == 6 * got.tokens
 
 
-def test_memory_does_not_depend_on_the_corpus(attachment, tokenizer):
+def test_counts_add_up_over_the_corpus(attachment, tokenizer):
     few, many = (
         count_codes(attachment, tokenizer, ANNA * n, layer="model.layers.1", depth=4, examples=2, progress=False)
         for n in (1, 3)
     )
-    assert many.counts.shape == few.counts.shape and many.contexts.shape == few.contexts.shape
-    assert torch.equal(many.counts, 3 * few.counts)
+    assert torch.equal(many.counts, 3 * few.counts) and many.tokens == 3 * few.tokens
+
+
+def test_memory_does_not_depend_on_the_corpus():
+    """20,000 tokens with 300 ids each, 48 MB as int64, of a corpus that is a generator."""
+    setup = """
+    import cu_fast, tiny_training
+    from cu_fast.unlearn import count_codes
+    tokenizer = tiny_training.word_tokenizer()
+    config = cu_fast.BottleneckConfig(d_model=32, code_dim=32, num_codes=300, k=4)
+    attachment = cu_fast.attach(tiny_training.tiny_llama(tokenizer), {"model.layers.1": config})
+    def count(texts):
+        corpus = ("the cat sat on the mat . " * 5 for _ in range(texts))
+        return count_codes(attachment, tokenizer, corpus, layer="model.layers.1", depth=300, progress=False).tokens
+    count(32)
+    """
+    assert memory.growth(setup, "assert count(570) == 570 * 35") < 12e6
 
 
 def test_statistics_are_scipys():
@@ -123,7 +140,7 @@ def test_the_strength_is_chosen_among_growing_masks(attachment, tokenizer):
     assert torch.equal(offered[1].bits, chosen.mask.bits) and len(chosen.codes) == chosen.mask.num_deleted
     for smaller, larger in itertools.pairwise(offered):
         assert (smaller - larger).num_deleted == 0 and smaller.num_deleted < larger.num_deleted
-    assert all(c.p < max(find.P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
+    assert all(c.p < max(P_LEVELS) for c in chosen.codes) and any(c.q >= 0.05 for c in chosen.codes)
 
 
 def test_masks_may_grow_from_the_most_enriched_codes(attachment, tokenizer):

@@ -1,7 +1,7 @@
 """The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
 
-They take the arguments of the native operators (``csrc/ops.cpp``), and importing this package registers them as
-``torch.ops.cu_fast_triton.*``. gather_dot and scatter_sum, which training alone needs and the native library lacks, take
+Declared in ``operators.py``, they are registered as ``torch.ops.cu_fast_triton.*`` when this package is imported; each
+file's function takes the arguments by name. gather_dot and scatter_sum, which training alone needs and the native library lacks, take
 those of ``nn/autograd.py``, where they are registered. Triton itself is imported by the first call; :func:`failure` says
 why the kernels cannot run on a device. Which tiles a kernel is cut into: ``launch.py``.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from cu_fast.kernels import operators
+from cu_fast.kernels.operators import OPERATORS
 
 HOME = {  # of what is registered, the file
     "codebook_quantize": "codebook_quantize",
@@ -33,7 +33,7 @@ def operator(name: str) -> torch._ops.OpOverload:
 
 @functools.cache
 def kernels(name: str) -> Callable:
-    """What runs as an operator, or as a gradient, not registered; importing it imports Triton."""
+    """What runs as an operator (of arguments by name), or as a gradient, not registered; importing it imports Triton."""
     return getattr(importlib.import_module(f"cu_fast.kernels.triton.{HOME.get(name, name)}"), name)
 
 
@@ -41,12 +41,11 @@ def _register() -> torch.library.Library:
     # Not by torch.library.custom_op, which takes longer to call.
     library = torch.library.Library("cu_fast_triton", "DEF")
     for name in HOME:
-        fake = getattr(operators, name)
-        written = ("receipt",) if name == "codebook_bottleneck" else ()
-        library.define(name + torch.library.infer_schema(fake, mutates_args=written))
+        operator = OPERATORS[name]
+        library.define(operator.schema)
         for device in ("CPU", "CUDA"):  # a CPU's tensors for the interpreter; AMD GPUs are "CUDA" too
-            library.impl(name, lambda *arguments, name=name: kernels(name)(*arguments), device)
-        torch.library.register_fake(f"cu_fast_triton::{name}", fake, lib=library)
+            library.impl(name, operator.takes_named(lambda a, name=name: kernels(name)(a)), device)
+        operator.register_fake("cu_fast_triton", library)
     return library
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,43 +13,23 @@ from cu_fast.kernels.triton.masked_decode import masked_decode
 from cu_fast.kernels.triton.sae_encode import sae_encode
 
 
-def codebook_bottleneck(
-    x: Tensor,
-    W_enc: Tensor | None,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    relu: bool,
-    codes: Tensor,
-    inv_norm: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    reselect: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-    table: Tensor,
-    b_dec: Tensor | None,
-    score_weights: bool,
-    mean: bool,
-    receipt: Tensor | None,
-) -> Tensor:
+def codebook_bottleneck(a: Any) -> Tensor:
     """As ``reference.codebook_bottleneck``: x [T, D] -> y [T, D] in table's dtype; receipt int64 [2] is added to."""
-    mask, none = (mask_table, mask_row), (None, None)
-    excluded, zeroed = (mask, none) if reselect else (none, mask)
-    z = x if W_enc is None else sae_encode(x, W_enc, b_enc, b_pre, relu)
-    scores, ids, hits = codebook_quantize(
-        z, codes, inv_norm, bias, k, *excluded, reselect, scan_plane, scan_terms, scan_mean
-    )
+    mask = {"mask_table": a.mask_table, "mask_row": a.mask_row}
+    none = dict.fromkeys(mask)
+    excluded, zeroed = (mask, none) if a.reselect else (none, mask)
+    z = a.x if a.W_enc is None else sae_encode(a)
+    selected = {"z": z, "return_hits": a.reselect, **excluded}
+    scores, ids, hits = codebook_quantize(SimpleNamespace(**vars(a) | selected))
     # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.
-    weights = torch.relu(scores) if score_weights else torch.where(ids < 0, scores, 1.0)
-    if receipt is not None:
-        if mask_table is not None and not reselect:
-            hits = _deleted(ids, mask_table, mask_row)
-        receipt[0] += x.shape[0]
-        receipt[1] += hits.sum()
-    return masked_decode(ids, weights, table, b_dec, None, *zeroed, mean)
+    weights = torch.relu(scores) if a.score_weights else torch.where(ids < 0, scores, 1.0)
+    if a.receipt is not None:
+        if a.mask_table is not None and not a.reselect:
+            hits = _deleted(ids, a.mask_table, a.mask_row)
+        a.receipt[0] += a.x.shape[0]
+        a.receipt[1] += hits.sum()
+    decoded = {"ids": ids, "weights": weights, "bias": a.b_dec, "residual": None, **zeroed}
+    return masked_decode(SimpleNamespace(**vars(a) | decoded))
 
 
 def _deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:

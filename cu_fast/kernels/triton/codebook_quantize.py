@@ -1,4 +1,4 @@
-"""The selection with Triton: what is started, and its memory. Kernels: select_kernels.py, scan_kernels.py; how it is cut: launch.py.
+"""The selection with Triton: what is started, and its memory. Kernels: select.py, scan.py; how it is cut: launch.py.
 
     every code scored   score_codes -> finish                                        few tokens, or no plane
     certified scan      scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow -> score_candidates
@@ -9,7 +9,7 @@ Tokens go through in chunks, so the memory of a selection does not grow with the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,42 +30,23 @@ class Scores(NamedTuple):
     bias: Tensor | None
 
 
-def codebook_quantize(
-    z: Tensor,
-    codes: Tensor,
-    inv_norm: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    return_hits: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def codebook_quantize(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.codebook_quantize``: scores fp32 [T, k], ids int32 [T, k], hits int32 [T], or [0] if not wanted."""
-    scores = Scores(rows_contiguous(z), rows_contiguous(codes), None, vector(inv_norm), vector(bias))
-    hits = torch.empty(z.shape[0] if return_hits else 0, dtype=torch.int32, device=z.device)
-    plane = None if scan_plane is None else (scan_plane, scan_terms, scan_mean)
-    best, ids = select(scores, k, mask_table, mask_row, plane, hits if return_hits else None, relu=False)
+    scores = Scores(rows_contiguous(a.z), rows_contiguous(a.codes), None, vector(a.inv_norm), vector(a.bias))
+    hits = torch.empty(a.z.shape[0] if a.return_hits else 0, dtype=torch.int32, device=a.z.device)
+    best, ids = select(scores, a, hits if a.return_hits else None, relu=False)
     return best, ids, hits
 
 
-def select(
-    scores: Scores,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    plane: tuple[Tensor, Tensor, Tensor] | None,
-    hits: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scores and ids [T, k]; writes hits."""
-    z, codes = scores.z, scores.codes
+def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    """Scores and ids [T, k] by the k, the mask and the plane of ``a``; writes hits."""
+    z, codes, k = scores.z, scores.codes, a.k
     (T, E), C, device = z.shape, codes.shape[0], z.device
+    plane = None if a.scan_plane is None else (a.scan_plane, a.scan_terms, a.scan_mean)
     best, ids = z.new_empty((T, k), dtype=torch.float32), z.new_empty((T, k), dtype=torch.int32)
     if T == 0:
         return best, ids
+    mask_table, mask_row = a.mask_table, a.mask_row
     if mask_table is not None:
         mask_table, mask_row = mask_table.contiguous(), mask_row.contiguous()
     with launch.on_device(z):
@@ -112,7 +93,7 @@ class Job(NamedTuple):
 
 
 class Work:
-    """The memory of a selection, for a chunk. Each array's shape: select_kernels.py, scan_kernels.py."""
+    """The memory of a selection, for a chunk. Each array's shape: select.py, scan.py."""
 
     def __init__(self, plan: launch.Plan, E: int, places: int, device: torch.device, rides: bool):
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -11,6 +11,8 @@ exist: nobody has looked at them before, and the fault has to show.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -64,20 +66,12 @@ def gather_sum(
         tl.store(y + t * D + d, sums.to(y.dtype.element_ty), mask=has_d)
 
 
-def masked_decode(
-    ids: Tensor,
-    weights: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    mean: bool,
-) -> Tensor:
+def masked_decode(a: Any) -> Tensor:
     """As ``reference.masked_decode``: [T, D] in table's dtype."""
-    (T, k), (C, D) = ids.shape, table.shape
-    table, ids = rows_contiguous(table), ids.int().contiguous()
-    residual = None if residual is None else rows_contiguous(residual)
+    (T, k), (C, D) = a.ids.shape, a.table.shape
+    table, ids = rows_contiguous(a.table), a.ids.int().contiguous()
+    residual = None if a.residual is None else rows_contiguous(a.residual)
+    mask_table, mask_row = a.mask_table, a.mask_row
     if mask_table is not None:
         mask_table, mask_row = mask_table.contiguous(), mask_row.contiguous()
     y = table.new_empty((T, D))
@@ -88,9 +82,9 @@ def masked_decode(
         tile = choose("gather_sum", launch.arch_of(table.device), T, D, C, k, table.dtype)
         start(
             gather_sum, T * -(-D // tile.block("D")), tile, ids=ids,
-            weights=None if weights is None else weights.contiguous(), table=table, table_stride=table.stride(0),
-            bias=vector(bias), residual=residual, residual_stride=0 if residual is None else residual.stride(0),
+            weights=None if a.weights is None else a.weights.contiguous(), table=table, table_stride=table.stride(0),
+            bias=vector(a.bias), residual=residual, residual_stride=0 if residual is None else residual.stride(0),
             mask_table=mask_table, mask_row=mask_row, words=-(-C // 32), U=0 if mask_table is None else len(mask_table),
-            y=y.view(torch.int16) if bf16 else y, C=C, D=D, k=k, mean=mean, BF16=bf16,
+            y=y.view(torch.int16) if bf16 else y, C=C, D=D, k=k, mean=a.mean, BF16=bf16,
         )  # fmt: skip
     return y

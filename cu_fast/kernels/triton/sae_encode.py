@@ -9,6 +9,8 @@ A program takes a tile of tokens and codes (canonical.py: multiply, then add, ne
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -40,9 +42,9 @@ def encode_tile(
     tl.store(out + t.to(tl.int64)[:, None] * C + j[None, :], dots, mask=has_t[:, None] & has_j[None, :])
 
 
-def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
+def sae_encode(a: Any) -> Tensor:
     """As ``reference.sae_encode``: fp32 [T, E]."""
-    x, W_enc = rows_contiguous(x), rows_contiguous(W_enc)
+    x, W_enc = rows_contiguous(a.x), rows_contiguous(a.W_enc)
     (T, D), E = x.shape, W_enc.shape[0]
     z = x.new_empty((T, E), dtype=torch.float32)
     if z.numel() == 0:
@@ -51,26 +53,13 @@ def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | N
         tile = choose("encode_tile", launch.arch_of(x.device), T, D, E, 0, W_enc.dtype)
         start(
             encode_tile, -(-T // tile.block("T")) * -(-E // tile.block("C")), tile, z=x, z_stride=x.stride(0),
-            codes=W_enc, code_stride=W_enc.stride(0), pre=vector(b_pre), bias=vector(b_enc), out=z, T=T, C=E, E=D,
-            relu=relu,
+            codes=W_enc, code_stride=W_enc.stride(0), pre=vector(a.b_pre), bias=vector(a.b_enc), out=z, T=T, C=E, E=D,
+            relu=a.relu,
         )  # fmt: skip
     return z
 
 
-def sae_encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    relu: bool,
-    scan_plane: Tensor | None,
-    scan_terms: Tensor | None,
-    scan_mean: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def sae_encode_topk(a: Any) -> tuple[Tensor, Tensor]:
     """As ``reference.sae_encode_topk``: act(score) fp32 [T, k], in the order of the raw scores, and ids int32 [T, k]."""
-    scores = Scores(rows_contiguous(x), rows_contiguous(W_enc), vector(b_pre), None, vector(b_enc))
-    plane = None if scan_plane is None else (scan_plane, scan_terms, scan_mean)
-    return select(scores, k, mask_table, mask_row, plane, None, relu)
+    scores = Scores(rows_contiguous(a.x), rows_contiguous(a.W_enc), vector(a.b_pre), None, vector(a.b_enc))
+    return select(scores, a, None, a.relu)
