@@ -77,9 +77,8 @@ class Codebook(nn.Module):
     ``counts``, int64 [C], says how often each code was kept since ``reset_usage()``; training only.
     """
 
-    def __init__(self, num_codes: int, code_dim: int, k: int, similarity: str = "cosine") -> None:
+    def __init__(self, num_codes: int, code_dim: int, similarity: str = "cosine") -> None:
         super().__init__()
-        self.k = k
         self.similarity = similarity
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
@@ -148,7 +147,7 @@ class CodebookBottleneck(TrainingPath):
         self.autoencoder = (
             SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
         )
-        self.codebook = Codebook(config.num_codes, config.code_dim, config.k, config.similarity)
+        self.codebook = Codebook(config.num_codes, config.code_dim, config.similarity)
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
         # Receipt: tokens that passed, kept codes that a mask took away. On the device, so that nothing syncs.

@@ -59,9 +59,6 @@ class ScanPlane(NamedTuple):
     terms: Tensor
     mean: Tensor
 
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
-
 
 class PackedCodes(NamedTuple):
     """A codebook with what is computed once for it. Made by :func:`pack_codes`; shares memory with its input.

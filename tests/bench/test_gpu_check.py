@@ -266,9 +266,7 @@ def test_a_prediction_by_hand():
 
 @pytest.fixture
 def cells(monkeypatch):
-    """The script's names. What it registers is gone afterwards."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setitem(PROVIDERS, "cuda", {op: dict(known) for op, known in PROVIDERS["cuda"].items()})
     return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "gpu_cells.py")))
 
 

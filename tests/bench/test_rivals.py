@@ -30,15 +30,13 @@ ON_GPU = ("flashinfer_fp32", "flashinfer_bf16", "faiss_gpu")
 
 @pytest.fixture
 def script(monkeypatch):
-    """Gives a module of benchmarks/ by name. What it registers is gone afterwards."""
+    """Gives a module of benchmarks/ by name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    for device, ops in PROVIDERS.items():
-        monkeypatch.setitem(PROVIDERS, device, {op: dict(known) for op, known in ops.items()})
     return importlib.import_module
 
 
 @pytest.fixture
-def registered(script):
+def rivals(script):
     script("rivals").register()
 
 
@@ -52,7 +50,7 @@ def test_they_are_measured_where_they_are_registered_alone(script):
 
 
 @pytest.mark.parametrize("op", LIBRARIES)
-def test_those_that_are_installed_are_right(op, registered):
+def test_those_that_are_installed_are_right(op, rivals):
     rows = run(op, providers=("cu_fast", *LIBRARIES[op]), masks=("none", "50%", "rows"), dtypes=("fp32",))
     assert len(rows) == 3 * (1 + len(LIBRARIES[op]))
     for row in rows:
@@ -60,7 +58,7 @@ def test_those_that_are_installed_are_right(op, registered):
         assert row["match"] == 1.0 if row["status"] == "ok" else row["note"], row
 
 
-def test_a_library_that_is_missing_has_a_row(registered, monkeypatch):
+def test_a_library_that_is_missing_has_a_row(rivals, monkeypatch):
     for name in ("faiss", "codebook_features.models", "sparsify", "sae_lens"):
         monkeypatch.setitem(sys.modules, name, None)
     for op, names in LIBRARIES.items():
@@ -98,7 +96,7 @@ def libraries(monkeypatch):
     return faiss
 
 
-def test_those_for_gpus_are_called_as_they_are_documented(registered, libraries):
+def test_those_for_gpus_are_called_as_they_are_documented(rivals, libraries):
     rows = run_on_gpu("codebook_quantize", dtypes=("fp32",), masks=("none", "50%"), providers=ON_GPU)
     assert [row["status"] for row in rows] == ["ok"] * 3 + ["ok", "ok", "skipped"]
     exact = [row for row in rows if row["kernel_provider"] != "flashinfer_bf16" and row["status"] == "ok"]

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import hurtful
 import torch
+from calls import call
 from test_bench_gpu import Cuda
 
 from cu_fast.bench import tune, tune_grid
@@ -168,17 +169,17 @@ def use() -> dict:
     watch()
     same = []
     for T, scan in ((2, True), (2, False), (17, True)):
-        z, codes = (hurtful.matrix(n, 64, kind, torch.bfloat16, n) for n, kind in ((T, "outliers"), (48, "gaussian")))
+        z, codes = (hurtful.matrix(n, 64, kind, torch.bfloat16, n) for n, kind in ((T, "outliers"), (90, "gaussian")))
         if T == 17:
             table = launch.in_force("sm_80")
             launch.IN_FORCE["sm_80"] = table._replace(
                 rows=table.rows
                 | {"scan_codes": table.rows["scan_codes"] | {"many sm_80": FAVOURITES["scan_codes", "many"]}}
             )
-        arguments = (z, codes, None, None, 5, *hurtful.masks(T, 48, 0.3, 3), True)
-        plane = reference.pack_scan(codes, None) if scan else (None, None, None)
-        want = reference.codebook_quantize(*arguments)
-        same.append(all(map(hurtful.equal, codebook_quantize.codebook_quantize(*arguments, *plane), want)))
+        given = dict(z=z, codes=codes, k=5, mask=hurtful.masks(T, 90, 0.3, 3), return_hits=True)
+        given["scan"] = reference.pack_scan(codes, None) if scan else None
+        got, want = (call("codebook_quantize", on=each, **given) for each in (torch.ops.cu_fast_triton, reference))
+        same.append(all(map(hurtful.equal, got, want)))
     tuning = {name: getattr(launch.tuning_of("sm_80"), name) for name in launch.MEASURED}
     kept = {(name, repr(config)) for name, config in started}
     return {"rows": rows, "tuning": tuning, "same": same, "started": sorted(kept)}
