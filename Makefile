@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Where gpu-check leaves its logs and figures.
 OUTPUT ?= runs/gpu-check
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py sources.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all lint format wheel wheel-check machine-code gpu-check clean
 
@@ -56,4 +56,4 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info cu_fast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info cu_fast/_C*.so compile_commands.json

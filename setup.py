@@ -8,14 +8,14 @@ Environment variables:
                    "require": a library that cannot be built is an error.
     CU_FAST_CUDA   "auto" or unset: the CUDA kernels are built too if there is an nvcc ($CUDA_HOME/bin, then PATH),
                    and are left out, with a warning, if not or if it fails. "1": either is an error. "0": left out.
-    CU_FAST_ARCHS  the GPUs to build for; ARCHS below if unset, which also explains the notation.
+    CU_FAST_ARCHS  the GPUs to build for; ARCHS in sources.py if unset, which also explains the notation.
     CXX, CXXFLAGS  the compiler and extra flags, as always. nvcc reads its own NVCC_CCBIN and NVCC_APPEND_FLAGS.
     MAX_JOBS       compiler processes at a time; the number of CPUs if unset.
 """
 
 import hashlib
+import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -30,109 +30,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-# Every source, by the instruction set that it may use. The files of a level open a target region themselves
-# (csrc/cpu/simd.h), so all are compiled with the same flags: a flag for a whole file would let the linker pick
-# that file's copy of an inline function for machines that cannot run it.
-BASELINE = [
-    "csrc/ops.cpp",
-    "csrc/cpu/simd.cpp",
-    "csrc/cpu/pack_scan.cpp",
-    "csrc/cpu/codebook_quantize.cpp",
-    "csrc/cpu/codebook_quantize_scalar.cpp",
-    "csrc/cpu/sae_encode.cpp",
-    "csrc/cpu/sae_encode_scalar.cpp",
-    "csrc/cpu/masked_decode.cpp",
-    "csrc/cpu/masked_decode_scalar.cpp",
-    "csrc/cpu/codebook_bottleneck.cpp",
-    "csrc/cpu/peak.cpp",
-    "csrc/cpu/peak_scalar.cpp",
-    "csrc/cuda/built.cpp",
-]
-AVX2 = [
-    "csrc/cpu/codebook_quantize_avx2.cpp",
-    "csrc/cpu/sae_encode_avx2.cpp",
-    "csrc/cpu/masked_decode_avx2.cpp",
-    "csrc/cpu/peak_avx2.cpp",
-]
-AVX512 = [
-    "csrc/cpu/codebook_quantize_avx512.cpp",
-    "csrc/cpu/sae_encode_avx512.cpp",
-    "csrc/cpu/masked_decode_avx512.cpp",
-    "csrc/cpu/peak_avx512.cpp",
-]
-# Only with CUDA: kernels and what starts them, compiled by nvcc without torch; and C++ that calls those.
-CUDA_KERNELS = [
-    "csrc/cuda/scan_codes.cu",  # takes longest
-    "csrc/cuda/scan_codes_sm90.cu",
-    "csrc/cuda/codebook_quantize.cu",
-    "csrc/cuda/scan_rows.cu",
-    "csrc/cuda/score_candidates.cu",
-    "csrc/cuda/sae_encode.cu",
-    "csrc/cuda/masked_decode.cu",
-    "csrc/cuda/codebook_bottleneck.cu",
-]
-CUDA_HOST = [
-    "csrc/cuda/codebook_quantize.cpp",
-    "csrc/cuda/sae_encode.cpp",
-    "csrc/cuda/masked_decode.cpp",
-    "csrc/cuda/codebook_bottleneck.cpp",
-]
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build does not look here
 
-# "80" is machine code for compute capability 8.0, "PTX 90" is PTX of 9.0, "90+PTX" is both. Machine code runs on the
-# same major version from its minor version on (8.0 on 8.9, 10.0 on 10.3, 12.0 on 12.1), that of 90a on 9.0 alone. PTX
-# is compiled by the driver for what has no machine code: 11.0, and GPUs yet to come. It is not PTX of 8.0, because
-# csrc/cuda/launch.h lets kernels overlap on a GPU of 9.0 or newer, and only code of 9.0 or newer waits for its turn.
-ARCHS = "80;86;89;90a;100;120;PTX 90"
-OLDEST, OLDEST_PTX = 80, 90
+import sources  # noqa: E402
+from sources import ARCHS, parse_archs  # noqa: E402
 
-FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-ffp-contract=off",  # scores are defined numbers: a fused multiply-add would change them
-    "-fvisibility=hidden",
-    "-g0",
-    "-Wno-uninitialized",  # g++ 12 warns of its own AVX-512 header
-    "-DPy_LIMITED_API=0x030A0000",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-]
+# -Wno-uninitialized: g++ 12 warns of its own AVX-512 header.
+CXX_FLAGS = [*sources.FLAGS, "-O3", "-g0", "-Wno-uninitialized", "-DPy_LIMITED_API=0x030A0000"]
 
 NVCC_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fmad=false",  # as above
-    "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-Xfatbin=-compress-all",
-]
-
-ROOT = Path(__file__).parent
-
-
-def sources() -> list[str]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return BASELINE + (AVX2 + AVX512 if x86 else [])
-
-
-def parse_archs(text: str) -> list[str]:
-    """The entries of CU_FAST_ARCHS: "80;90+PTX" becomes ["80", "90", "PTX 90"]."""
-    archs = []
-    for entry in text.split(";"):
-        found = re.fullmatch(r"\s*(PTX )?(\d+)([af]?)(\+PTX)?\s*", entry)
-        only_ptx, number, suffix, and_ptx = found.groups() if found else (None, "0", "", None)
-        problem = None
-        if not found or (only_ptx and and_ptx):
-            problem = "must be like 80, 90a, PTX 90 or 90+PTX"
-        elif int(number) < OLDEST:
-            problem = f"is older than {OLDEST}, compute capability 8.0, which the kernels need"
-        elif (only_ptx or and_ptx) and suffix:
-            problem = f"would be PTX for one GPU; write {number}{suffix};PTX {number}"
-        elif (only_ptx or and_ptx) and int(number) < OLDEST_PTX:
-            problem = f"would be PTX older than {OLDEST_PTX}, which must not run on newer GPUs; write PTX {OLDEST_PTX}"
-        if problem:
-            raise SystemExit(f"error: CU_FAST_ARCHS is {text!r}: {entry!r} {problem}. The default is {ARCHS!r}")
-        archs += [] if only_ptx else [number + suffix]
-        archs += [f"PTX {number}"] if only_ptx or and_ptx else []
-    return list(dict.fromkeys(archs))
+    "-O3", "-std=c++20", "-fmad=false",  # what -ffp-contract=off is to C++
+    "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",
+]  # fmt: skip
 
 
 class Cuda:
@@ -217,6 +127,17 @@ def torch_directory() -> Path:
     raise RuntimeError("torch >= 2.11 is not installed in this environment")
 
 
+def write_compile_commands(includes, flags):
+    """For clangd and its like. It reads kernels as the emulation compiles them: as C++, without a CUDA toolkit."""
+    emulated = [*sources.FLAGS, "-DCU_FAST_EMULATED", f"-I{sysconfig.get_path('include')}", "-xc++"]
+    commands = [
+        {"directory": str(ROOT), "file": file, "arguments": ["c++", *[f"-I{i}" for i in includes], *how, "-c", file]}
+        for how, files in ((flags, sources.CPU + sources.HOST), (emulated, sources.CUDA + sources.EMULATION))
+        for file in files
+    ]
+    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=1) + "\n")
+
+
 class BuildNative(build_ext):
     """Compiles the sources side by side; a failure is reported, and fatal only where the environment says so."""
 
@@ -229,7 +150,7 @@ class BuildNative(build_ext):
                 raise SystemExit(f"error: CU_FAST_CUDA is 1, but {error}") from error
             self.warn(f"the CUDA kernels are left out: {error}")
             cuda = None
-        # The library itself says what it was built for (csrc/cuda/built.cpp).
+        # The library itself says what it was built for (csrc/host/built.cpp).
         marker = f"cu_fast CUDA build: {cuda.built if cuda else ''}\0".encode()
         current = not newer_group(extension.sources + extension.depends, str(library))
         if current and not self.force and marker in library.read_bytes():
@@ -260,18 +181,18 @@ class BuildNative(build_ext):
 
     def build_library(self, cuda, extension, library):
         torch = torch_directory()
-        flags = FLAGS + (cuda.cxx_flags if cuda else [])
+        includes = ["csrc", str(torch / "include")]
+        flags = CXX_FLAGS + (cuda.cxx_flags if cuda else [])
+        write_compile_commands(includes, flags)
 
         def compile_one(source):
             if source.endswith(".cu"):
                 return cuda.compile(source)
-            (compiled,) = self.compiler.compile(
-                [source], self.build_temp, include_dirs=["csrc", str(torch / "include")], extra_postargs=flags
-            )
+            (compiled,) = self.compiler.compile([source], self.build_temp, include_dirs=includes, extra_postargs=flags)
             return compiled
 
         # nvcc takes longest, so it starts first.
-        chosen = (CUDA_KERNELS + CUDA_HOST if cuda else []) + sources()
+        chosen = (sources.CUDA if cuda else []) + sources.CPU + sources.HOST
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(compile_one, chosen))
         self.compiler.link_shared_object(
@@ -284,8 +205,8 @@ setup(
     ext_modules=[
         Extension(
             "cu_fast._C",
-            sources() + CUDA_KERNELS + CUDA_HOST,
-            depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+            sources.CPU + sources.HOST + sources.CUDA,
+            depends=[*sources.HEADERS, "sources.py"],
             language="c++",
             py_limited_api=True,
             optional=os.environ.get("CU_FAST_BUILD") != "require" and os.environ.get("CU_FAST_CUDA") != "1",

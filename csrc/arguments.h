@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -46,12 +47,20 @@ inline const float* data_of(const OptionalTensor& t) {
 // instead.
 enum class Values { readable, on_device };
 
+// What operators take together, not checked yet.
+struct MaskTensors {
+  const OptionalTensor &table, &row;
+};
+
+struct ScanTensors {
+  const OptionalTensor &plane, &terms, &mean;
+};
+
 // A mask table and its rows, contiguous and checked.
 class MaskArguments {
  public:
-  MaskArguments(const OptionalTensor& table, const OptionalTensor& row, int64_t T, int64_t C,
-                Values values = Values::readable)
-      : words_((C + 31) / 32) {
+  MaskArguments(const MaskTensors& in, int64_t T, int64_t C, Values values) : words_((C + 31) / 32) {
+    const auto& [table, row] = in;
     check(table.has_value() == row.has_value(), "mask_table and mask_row must be given together, got only ",
           table ? "mask_table" : "mask_row");
     if (!table) return;
@@ -81,8 +90,8 @@ class MaskArguments {
 // A scan plane, as pack_scan made it.
 class ScanArguments {
  public:
-  ScanArguments(const OptionalTensor& plane, const OptionalTensor& terms, const OptionalTensor& mean,
-                int64_t C, int64_t E) {
+  ScanArguments(const ScanTensors& in, int64_t C, int64_t E) {
+    const auto& [plane, terms, mean] = in;
     check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
           "scan_plane, scan_terms and scan_mean must be given together");
     if (!plane) return;
@@ -99,7 +108,7 @@ class ScanArguments {
     mean_ = torch::stable::contiguous(*mean);
   }
 
-  ScanPlane plane(Values values = Values::readable) const {
+  ScanPlane plane(Values values) const {
     if (!plane_) return {};
     const float* const mean = data_of(mean_);
     const bool centred = values == Values::on_device ||
@@ -119,49 +128,66 @@ struct ScoreArguments {
   ScoreParams score;
 };
 
-inline ScoreArguments encode_arguments(const Tensor& x_in, const Tensor& W_enc_in,
-                                       const OptionalTensor& b_enc_in, const OptionalTensor& b_pre_in) {
-  check_shape("x", x_in, "[T, D]", {-1, -1});
-  check_float("x", x_in);
-  const int64_t T = x_in.size(0), D = x_in.size(1);
-  check_shape("W_enc", W_enc_in, "[E, D]", {-1, D});
-  check_float("W_enc", W_enc_in);
-  const int64_t E = W_enc_in.size(0);
-  const OptionalTensor b_enc = as_fp32("b_enc", b_enc_in, "[E]", {E});
-  const OptionalTensor b_pre = as_fp32("b_pre", b_pre_in, "[D]", {D});
-  const Tensor x = with_contiguous_rows(x_in), W_enc = with_contiguous_rows(W_enc_in);
-  return {x, W_enc, b_pre, std::nullopt, b_enc, {matrix_of(x), matrix_of(W_enc), data_of(b_pre), T, E, D}};
-}
+// What an operator calls them.
+struct ScoreNames {
+  const char *z, *z_letters, *codes, *codes_letters, *bias, *bias_letters;
+};
+inline constexpr ScoreNames kQuantizeNames = {"z", "[T, E]", "codes", "[C, E]", "bias", "[C]"};
+inline constexpr ScoreNames kEncodeNames = {"x", "[T, D]", "W_enc", "[E, D]", "b_enc", "[E]"};
 
-inline ScoreArguments quantize_arguments(const Tensor& z_in, const Tensor& codes_in,
-                                         const OptionalTensor& inv_norm_in, const OptionalTensor& bias_in) {
-  check_shape("z", z_in, "[T, E]", {-1, -1});
-  check_float("z", z_in);
+inline ScoreArguments score_arguments(const ScoreNames& names, const Tensor& z_in, const Tensor& codes_in,
+                                      const OptionalTensor& pre_in, const OptionalTensor& inv_norm_in,
+                                      const OptionalTensor& bias_in) {
+  check_shape(names.z, z_in, names.z_letters, {-1, -1});
+  check_float(names.z, z_in);
   const int64_t T = z_in.size(0), E = z_in.size(1);
-  check_shape("codes", codes_in, "[C, E]", {-1, E});
-  check_float("codes", codes_in);
+  check_shape(names.codes, codes_in, names.codes_letters, {-1, E});
+  check_float(names.codes, codes_in);
   const int64_t C = codes_in.size(0);
   const OptionalTensor inv_norm = as_fp32("inv_norm", inv_norm_in, "[C]", {C});
-  const OptionalTensor bias = as_fp32("bias", bias_in, "[C]", {C});
+  const OptionalTensor bias = as_fp32(names.bias, bias_in, names.bias_letters, {C});
+  const OptionalTensor pre = as_fp32("b_pre", pre_in, "[D]", {E});
   const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
-  return {z, codes, std::nullopt, inv_norm, bias, {matrix_of(z), matrix_of(codes), nullptr, T, C, E}};
+  return {z, codes, pre, inv_norm, bias, {matrix_of(z), matrix_of(codes), data_of(pre), T, C, E}};
 }
 
-inline void check_selection(int64_t k, int64_t C) {
-  check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
-  check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
-}
+// What a selection is asked; p has neither memory nor results. `in` must outlive it.
+class SelectArguments {
+ public:
+  SelectArguments(const ScoreArguments& in, const ScanTensors& scan, int64_t k, const MaskTensors& mask,
+                  Values values)
+      : scan_(scan, in.score.C, in.score.E), mask_(mask, in.score.T, in.score.C, values) {
+    const int64_t C = in.score.C;
+    check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
+    check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
+    p.score = in.score;
+    p.inv_norm = data_of(in.inv_norm);
+    p.bias = data_of(in.bias);
+    p.scan = scan_.plane(values);
+    p.mask = mask_.mask();
+    p.k = k;
+  }
 
-// What is decoded, likewise; p has neither mask nor y.
+  SelectParams p = {};
+
+ private:
+  const ScanArguments scan_;
+  const MaskArguments mask_;
+};
+
+// What is decoded, likewise; p has no y.
 struct DecodeArguments {
   Tensor ids, table;
   OptionalTensor weights, bias, residual;
+  std::vector<int32_t> checked_ids;  // empty: values on a device
+  MaskArguments mask;
   DecodeParams p;
 };
 
 inline DecodeArguments decode_arguments(const Tensor& ids_in, const OptionalTensor& weights_in,
                                         const Tensor& table_in, const OptionalTensor& bias_in,
-                                        const OptionalTensor& residual_in, bool mean) {
+                                        const OptionalTensor& residual_in, const MaskTensors& mask_in,
+                                        bool mean, Values values) {
   check_shape("ids", ids_in, "[T, k]", {-1, -1});
   check_dtype("ids", ids_in, ScalarType::Int);
   check_shape("table", table_in, "[C, D]", {-1, -1});
@@ -177,27 +203,31 @@ inline DecodeArguments decode_arguments(const Tensor& ids_in, const OptionalTens
     check_float("residual", *residual_in);
     residual = with_contiguous_rows(*residual_in);
   }
-  const DecodeParams p{ids.const_data_ptr<int32_t>(),
-                       data_of(weights),
-                       matrix_of(table),
-                       data_of(bias),
-                       residual ? matrix_of(*residual) : Matrix{nullptr, 0, Dtype::f32},
-                       {},
-                       mean,
-                       T,
-                       C,
-                       D,
-                       k,
-                       nullptr};
-  return {ids, table, weights, bias, residual, p};
+  const int32_t* const given = ids.const_data_ptr<int32_t>();
+  std::vector<int32_t> checked_ids;
+  if (values == Values::readable) checked_ids = checked_copy("ids", given, T, k, -1, C);
+  MaskArguments mask(mask_in, T, C, values);
+  const DecodeParams p = {.ids = checked_ids.empty() ? given : checked_ids.data(),
+                          .weights = data_of(weights),
+                          .table = matrix_of(table),
+                          .bias = data_of(bias),
+                          .residual = residual ? matrix_of(*residual) : Matrix{},
+                          .mask = mask.mask(),
+                          .mean = mean,
+                          .T = T,
+                          .C = C,
+                          .D = D,
+                          .k = k};
+  return {ids, table, weights, bias, residual, std::move(checked_ids), std::move(mask), p};
 }
 
 // Two numbers that a bottleneck adds to in place.
-inline void check_receipt(const OptionalTensor& receipt) {
-  if (!receipt) return;
+inline int64_t* receipt_of(const OptionalTensor& receipt) {
+  if (!receipt) return nullptr;
   check_shape("receipt", *receipt, "[2]", {2});
   check_dtype("receipt", *receipt, ScalarType::Long);
   check(receipt->stride(0) == 1, "receipt must be contiguous, its stride is ", receipt->stride(0));
+  return receipt->mutable_data_ptr<int64_t>();
 }
 
 // Uninitialised memory from the framework's allocator (64-byte aligned).

@@ -1,7 +1,6 @@
-// Every operator of the library. Shapes and meaning: cu_fast/ops.py. A device's host file implements them
-// (cpu/<op>.cpp, cuda/<op>.cpp), cu_fast/_native.py registers what they return without data.
-
-#include <torch/csrc/stable/library.h>
+// Every operator of the library. Shapes and meaning: cu_fast/ops.py. host/<op>.cpp implements them for every
+// device (pack_scan and peak, which only a CPU has, are in cpu/), cu_fast/_native.py registers what they
+// return without data.
 
 #include "registration.h"
 

@@ -1,5 +1,5 @@
-// Under which name operators are registered. The emulation of the CUDA kernels is a library of its own: the
-// same operators under another name, for CPU tensors.
+// Under which name and for which devices operators are registered. The emulation of the CUDA kernels is a
+// library of its own: the same operators under another name, for CPU tensors.
 
 #pragma once
 
@@ -7,12 +7,30 @@
 
 #ifdef CU_FAST_EMULATED
 #define CU_FAST_NAMESPACE cu_fast_emulated
-#define CU_FAST_GPU CPU
 #else
 #define CU_FAST_NAMESPACE cu_fast
-#define CU_FAST_GPU CUDA
 #endif
 
-// One more step, so that the names above are replaced first.
+// One more step, so that the name above is replaced first.
 #define CU_FAST_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define CU_FAST_IMPLEMENTATION(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+#define CU_FAST_ADD_OPERATORS(key, Device)            \
+  CU_FAST_IMPLEMENTATION(CU_FAST_NAMESPACE, key, m) { \
+    add_operators<cu_fast::Device>(m);                \
+  }
+#if defined(CU_FAST_EMULATED)
+#define CU_FAST_ADD_FOR_EACH_DEVICE CU_FAST_ADD_OPERATORS(CPU, Cuda)
+#elif defined(CU_FAST_CUDA)
+#define CU_FAST_ADD_FOR_EACH_DEVICE CU_FAST_ADD_OPERATORS(CPU, Cpu) CU_FAST_ADD_OPERATORS(CUDA, Cuda)
+#else
+#define CU_FAST_ADD_FOR_EACH_DEVICE CU_FAST_ADD_OPERATORS(CPU, Cpu)
+#endif
+
+// Begins the block that registers a file's operators for a Device; it runs for each device of this build.
+#define CU_FAST_OPERATORS(Device, m)                                  \
+  template <class Device>                                             \
+  static void add_operators(torch::stable::detail::StableLibrary& m); \
+  CU_FAST_ADD_FOR_EACH_DEVICE                                         \
+  template <class Device>                                             \
+  static void add_operators(torch::stable::detail::StableLibrary& m)

@@ -1,6 +1,6 @@
 """Files: JSON and safetensors, read once and checked; folders written whole or not at all. Knows no masks.
 
-Nothing that is read stays mapped: whoever changes a file later changes nothing that was loaded from it.
+No file that is read stays mapped: changing it later changes nothing that was loaded from it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,37 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-JSON_LIMIT = 2**26
-HEADER_LIMIT = 2**27  # above what safetensors takes, so that it says what is wrong
-NAME_LIMIT = 230  # bytes of a written folder's name, which the longer name of its workplace holds
+JSON_LIMIT = 2**26  # bytes
+HEADER_LIMIT = 2**27  # bytes; more than safetensors itself allows, so that its message says what is wrong
+NAME_LIMIT = 230  # bytes of a folder's name; its workplace's name is ".<name>.saving-????????", of at most 255 bytes
 
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError where the file holds anything else."""
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is too large, or holds anything but a JSON object (see :func:`parse_json`).
+    """
     return parse_json(_read(Path(path), JSON_LIMIT), str(path))
 
 
 def parse_json(raw: bytes, name: str) -> dict[str, Any]:
-    """A JSON object without repeated keys, whose numbers and texts can be written again; ``name`` is for messages."""
+    """A JSON object without repeated keys, whose numbers and texts can be written again.
+
+    Args:
+        raw: the text, in an encoding that JSON allows.
+        name: what messages call it.
+
+    Raises:
+        ValueError: anything else.
+    """
     try:
         value = json.loads(raw, object_pairs_hook=_without_repeats)
         _canonical(value)
-    except (ValueError, RecursionError) as error:  # of them UnicodeError, and numbers that are too long to be read
+    except (ValueError, RecursionError) as error:  # ValueError includes UnicodeError and integers of too many digits
         raise ValueError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds a JSON {type(value).__name__}; it should hold an object")
@@ -51,9 +64,17 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def seal(record: Mapping[str, Any], name: str) -> tuple[bytes, str]:
-    """A record as JSON with its own checksum, ``record_sha256``, and that checksum.
+    """A record as JSON text with its own checksum in it, as ``record_sha256``.
 
-    Raises ValueError, with ``name``, for what JSON cannot hold.
+    Args:
+        record: JSON values only.
+        name: what messages call it.
+
+    Returns:
+        (the text, the checksum).
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
     """
     try:
         # As it will be read: JSON has no tuples, and its keys are texts.
@@ -66,7 +87,19 @@ def seal(record: Mapping[str, Any], name: str) -> tuple[bytes, str]:
 
 
 def unseal(record: dict[str, Any], path: Path, advice: str) -> str:
-    """Take a record's checksum out, check it and return it. Raises ValueError where it does not fit."""
+    """Take the checksum out of a record, in place, and check it.
+
+    Args:
+        record: as :func:`read_json` gave it.
+        path: of its file, for messages.
+        advice: the end of the message: what to do next.
+
+    Returns:
+        The checksum.
+
+    Raises:
+        ValueError: it is not that of the record.
+    """
     sha256 = record.pop("record_sha256", None)
     if sha256 != _sha256(record):
         raise ValueError(f"{path} was changed after it was saved; {advice}")
@@ -76,13 +109,16 @@ def unseal(record: dict[str, Any], path: Path, advice: str) -> str:
 def read_safetensors(
     path: str | Path, expected: Mapping[str, tuple[int, ...]], sha256: str | None = None
 ) -> dict[str, Tensor]:
-    """Exactly the expected tensors, name -> shape, on the CPU, in memory of their own.
+    """Exactly the expected tensors, by name, on the CPU, in memory of their own.
 
-    sha256: what the bytes of the file should have.
+    Args:
+        path: the file.
+        expected: name -> shape.
+        sha256: of the file's bytes; None = not known.
 
     Raises:
-        FileNotFoundError, or ValueError naming the file and what is wrong: truncated, changed or hostile content, a
-        missing, unexpected or misshapen tensor.
+        FileNotFoundError: there is no file.
+        ValueError: truncated, changed or hostile content, or a missing, unexpected or misshapen tensor.
     """
     raw = _read(Path(path), HEADER_LIMIT + 8 * sum(map(math.prod, expected.values())))
     if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
@@ -103,7 +139,7 @@ def read_safetensors(
 
 
 def visible(path: Path) -> list[Path]:
-    """What lies in a folder, in order, without hidden entries, which other programs leave. Nothing where it is none."""
+    """The entries of a folder, sorted, without hidden ones, which other programs leave; [] where there is no folder."""
     return sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
 
 
@@ -136,7 +172,13 @@ def _sha256(record: Mapping[str, Any]) -> str:
 
 
 def check_name(name: str, what: str, limit: int = 255) -> None:
-    """Raises ValueError for what cannot be the name of a folder that is saved."""
+    """Raises ValueError for a text that cannot be the name of a folder.
+
+    Args:
+        name: the text.
+        what: what messages call it.
+        limit: bytes of the name in the file system's encoding.
+    """
     try:
         size = len(os.fsencode(name))
     except UnicodeEncodeError as error:
@@ -158,12 +200,16 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 
 def write_directory(path: str | Path, files: Mapping[str, bytes], owned: str) -> None:
-    """Write a folder of files (names may hold sub-folders), which only its owner can read; see :func:`replacing`.
+    """Write a folder of files, which only its owner can read, whole or not at all; see :func:`replacing`.
 
-    owned: regular expression of the files that may be there before.
+    Args:
+        path: the folder.
+        files: name -> content; a name may hold sub-folders.
+        owned: regular expression of the files that may be in the folder before, and are replaced.
 
     Raises:
-        FileExistsError: the folder holds other files; they would be lost.
+        FileExistsError: the folder holds other files, which would be lost; or ``path`` is a file.
+        ValueError: a name that no folder can have.
     """
     path = target_of(path)
     refuse_others(path, owned)
@@ -172,13 +218,18 @@ def write_directory(path: str | Path, files: Mapping[str, bytes], owned: str) ->
             file = new / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-        for entry in new.rglob("*"):  # whatever the umask: names of masks are often those of persons
+        for entry in new.rglob("*"):  # whatever the umask: a mask's name often is a person's
             entry.chmod(0o700 if entry.is_dir() else 0o600)
         refuse_others(path, owned)
 
 
 def target_of(path: str | Path) -> Path:
-    """The folder that a path means, through links: a link stays, and what it points to is written."""
+    """The folder that a path means, through links: a link stays, and the folder that it points to is written.
+
+    Raises:
+        FileExistsError: it is a file.
+        ValueError: a name that no folder can have.
+    """
     for part in Path(path).parts:
         check_name(part, "the folder's name")
     path = Path(os.path.realpath(path))
@@ -209,12 +260,13 @@ def _files_in(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give an empty folder; when the block ends, it takes the place of ``path``, whole or not at all.
+    """Yield an empty folder; when the block ends, it takes the place of ``path``, whole or not at all.
 
     After an error or an interrupt, whenever it comes, the folder that was at ``path`` is there again. Where the system
-    can exchange two folders in one step (Linux, on most file systems), a process that is killed leaves the old one or
-    the new one there. Elsewhere, between two renames, there is none for a moment; killed then, the old one is in
-    ``.<name>.saving-*/old``. Of several writers at once the last wins. What killed writers left is removed.
+    can exchange two folders in one step (Linux, on most file systems), a process that is killed leaves the old folder
+    or the new one at ``path``. Elsewhere there is none for a moment, between two renames; a process that is killed then
+    leaves the old folder in ``.<name>.saving-*/old``. The last of several writers at once wins. Folders that killed
+    writers left are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.saving-"
@@ -239,18 +291,18 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             shutil.rmtree(workplace, ignore_errors=True)
         finally:
-            os.close(lock)  # what an interrupt left there is litter from now on
+            os.close(lock)  # anything that an interrupt left in the workplace is litter from now on
 
 
 def _workplace(prefix: str, parent: Path) -> tuple[Path, int]:
-    """A new folder, and a descriptor that holds its lock: who gets the lock knows that its writer is dead."""
+    """A new folder, and a descriptor that holds its lock: a free lock tells other writers that this one is dead."""
     while True:
         workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             lock = os.open(workplace, os.O_RDONLY)
-        except FileNotFoundError:  # taken for litter before it was locked, as below
+        except FileNotFoundError:  # another writer took it for litter, because it was not locked yet
             continue
-        with contextlib.suppress(OSError):  # a file system without locks: there litter stays
+        with contextlib.suppress(OSError):  # on a file system without locks litter stays
             fcntl.flock(lock, fcntl.LOCK_EX)
         if workplace.exists():
             return workplace, lock
@@ -259,7 +311,7 @@ def _workplace(prefix: str, parent: Path) -> tuple[Path, int]:
 
 def _remove_litter(prefix: str, parent: Path) -> None:
     for workplace in (entry for entry in parent.iterdir() if entry.name.startswith(prefix)):
-        with contextlib.suppress(OSError):  # another user's, or in use
+        with contextlib.suppress(OSError):  # it belongs to another user, or its writer still holds the lock
             lock = os.open(workplace, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,7 +321,7 @@ def _remove_litter(prefix: str, parent: Path) -> None:
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:
-    """Put ``new`` at ``path``; what was there goes to ``new``, or to ``old``."""
+    """Put ``new`` at ``path``; the folder that was at ``path`` goes to ``new``, or to ``old``."""
     while True:
         try:
             if not path.exists():
@@ -279,7 +331,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
                 os.rename(new, path)
             return
         except OSError as error:
-            # Another writer was here in between: its folder came, or the one that was there went.
+            # Another writer was faster: between the check and the rename a folder appeared at path, or vanished. Again.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not new.exists():
                 raise
             if old.exists():
@@ -287,7 +339,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
 
 
 def _swap_back(written: os.stat_result, new: Path, path: Path, old: Path) -> None:
-    """Undo as much of :func:`_swap` as was done. By what lies where: an interrupt may come between any two steps."""
+    """Undo what :func:`_swap` did, judged by what lies where: an interrupt may come between any two steps."""
     if path.exists() and os.path.samestat(path.stat(), written):
         if new.exists():
             _exchange(new, path)
@@ -298,7 +350,7 @@ def _swap_back(written: os.stat_result, new: Path, path: Path, old: Path) -> Non
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step. False where the system cannot."""
+    """Exchange two folders in one step; returns False where the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -312,7 +364,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(path: str | Path) -> None:
-    """To the disk: a file or a folder; links and the like have nothing of their own to write."""
+    """Write a file or a folder through to the disk. Links and the like have no content of their own."""
     if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,6 +4,8 @@ A mask is a bitset, int32 [ceil(C/32)]; bit j % 32 of word j // 32 is set where 
 the sha256 of its codebook and refused on another one. On disk it is a folder: ``mask.safetensors`` (the bits) and
 ``mask.json`` (the record, with a checksum of both, so that an edited file is refused). No text of the topic's
 data is stored: a mask must not carry what it deletes.
+
+C codes, U masks in a table.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,16 @@ _TYPES = {
 class Mask:
     """A set of deleted codes and its provenance.
 
-    bits: int32 [ceil(num_codes/32)] on the CPU. num_codes: C. codebook_sha256: of the codebook it belongs to.
-    topic: what it deletes. layer: the layer it was found at, or None. method: how it was found (thresholds,
-    statistics, counts), JSON values only.
+    Attributes:
+        bits: int32 [ceil(C/32)] on the CPU. Not copied: do not write to it.
+        num_codes: C.
+        codebook_sha256: of the codebook that the mask belongs to.
+        topic: what the mask deletes.
+        layer: name of the layer that it was found at; None = not known.
+        method: how it was found (thresholds, statistics, counts), JSON values only.
+
+    Raises:
+        ValueError: bits has another shape or dtype, or sets a bit beyond the last code.
     """
 
     bits: Tensor
@@ -69,7 +78,19 @@ class Mask:
         layer: str | None = None,
         method: Mapping[str, Any] | None = None,
     ) -> Mask:
-        """The mask that deletes the given codes. Raises ValueError for an id outside [0, num_codes)."""
+        """The mask that deletes the given codes.
+
+        Args:
+            ids: the codes, int of any shape on any device, in any order; repeated ids count once.
+            num_codes: C.
+            codebook_sha256: of the codebook that the mask belongs to.
+            topic: what the mask deletes.
+            layer: name of the layer that it was found at; None = not known.
+            method: how it was found, JSON values only; None = {}.
+
+        Raises:
+            ValueError: an id outside [0, num_codes).
+        """
         ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), dtype=torch.int64).flatten().cpu()
         if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < num_codes):
             raise ValueError(
@@ -85,6 +106,7 @@ class Mask:
 
     @property
     def num_deleted(self) -> int:
+        """How many codes it deletes."""
         return int(_unpack(self.bits).sum())
 
     @property
@@ -95,7 +117,7 @@ class Mask:
         return content.hexdigest()
 
     def __or__(self, other: Mask) -> Mask:
-        """Union: what either deletes."""
+        """Union: what either deletes. Raises ValueError for masks of different codebooks, as ``&`` and ``-`` do."""
         return self._combine("union", other, lambda a, b: a | b)
 
     def __and__(self, other: Mask) -> Mask:
@@ -106,7 +128,7 @@ class Mask:
         """Difference: what this one deletes and the other does not."""
         return self._combine("difference", other, lambda a, b: a & ~b)
 
-    def _combine(self, name: str, other: Mask, operation) -> Mask:
+    def _combine(self, name: str, other: Mask, operation: Callable[[Tensor, Tensor], Tensor]) -> Mask:
         self.check_codebook(other.codebook_sha256)
         method = {
             "name": name,
@@ -118,9 +140,14 @@ class Mask:
         return Mask(bits, self.num_codes, self.codebook_sha256, topic, layer, method)
 
     def after_erasing(self, kept: Tensor, codebook_sha256: str) -> Mask:
-        """The same mask on the codebook that remains of its own: ``kept`` holds the old ids, int64 [C'].
+        """The same mask on the codebook that remains after codes of its own were erased.
 
-        Where all of its codes are gone it deletes nothing more, and ``method["erased"]`` says so.
+        Args:
+            kept: int64 [C - n], the old ids of the codes that remain, in their new order.
+            codebook_sha256: of the codebook that remains.
+
+        Returns:
+            A mask of C - n codes. Where all of its own were erased it deletes nothing; ``method["erased"]`` is True.
         """
         deleted = _unpack(self.bits)[kept].nonzero()[:, 0]
         method = dict(self.method) if len(deleted) else {**self.method, "erased": True}
@@ -138,11 +165,20 @@ class Mask:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the folder ``path``, whole or not at all; a mask already there is replaced, anything else refused."""
+        """Write the folder ``path``, whole or not at all, in place of a mask that is there already.
+
+        Raises:
+            FileExistsError: ``path`` is a file, or a folder that holds anything but a mask.
+            ValueError: a name that no folder can have, or a record that JSON cannot hold.
+        """
         write_directory(path, self.to_files()[0], FILES)
 
     def to_files(self) -> tuple[dict[str, bytes], str]:
-        """The files of the mask's folder, and a checksum of all that they say."""
+        """The files of the mask's folder, name -> content, and a checksum of all that they say.
+
+        Raises:
+            ValueError: a record that JSON cannot hold.
+        """
         record = {
             "format_version": FORMAT_VERSION,
             "topic": self.topic,
@@ -158,10 +194,15 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path, sha256: str | None = None) -> Mask:
-        """Read a folder written by :meth:`save`. sha256: the checksum that :meth:`to_files` gave, where it is known.
+        """Read a folder written by :meth:`save`.
+
+        Args:
+            path: the folder.
+            sha256: the checksum that :meth:`to_files` gave; None = not known, any mask is taken.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a file is damaged, or was changed after it was saved.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, was changed after it was saved, or has another checksum than sha256.
         """
         file, bits_file = Path(path) / "mask.json", Path(path) / "mask.safetensors"
         record = read_json(file)
@@ -194,11 +235,12 @@ class Mask:
 
 
 def load_masks(path: str | Path) -> list[Mask]:
-    """The mask of a folder, or the masks of its sub-folders, one for each layer. Hidden entries are passed over.
+    """The mask of a folder, or the masks of its sub-folders, one per layer. Hidden entries are passed over.
 
     Raises:
-        FileNotFoundError, ValueError: as :meth:`Mask.load` does, and where anything else lies beside the masks: it may
-            be what remains of another one.
+        FileNotFoundError: a file of a mask is missing.
+        ValueError: a mask is damaged, or anything else lies beside the masks: it may be a mask of which files are
+            missing.
     """
     path = Path(path)
     entries = visible(path)
@@ -211,11 +253,19 @@ def load_masks(path: str | Path) -> list[Mask]:
 
 
 class MaskTable:
-    """The masks in use on one device: ``table``, int32 [U, ceil(C/32)], written in place row by row.
+    """The masks in use on one device, written row by row.
 
-    In place, because a compiled model holds on to the tensor. It grows, by doubling into a new tensor, only when a row
-    beyond the last is written; the old one is kept, for what may still read it. A row must not be written while
-    anything reads it; on a GPU a writer waits for the events that it is given, and a reader for the last write.
+    In place, because a compiled model keeps the tensor. It grows, by doubling into a new tensor, only when a row
+    beyond the last is written; the old tensor is kept, because kernels may still read it. A row must not be written
+    while a kernel reads it: on a GPU a write waits for the events that it is given, and a read for the last write.
+
+    Args:
+        num_codes: C.
+        device: where the table is.
+        rows: U at the start.
+
+    Attributes:
+        table: int32 [U, ceil(C/32)], a mask's bits per row.
     """
 
     def __init__(self, num_codes: int, device: torch.device | str, rows: int = 64) -> None:
@@ -225,11 +275,18 @@ class MaskTable:
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
+        """In the new process: a lock that another thread of the old process held is free."""
         self._lock = threading.Lock()
 
     @torch.no_grad()
     def write(self, row: int, bits: Tensor, after: Iterable[Any] = ()) -> None:
-        """Put a mask's bits, int32 [ceil(C/32)], into a row. after: events of the streams that have read it."""
+        """Put a mask's bits into a row.
+
+        Args:
+            row: its number; beyond the last row the table grows.
+            bits: int32 [ceil(C/32)], on any device.
+            after: CUDA events that the write waits for: kernels that read the row before.
+        """
         with self._lock:
             stream = stream_of(self.table.device)
             for event in after:
@@ -241,7 +298,12 @@ class MaskTable:
             self._written = None if stream is None else (stream, stream.record_event())
 
     def read_on(self, device: torch.device, streams: set[Any]) -> None:
-        """Make the table ready for a kernel on a device's present stream, which is added to ``streams``."""
+        """Make the table ready for a kernel on a device's present stream.
+
+        Args:
+            device: of the kernel. A table that is elsewhere moves there.
+            streams: the present stream is added to it, in place; nothing on a CPU.
+        """
         if self.table.device != device:
             with self._lock:
                 self.table, self._written = self.table.to(device), None
@@ -253,7 +315,7 @@ class MaskTable:
 
 
 def stream_of(device: torch.device) -> Any:
-    """The stream that a device's kernels are queued on now; None on a CPU, which does them at once."""
+    """The CUDA stream that a device's kernels are queued on now; None on a CPU, where nothing is queued."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 

@@ -1,17 +1,29 @@
-"""Rows of text as padded batches, for training and for scoring. Keys: ``cu_fast.train``."""
+"""Rows of text as padded batches, for training and for scoring. Keys of a row: see ``cu_fast.train``."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from cu_fast.hf import Tokenizer
+
 
 @dataclasses.dataclass
 class Collator:
-    """Rows of ids to a padded batch: input_ids, attention_mask, labels, loss_weights [B, S]; right-padded."""
+    """Makes a batch, padded on the right, of rows that :func:`encode_row` gave.
+
+    A batch of B rows, the longest of S tokens, holds input_ids, attention_mask and labels int64 [B, S] and loss_weights
+    fp32 [B, S]. Padding has attention 0, label -100 and weight 0. For a sequence-to-sequence model labels and
+    loss_weights have the targets' length instead.
+
+    Attributes:
+        pad: the id that input_ids are padded with.
+    """
 
     pad: int
 
@@ -31,8 +43,21 @@ class Collator:
         }
 
 
-def encode_row(tokenizer, row: Mapping[str, str], prompt_weight: float, max_length: int) -> dict[str, list]:
-    """One row as ids: input_ids, labels and loss_weights, cut to ``max_length`` tokens."""
+def encode_row(tokenizer: Tokenizer, row: Mapping[str, str], prompt_weight: float, max_length: int) -> dict[str, list]:
+    """One row as lists of numbers.
+
+    Args:
+        tokenizer: the model's.
+        row: with the keys {"text"}, {"prompt", "completion"} or {"source", "target"}.
+        prompt_weight: weight of a prompt's tokens in the loss.
+        max_length: tokens that a row is cut to, a source and a target each.
+
+    Returns:
+        input_ids, labels and loss_weights; labels and loss_weights have the same length.
+
+    Raises:
+        ValueError: a row with other keys.
+    """
     keys = set(row)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if keys >= {"source", "target"}:

@@ -43,6 +43,17 @@ def functions() -> list[tuple[str, str]]:
     return list(zip(parts[1::2], parts[2::2]))
 
 
+@x86
+def test_a_source_distribution_is_whole(monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(SETUP))
+    (extension,) = given["ext_modules"]
+    needed = [path.relative_to(SETUP.parent) for path in SETUP.parent.glob("csrc/**/*.*")]
+    needed = {str(path) for path in needed if path.suffix == ".h" or "emulation" not in path.parts}
+    assert needed | {"sources.py"} == {*extension.sources, *extension.depends}
+
+
 class TestCudaBuild:
     """What setup.py is told about CUDA."""
 

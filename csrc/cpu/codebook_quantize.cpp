@@ -1,22 +1,18 @@
-// Host side: checks, cuts the work into blocks, runs the scan, then writes what its heaps hold.
-// The scan itself: codebook_quantize-inl.h.
+// A selection on the CPU: cuts the work into blocks, fills heaps by scoring or scanning, then writes what
+// they hold. The kernels: codebook_quantize-inl.h, codebook_quantize_scan-inl.h.
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
-#include <string>
-#include <tuple>
+#include <functional>
+#include <limits>
 
 #include "core/order.h"
 #include "cpu/grid.h"
 #include "cpu/kernels.h"
-#include "cpu/operators.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
-#include "cpu/select.h"
 #include "cpu/simd.h"
-
-#include <torch/csrc/stable/library.h>
+#include "host/cpu.h"
 
 namespace cu_fast {
 namespace {
@@ -78,54 +74,24 @@ void select_finish(const SelectParams& p, int64_t token) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> codebook_quantize(
-    const Tensor& z, const Tensor& codes, const OptionalTensor& inv_norm, const OptionalTensor& bias,
-    int64_t k, const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool return_hits,
-    const OptionalTensor& scan_plane, const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
-  const ScoreArguments in = quantize_arguments(z, codes, inv_norm, bias);
-  const ScanArguments scan(scan_plane, scan_terms, scan_mean, in.score.C, in.score.E);
-  SelectResult result = select(in.score, data_of(in.inv_norm), data_of(in.bias), scan.plane(), k, mask_table,
-                               mask_row, return_hits, /*relu=*/false);
-  return {result.scores, result.ids, result.hits};
-}
-
-SelectResult select(const ScoreParams& score, const float* inv_norm, const float* bias,
-                    const ScanPlane& scan_plane, int64_t k, const OptionalTensor& mask_table,
-                    const OptionalTensor& mask_row, bool return_hits, bool relu) {
-  const int64_t T = score.T, C = score.C;
-  check_selection(k, C);
-  const MaskArguments mask(mask_table, mask_row, T, C);
-
-  SelectResult result{new_tensor({T, k}, ScalarType::Float), new_tensor({T, k}, ScalarType::Int),
-                      new_tensor({return_hits ? T : 0}, ScalarType::Int)};
+void Cpu::select(SelectParams p, bool rides_along) const {
   const auto exact = CU_FAST_DISPATCH(select_exact), scan = CU_FAST_DISPATCH(select_scan);
-  if (T == 0) return result;
+  const int64_t T = p.score.T, C = p.score.C;
+  if (T == 0) return;
 
-  const float largest_bias = largest_magnitude(bias, C);
-  const auto [scans, grid] = plan_selection(T, C, score.E, k, torch::stable::get_num_threads(),
-                                            scan_plane.plane != nullptr, largest_bias);
-  const int64_t capacity = std::min(k, grid.part_codes);
-  const bool rides_along = return_hits && mask_table.has_value();
-  const int64_t places = grid.parts * capacity;
-  Tensor kept = new_tensor({T, places}, ScalarType::Long);
-  Tensor deleted = new_tensor({rides_along ? T : 0, places}, ScalarType::Long);
-  const SelectParams p{score,
-                       inv_norm,
-                       bias,
-                       scan_plane,
-                       largest_bias,
-                       mask.mask(),
-                       k,
-                       grid.parts,
-                       capacity,
-                       static_cast<uint64_t*>(kept.mutable_data_ptr()),
-                       rides_along ? static_cast<uint64_t*>(deleted.mutable_data_ptr()) : nullptr,
-                       relu,
-                       result.scores.mutable_data_ptr<float>(),
-                       result.ids.mutable_data_ptr<int32_t>(),
-                       return_hits ? result.hits.mutable_data_ptr<int32_t>() : nullptr};
-  const int64_t floats = round_up(scratch_floats(score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
-  Tensor scratch = new_tensor({grid.workers, floats}, ScalarType::Float);
+  p.largest_bias = largest_magnitude(p.bias, C);
+  const auto [scans, grid] = plan_selection(T, C, p.score.E, p.k, torch::stable::get_num_threads(),
+                                            p.scan.plane != nullptr, p.largest_bias);
+  p.parts = grid.parts;
+  p.capacity = std::min(p.k, grid.part_codes);
+  const int64_t places = p.parts * p.capacity;
+  Tensor kept = empty({T, places}, ScalarType::Long);
+  Tensor deleted = empty({rides_along ? T : 0, places}, ScalarType::Long);
+  p.kept = static_cast<uint64_t*>(kept.mutable_data_ptr());
+  p.deleted = rides_along ? static_cast<uint64_t*>(deleted.mutable_data_ptr()) : nullptr;
+
+  const int64_t floats = round_up(scratch_floats(p.score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
+  Tensor scratch = empty({grid.workers, floats}, ScalarType::Float);
   float* const scratch_data = scratch.mutable_data_ptr<float>();
   parallel(grid.workers, grid.size(), [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -134,27 +100,6 @@ SelectResult select(const ScoreParams& score, const float* inv_norm, const float
   parallel(std::min(grid.workers, T), T, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) select_finish(p, token);
   });
-  return result;
 }
 
-namespace {
-
-std::string selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool scan) {
-  const auto [scans, grid] = plan_selection(T, C, E, k, threads, scan, /*largest_bias=*/0);
-  std::ostringstream text;
-  text << (scans ? "int8 scan" : "every code scored") << ": " << grid.token_blocks << " x "
-       << grid.block_tokens << " tokens, " << grid.parts << " x " << grid.part_codes << " codes, "
-       << grid.workers << " threads";
-  return text.str();
-}
-
-}  // namespace
 }  // namespace cu_fast
-
-STABLE_TORCH_LIBRARY_IMPL(cu_fast, CompositeExplicitAutograd, m) {
-  m.impl("selection_plan", TORCH_BOX(&cu_fast::selection_plan));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(cu_fast, CPU, m) {
-  m.impl("codebook_quantize", TORCH_BOX(&cu_fast::codebook_quantize));
-}

@@ -16,8 +16,7 @@
 #include "arguments.h"
 #include "cpu/grid.h"
 #include "cpu/parallel.h"
-
-#include <torch/csrc/stable/library.h>
+#include "registration.h"
 
 namespace cu_fast {
 namespace {

@@ -7,8 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
-
-#include <torch/csrc/stable/library.h>
+#include "registration.h"
 
 namespace cu_fast {
 namespace {

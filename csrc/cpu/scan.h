@@ -51,14 +51,14 @@ struct ScanScratch {
 };
 
 // How a selection runs. A pure function of its arguments; no result depends on it.
-struct SelectPlan {
+struct SelectGrid {
   bool scans;  // false: every code is scored
   Grid grid;
 };
 
 // Scans if there is a plane, the bias leaves the bounds finite, and k is small enough, and C large enough, to
 // justify the buffers of candidates.
-inline SelectPlan plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
+inline SelectGrid plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
                                  float largest_bias) {
   const bool scans = has_plane && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
   return {scans, plan_grid(T, C, E, threads, scans ? kScanTokens : kBlockTokens)};

@@ -6,8 +6,7 @@
 #include <string>
 
 #include "check.h"
-
-#include <torch/csrc/stable/library.h>
+#include "registration.h"
 
 namespace cu_fast {
 namespace {

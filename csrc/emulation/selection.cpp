@@ -3,8 +3,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/host.h"
-#include "cuda/kernels.h"
+#include "host/devices.h"
+#include "registration.h"
 
 namespace cu_fast {
 namespace {
@@ -20,15 +20,13 @@ std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, boo
 std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const OptionalTensor& pre,
                                const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
                                const OptionalTensor& mask_table, const OptionalTensor& mask_row,
-                               bool rides_along, const Tensor& scan_plane, const Tensor& scan_terms,
-                               const Tensor& scan_mean) {
-  ScoreArguments in = quantize_arguments(z, codes, inv_norm, bias);
-  in.score.pre = data_of(pre);
-  const int64_t T = in.score.T, C = in.score.C, E = in.score.E;
-  const ScanArguments scan(scan_plane, scan_terms, scan_mean, C, E);
-  const MaskArguments mask(mask_table, mask_row, T, C, Values::on_device);
-  const SelectMemory memory(z, in.score, data_of(in.inv_norm), data_of(in.bias),
-                            scan.plane(Values::on_device), mask.mask(), k, rides_along);
+                               bool rides_along, const OptionalTensor& scan_plane,
+                               const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
+  const ScoreArguments in = score_arguments(kQuantizeNames, z, codes, pre, inv_norm, bias);
+  const SelectArguments selected(in, {scan_plane, scan_terms, scan_mean}, k, {mask_table, mask_row},
+                                 Cuda::kValues);
+  const SelectMemory memory(z, selected.p, rides_along);
+  const int64_t T = in.score.T, E = in.score.E;
   const SelectPlan& plan = memory.job.plan;
   check(plan.scans && T > 0 && T <= plan.chunk, "this is not one chunk of a scan");
   launch_scan(memory.job, Stream{});
@@ -62,10 +60,9 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const Optio
 STABLE_TORCH_LIBRARY_FRAGMENT(cu_fast_emulated, m) {
   m.def("select_plan(int T, int C, int E, int k, bool has_plane) -> int[]");
   m.def(
-      "scan_state(Tensor z, Tensor codes, Tensor? pre, Tensor? inv_norm, Tensor? bias, int k, Tensor? "
-      "mask_table, "
-      "Tensor? mask_row, bool rides_along, Tensor scan_plane, Tensor scan_terms, Tensor scan_mean) -> "
-      "Tensor[]");
+      "scan_state(Tensor z, Tensor codes, Tensor? pre, Tensor? inv_norm, Tensor? bias, int k, "
+      "Tensor? mask_table, Tensor? mask_row, bool rides_along, "
+      "Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cu_fast_emulated, CompositeExplicitAutograd, m) {

@@ -1,7 +1,7 @@
 """What is deleted now, in this thread: the run-time half of ``cu_fast.hf.attachment``. Knows tensors, not models.
 
 A context variable holds the request that ``attachment.unlearn`` made. A compiled model cannot read one, and must
-not bake it in either, so everything that depends on it is reached through the four operators at the end of this
+not bake its value in either, so everything that depends on it is reached through the four operators at the end of this
 file. They are opaque to the compiler, which is told that they write to one tensor: they run at every call, in order,
 and are never merged, dropped, folded into a constant or captured in a CUDA graph.
 """
@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cu_fast.hf.topics import PACKED, Hold, Layer, Request, Topics, text_of
+from cu_fast.hf.topics import PACKED, Entry, Hold, Layer, Request, Topics, text_of
+from cu_fast.nn import CodebookBottleneck
 
 Silent = Literal["refuse", "plain"]
-UNKNOWN = -1  # how many sequences a forward was given, where its arguments do not tell
+UNKNOWN = -1  # a forward's number of sequences, where its arguments do not tell
 
 
 class StaleCacheError(RuntimeError):
@@ -31,11 +32,13 @@ class StaleCacheError(RuntimeError):
 
 
 class _Thread(threading.local):
-    """What this thread's forwards have come to.
+    """What this thread's forwards have done so far.
 
-    ran: the swapped layers that ran since their model was entered. batch: runner -> how many sequences it was given.
-    hold: of the request that was looked up last; kernels that read its rows may still run. unconfirmed: inside
-    generate, a step was begun, and its forward has not yet been seen to pass the swapped layers.
+    Attributes:
+        ran: numbers of the swapped layers that ran since their runner was entered.
+        batch: runner -> how many sequences it was given, or UNKNOWN; only of those that run now.
+        hold: of the request that was looked up last, because kernels that read its rows may still run.
+        unconfirmed: in generate, a step was begun, and its forward was not yet seen to run the swapped layers.
     """
 
     def __init__(self) -> None:
@@ -46,23 +49,35 @@ class _Thread(threading.local):
 
 
 class Active:
-    """The run-time state of one attachment.
+    """The run-time state of one attachment. It can be neither copied nor pickled.
 
-    silent: what a forward means whose context has not said what holds.
+    Args:
+        layers: the swapped layers.
+        topics: the masks by name.
+        silent: what happens in a forward whose context has not said what holds: "refuse" or "plain".
+
+    Attributes:
+        standing: the request of the masks that always hold; None = none does.
+        request: the request that holds in this context; None = nothing was said.
+        observer: called with the output of every swapped layer in this context; None = there is none.
+        expand: in generate, how many rows of the batch are made of a sequence (beams, return sequences); else 0.
+        handle: the number by which the operators of a compiled model find this object.
     """
 
     def __init__(self, layers: Sequence[Layer], topics: Topics, silent: Silent) -> None:
         self.layers = layers
         self.topics = topics
         self.silent = silent
-        self.standing: Request | None = None  # what always holds, where something does
+        self.standing: Request | None = None
         self.request: ContextVar[Request | None] = ContextVar("cu_fast.request", default=None)
-        self.observer: ContextVar[Callable | None] = ContextVar("cu_fast.observer", default=None)
-        # Inside generate: how many rows of the batch a sequence becomes (beams, return sequences). Else 0.
+        self.observer: ContextVar[Callable[[Tensor, CodebookBottleneck], None] | None] = ContextVar(
+            "cu_fast.observer", default=None
+        )
         self.expand: ContextVar[int] = ContextVar("cu_fast.expand", default=0)
-        self._lock = threading.RLock()  # of the next two; a request may be closed by a finalizer, at any moment
+        # Guards the next two. Reentrant: a finalizer may close a request at any moment, in a thread that holds it.
+        self._lock = threading.RLock()
         self._open: weakref.WeakSet[Request] = weakref.WeakSet()
-        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()  # of these those that delete, and what runs under them
+        self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()  # open requests that delete, and tickets
         self._thread = _Thread()
         self.handle = next(_handles)
         _by_handle[self.handle] = self
@@ -75,8 +90,8 @@ class Active:
 
     # -- what holds ------------------------------------------------------------------------------------------
 
-    def open(self, topics: Any) -> Request:
-        """A request for these topics, open until :meth:`close`; it holds nowhere yet."""
+    def open(self, topics: Entry | list[Entry]) -> Request:
+        """A request for topics, open until :meth:`close`; it holds in no context yet. Raises as ``Topics.request``."""
         return self._opened(self.topics.request(topics))
 
     def _opened(self, request: Request) -> Request:
@@ -91,13 +106,13 @@ class Active:
         return self._opened(self.topics.share(request, entry))
 
     def close(self, request: Request) -> None:
-        """Nothing may run under it any more; its rows are given back once the forwards that read them have ended."""
+        """End a request: no more forwards run under it. Its rows are given back once those running have ended."""
         if self._thread.hold is request.hold:
-            self._thread.hold = None  # a forward of this thread, if there was one, has ended
+            self._thread.hold = None  # the forwards of this thread have ended
         with self._lock:
             self._in_use.discard(request)
             self._open.discard(request)
-        request.close()  # last: where an interrupt keeps it from being closed, it is closed again
+        request.close()  # last: after an interrupt before this line, __del__ of the context closes it again
 
     def check_idle(self, what: str) -> None:
         """Raises RuntimeError where masks hold in any thread, or a ``generate`` under masks has not ended."""
@@ -107,17 +122,17 @@ class Active:
             )
 
     def check_nothing_open(self, what: str) -> None:
-        """Raises RuntimeError where anything was said in any thread, be it None."""
+        """Raises RuntimeError where an ``unlearn`` context is open in any thread, be it ``unlearn(None)``, as well."""
         self.check_idle(what)
         if len(self._open):
             raise RuntimeError(f"{what} while an unlearn context is open; leave every one first")
 
     def now(self) -> Request | None:
-        """The request that holds here, None where nothing was ever to be deleted.
+        """The request that holds in this context, else the standing one; None where nothing is deleted.
 
         Raises:
-            RuntimeError: nothing was said here, though there are masks: a new thread, for one, starts with an empty
-                context, and would quietly run without them. Or what was said has ended.
+            RuntimeError: there are masks and nothing was said in this context: a new thread, say, starts with an empty
+                context and would quietly run without masks. Or the context that was entered has been left.
         """
         request = self.request.get()
         if request is None:
@@ -136,11 +151,11 @@ class Active:
         return request
 
     def _could_be_missed(self) -> bool:
-        """Whether there is a mask that silence may have meant: not where all of them always hold."""
+        """Whether a forward in silence may have been meant to delete: there is a mask that does not always hold."""
         if not self.topics.masks.keys() <= self.topics.always:
             return True
         with self._lock:
-            return any(request.beyond for request in self._open)  # under a name that was removed since
+            return any(request.beyond for request in self._open)  # its mask may have been removed since
 
     @contextlib.contextmanager
     def _holding(self, request: Request) -> Iterator[None]:
@@ -151,15 +166,17 @@ class Active:
             self.request.reset(token)
             self.close(request)
 
-    def under(self, topics: Any) -> contextlib.AbstractContextManager[None]:
-        """Let topics hold for what this package itself runs."""
+    def under(self, topics: Entry | list[Entry]) -> contextlib.AbstractContextManager[None]:
+        """While the context is open topics are deleted; for forwards that this package itself runs."""
         return self._holding(self.open(topics))
 
     @contextlib.contextmanager
     def packed(self, parts: Sequence[tuple[Request | None, int]], tokens: int) -> Iterator[None]:
         """Around the forward of a packed batch, [1, tokens].
 
-        parts: for each sequence that it holds, in order, what is deleted and how many tokens. What is left is padding.
+        Args:
+            parts: per sequence, in order, its request (None = nothing is deleted) and its number of tokens.
+            tokens: of the batch; those behind the last sequence are padding.
         """
         rows = [row for part, n in parts for row in (part.rows if part else (-1,)) * n]
         rows += [-1] * (tokens - len(rows))
@@ -175,11 +192,11 @@ class Active:
 
     @contextlib.contextmanager
     def generating(self, expand: int) -> Iterator[None]:
-        """Around ``generate``. expand: rows of the batch for a sequence."""
+        """Around ``generate``. ``expand``: how many rows of the batch are made of one sequence."""
         request, ticket = self.now(), _Ticket()
         if request is not None and request.deletes:
             with self._lock:
-                self._in_use.add(ticket)  # until it ends, whatever becomes of the context
+                self._in_use.add(ticket)  # until generate ends, even where the context is left before
         token, before = self.expand.set(expand), self._thread.unconfirmed
         self._thread.unconfirmed = False
         try:
@@ -192,16 +209,16 @@ class Active:
     # -- a forward -------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """A step of ``generate`` starts; the one before has ended."""
+        """A step of ``generate`` starts; the one before has ended. Raises as :meth:`confirm`."""
         if self.expand.get():
             self.confirm()
             self._thread.ran.clear()
             self._thread.unconfirmed = True
 
     def confirm(self) -> None:
-        """Raises RuntimeError where the last step's forward passed a swapped layer by.
+        """Raises RuntimeError where the last step's forward skipped a swapped layer.
 
-        The hooks around a model would tell, but code that was compiled or captured without them has none.
+        The hooks around a model see that too, but code that was compiled or captured without hooks runs none.
         """
         request = self.now()
         if self._thread.unconfirmed and request is not None and request.deletes:
@@ -209,14 +226,22 @@ class Active:
             self._check_ran(i for i, layer in enumerate(self.layers) if layer.in_decoder)
 
     def enter(self, runner: int, batch: int) -> None:
-        """The model that runs some of the layers starts. batch: the sequences that it was given, or UNKNOWN."""
+        """A runner's forward starts.
+
+        Args:
+            runner: its number.
+            batch: how many sequences it was given, or UNKNOWN.
+
+        Raises:
+            RuntimeError: as :meth:`now`.
+        """
         request = self.now()
         self._thread.batch[runner] = batch
         if request is not None and request.deletes:
             self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
 
     def leave(self, runner: int) -> None:
-        """It has finished. Raises RuntimeError where masks are active and one of its swapped layers did not run."""
+        """A runner's forward has ended. Raises RuntimeError where masks hold and one of its layers did not run."""
         request = self.now()
         self._thread.batch.pop(runner, None)
         if request is not None and request.deletes:
@@ -229,7 +254,19 @@ class Active:
             )
 
     def mask_rows(self, x: Tensor, index: int) -> Tensor | None:
-        """mask_row int32 [T] for a layer's output x [B, S, D], T = B S; None where nothing is deleted."""
+        """The mask table's rows for a layer's output.
+
+        Args:
+            x: [B, S, D], or another shape [..., D] where one row holds for all.
+            index: of the layer.
+
+        Returns:
+            int32 [T], T = B S; None where nothing is deleted.
+
+        Raises:
+            RuntimeError: the rows are not known, or the layer cannot delete: each message says why.
+            ValueError: another number of sequences than of entries in ``unlearn``.
+        """
         layer = self.layers[index]
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a swapped layer cannot be captured in a CUDA graph: its replay would not look masks up")
@@ -260,10 +297,10 @@ class Active:
             raise RuntimeError("a mask is active but the bottleneck is in training mode; call model.eval() first")
         hold = self._thread.hold = request.hold
         if hold is None:
-            return self.mask_rows(x, index)  # closed by another thread just now: say so
+            return self.mask_rows(x, index)  # another thread closed the request just now: this time now() raises
         layer.table.read_on(x.device, hold.streams)
         self._thread.ran.add(index)
-        # A sequence's tokens lie together, and so do its copies under beam search.
+        # The tokens of a sequence are adjacent, and so are its copies under beam search: repeating rows fits both.
         rows = request.rows_on(x.device)
         return rows if len(rows) == tokens else rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
 
@@ -293,30 +330,33 @@ class Active:
     # -- states ----------------------------------------------------------------------------------------------
 
     def check_filled(self, stamp: Tensor | None, length: int | Tensor, what: str) -> Tensor:
-        """The stamp, int64 [], for a cache that is about to be continued under the present request.
+        """Check a cache that a forward is about to continue under the present request.
 
         Args:
-            stamp: the one it carries, None where it carries none: then it counts as filled without masks, until codes
-                are erased.
-            length: how many tokens it holds. An empty one may be filled under anything.
+            stamp: that the cache carries, int64 []; None = it carries none and counts as filled without masks, or, once
+                codes were erased, under unknown ones.
+            length: tokens in the cache. An empty cache fits every request.
             what: what messages call it.
 
+        Returns:
+            Its new stamp, int64 [].
+
         Raises:
-            StaleCacheError: it was filled under other masks.
+            StaleCacheError: the cache was filled under other masks.
         """
         request = self.now()
         present = self.topics.nothing if request is None else request.signature
         filled = self.topics.unstamped if stamp is None else int(stamp)
         if filled != present and int(length) > 0:
             raise StaleCacheError(
-                f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with an "
+                f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with a "
                 f"new one, or continue inside the context that it comes from"
             )
         return torch.tensor(present)
 
 
 class _Ticket:
-    """A ``generate`` under masks, as long as it runs."""
+    """Stands for a ``generate`` under masks while it runs."""
 
 
 # -- what a compiled model calls ---------------------------------------------------------------------------------
@@ -326,9 +366,9 @@ _by_handle: weakref.WeakValueDictionary[int, Active] = weakref.WeakValueDictiona
 
 
 def _close_in_child() -> None:
-    """A forked worker outlives the block that it was forked in, and its copy of a request would never be closed."""
+    """Close the requests in a forked process: the block that it was forked in is left only in the old process."""
     for active in list(_by_handle.values()):
-        active._lock = threading.RLock()  # whoever held it is not in this process
+        active._lock = threading.RLock()  # a thread that held the old one is not in this process
         active.topics.after_fork()
         for request in list(active._open):
             request.close()
@@ -338,22 +378,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-# What each of them says that it writes to; none touches it. As ordered effects they would be moved past one another
-# where inductor splits a graph round what CUDA graphs cannot hold: torch 2.13 drops there what orders effects.
+# The tensor that each operator claims to write to, so that the compiler keeps their order; none touches it. Declared as
+# ordered effects they would change order: inductor of torch 2.13 drops the order of effects where it splits a graph
+# around code that CUDA graphs cannot hold.
 ORDER = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
-def _operator(name: str):
+def _operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
     return torch.library.custom_op(f"cu_fast::{name}", mutates_args=("order",), tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @_operator("mask_rows")
 def mask_rows(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
-    """:meth:`Active.mask_rows`; where nothing is deleted, -1 for every token."""
+    """:meth:`Active.mask_rows` of the layer with that number; -1 for every token where nothing is deleted."""
     rows = _by_handle[handle].mask_rows(x, layer)
     if rows is None:
         return x.new_full((x.numel() // x.shape[-1],), -1, dtype=torch.int32)
-    return rows.clone()  # an operator's result is its own
+    return rows.clone()  # torch.library: a result must not alias a tensor that others hold
 
 
 @mask_rows.register_fake

@@ -1,19 +1,21 @@
-"""Attach bottlenecks to a live ``transformers`` model, and say which masks hold. The only file that knows models.
+"""Attach bottlenecks to a live ``transformers`` model, and say which masks hold.
 
     attachment = cu_fast.attach(model, path_or_configs)
     with attachment.unlearn("topic"):
         model.generate(...)
 
-A forward hook on each named layer replaces the hidden state that leaves it, after the residual connection; the
+A forward hook on each named layer replaces the hidden state that leaves the layer, after the residual connection. The
 bottleneck is a child module of the layer, so it moves, trains and is saved with the model. The model keeps its
 class, its parameters and their names, and ``detach()`` takes everything out again.
 
 Which masks hold is a context variable, so threads and tasks do not disturb one another. Once there is a mask, a
-forward whose context has said nothing raises, and so does whatever else cannot be done: the model never quietly runs
-without a mask. The private halves, in reading order: ``topics`` (from names to rows of a mask table), ``active``
-(what holds now, and what a compiled model calls), ``context`` (the block ``unlearn`` opens), ``hooks`` (what runs in a
-forward), ``sites`` (what attaching needs to know of a model), ``batching`` (transformers' continuous batching),
-``files`` (an attachment on disk).
+forward raises where nothing was said in its context, or where masks cannot be applied: the model never quietly runs
+without a mask.
+
+The private halves, in reading order: ``topics`` (from names to rows of a mask table), ``active`` (what holds now, and
+what a compiled model calls), ``context`` (the block that ``unlearn`` opens), ``hooks`` (what runs in a forward),
+``sites`` (what attaching needs to know of a model), ``batching`` (transformers' continuous batching), ``files`` (an
+attachment on disk).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +39,15 @@ from cu_fast.hf.batching import wrap_batching
 from cu_fast.hf.context import Unlearning
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
 from cu_fast.hf.sites import device_of, hidden_size, is_in, model_type, part, prefixes, sequences, submodule
-from cu_fast.hf.topics import Layer, Topics, near
+from cu_fast.hf.topics import Entry, Layer, Topics, near
 from cu_fast.masks import Mask, MaskTable
 from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.ops import MASK_MODES, Impl, MaskMode
+from cu_fast.ops.checks import check_choice
 
 __all__ = ["Attachment", "StaleCacheError", "attach"]
 
-# Models that keep their recurrent state in their own modules, where it cannot be told what it was computed under.
+# Models that keep their recurrent state in their own modules, where it cannot carry a stamp.
 KEEP_THEIR_STATE = ("recurrent_gemma",)
 
 
@@ -51,37 +55,38 @@ def attach(
     model: nn.Module,
     source: str | Path | Mapping[str, BottleneckConfig],
     *,
-    impl: str = "auto",
+    impl: Impl = "auto",
     silent: Silent = "refuse",
 ) -> Attachment:
     """Put bottlenecks behind layers of a live model, in place.
 
-    Whatever ``torch.compile`` made in this process before is compiled again at its next call: it would not run them.
+    Code that ``torch.compile`` made in this process before would not run them; it is compiled again at its next call.
 
     Args:
-        model: a ``transformers`` model, dispatched over devices or not. The outermost one that is called: what a model
-            around it is given, caches and encoder outputs, is not looked at.
-        source: a folder written by :meth:`Attachment.save`, its masks included; or a config for each layer, by the
-            layer's name in ``model.named_modules()``, for fresh bottlenecks.
-        impl: what ``cu_fast.ops`` runs on: "auto", "reference", "cpu", "cuda" or "triton".
-        silent: what a forward means that runs outside every :meth:`Attachment.unlearn`, once there is a mask that does
-            not always hold. "refuse": it raises. "plain": it deletes nothing but :attr:`Attachment.always`; work that
-            is handed to a thread then runs without its request's masks.
+        model: a ``transformers`` model, dispatched over devices or not. Give the outermost model that is called: caches
+            and encoder outputs that are given to a model around it are not checked.
+        source: a folder written by :meth:`Attachment.save`, its masks included; or, for fresh bottlenecks, layer name
+            -> config, with names as in ``model.named_modules()``.
+        impl: of every operator: "auto", "reference", "cpu", "cuda" or "triton".
+        silent: what happens in a forward outside every :meth:`Attachment.unlearn`, once there is a mask that does not
+            always hold. "refuse" = it raises. "plain" = it deletes :attr:`Attachment.always` alone; work that is handed
+            to a thread then runs without its request's masks.
 
     Returns:
         The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The
         global random state is left as it was.
 
     Raises:
-        ValueError: no such layer (near names are listed), a width that is not the model's, a model that already
-            has bottlenecks or keeps its state where masks cannot be checked, a damaged folder or one made for another
-            model. TypeError: not a model, or one whose code is fixed (torch.jit, or the wrapper of torch.compile).
-            RuntimeError: ``impl`` cannot run here. The model is then as before.
+        ValueError: no such layer (near names are listed); a width that is not the model's; a model that already
+            has bottlenecks, or keeps its state where masks cannot be checked; a damaged folder, or one made for another
+            model.
+        TypeError: not a model, or one whose code is fixed (torch.jit, or the wrapper of torch.compile).
+        RuntimeError: ``impl`` cannot run here.
+        After an error the model is as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it should be a transformers model")
-    if silent not in typing.get_args(Silent):
-        raise ValueError(f"silent is {silent!r}; it should be 'refuse' or 'plain'")
+    check_choice("silent", silent, typing.get_args(Silent))
     if hasattr(model, "_orig_mod"):
         raise TypeError("model is compiled; attach to the model itself, then call torch.compile")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -118,7 +123,9 @@ def attach(
 class Attachment:
     """The bottlenecks of one model, its masks, and what holds now. Made by :func:`attach`.
 
-    model: the model. bottlenecks: layer name -> CodebookBottleneck. masks: name -> its masks, a layer each.
+    Attributes:
+        model: the model.
+        bottlenecks: layer name -> CodebookBottleneck; read-only.
     """
 
     def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck], silent: Silent) -> None:
@@ -136,35 +143,62 @@ class Attachment:
 
     @property
     def masks(self) -> Mapping[str, tuple[Mask, ...]]:
+        """Name -> its masks, one per layer that it deletes codes of; a read-only view."""
         return MappingProxyType(self._topics.masks)
 
     def add_mask(self, mask: Mask | Iterable[Mask], name: str | None = None) -> str:
-        """Make masks known under one name (None: their topic), each for the layer whose codebook it was made for.
+        """Make masks known under one name, each for the layer whose codebook it was made for.
 
-        Returns the name. Raises ValueError: made for another codebook, or the name is taken.
+        Args:
+            mask: one, or one per layer. Copied: writing to it later changes nothing here.
+            name: None = their topic.
+
+        Returns:
+            The name.
+
+        Raises:
+            ValueError: a mask made for another codebook, one that deletes no code, several topics and no name, or a
+                name that is taken.
         """
         self._check_usable()
         return self._topics.add(mask, name)
 
     def load_mask(self, path: str | Path, name: str | None = None) -> str:
-        """:meth:`add_mask` from a folder written by ``Mask.save``, or one that holds several, a layer each."""
+        """:meth:`add_mask` from a folder written by ``Mask.save``, or from one that holds several, one per layer.
+
+        Args:
+            path: the folder.
+            name: None = the masks' topic.
+
+        Returns:
+            The name.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or as :meth:`add_mask` raises.
+        """
         self._check_usable()
         return self._topics.load(path, name)
 
     def remove_mask(self, name: str) -> None:
-        """Forget a name. A context that uses it goes on. Raises ValueError: unknown, or one that always holds."""
+        """Forget a name. A context that uses it goes on.
+
+        Raises:
+            ValueError: an unknown name, or one that always holds.
+        """
         self._check_usable()
         self._topics.remove(name)
 
     def erase(self, name: str) -> None:
         """Remove a mask's codes from the weights for good, and the mask with them; other masks stay usable.
 
-        The live bottlenecks change; :meth:`save` makes it last, and copies saved before still hold the codes. The
-        next best codes take the places of the erased, as mask_mode "reselect" does: measure in that mode first.
+        The live bottlenecks change, in place; call :meth:`save` to keep the change. Copies saved before still hold the
+        codes. The next best codes take the places of the erased, as mask_mode "reselect" does: measure in that mode
+        first.
 
         Raises:
-            ValueError: an unknown name, or fewer than k codes would remain. RuntimeError: an unlearn context is open, or a
-                generate under masks has not ended.
+            ValueError: an unknown name, or fewer than k codes would remain.
+            RuntimeError: an unlearn context is open, or a generate under masks has not ended.
         """
         self._check_usable()
         self._active.check_nothing_open("erase()")
@@ -175,9 +209,15 @@ class Attachment:
 
     @property
     def always(self) -> frozenset[str]:
-        """Names of masks that hold for every forward, whatever ``unlearn`` says, and where nothing is said too.
+        """Names of masks that hold in every forward, in addition to those that ``unlearn`` names.
 
-        Set it to a collection of names while no ``unlearn`` context is open. It is a setting of this process: ``save`` leaves it out.
+        Set it to a collection of names while no ``unlearn`` context is open. It is a setting of this process, which
+        ``save`` leaves out.
+
+        Raises:
+            ValueError: when set, an unknown name.
+            TypeError: when set, one text instead of a collection.
+            RuntimeError: when set, an unlearn context is open, or a generate under masks has not ended.
         """
         return self._topics.always
 
@@ -195,24 +235,29 @@ class Attachment:
     def _hold_always(self) -> None:
         self._active.standing = self._topics.request(None) if self.always else None
 
-    def unlearn(self, topics: str | Collection[str] | list | None) -> Unlearning:
+    def unlearn(self, topics: Entry | list[Entry]) -> Unlearning:
         """Delete topics while the context is open, in this thread (or task) only: ``with attachment.unlearn("a"):``.
 
+        An inner context replaces the outer one, whatever either deletes. Another thread starts with none. A copy of the
+        context (``contextvars.copy_context``, a task) holds what it was copied with until the block is left; after that
+        a forward raises, as where nothing was said. In ``generate`` there is one entry per sequence of its input, which
+        holds for all beams and return sequences made of it. Work given to transformers' continuous batching inside the
+        block keeps its masks until it ends.
+
         Args:
-            topics: a mask's name; a set of names, their union; None, explicitly nothing; or a list with one entry
-                per sequence of the batch, each a name, None, or a collection of names (their union). What
-                :attr:`always` names is deleted too.
+            topics: a mask's name; a set of names = their union; None = nothing, said explicitly; or a list with one
+                entry per sequence of the batch, each a name, a collection of names (their union) or None. The masks of
+                :attr:`always` hold too.
 
-        An inner context replaces the outer one, whatever either deletes. Another thread starts with none; a copy of the
-        context (``contextvars.copy_context``, a task) holds what it was copied with, until the block is left. After
-        that, as where nothing was said, a forward raises. Inside ``generate`` the entries are those of its input, and
-        beams and return sequences follow theirs. Work given to transformers' continuous batching inside the block keeps
-        its masks until it ends.
+        Returns:
+            A context manager, which gives this attachment. It can be entered once.
 
-        Raises, where the block is entered:
-            ValueError: an unknown name. RuntimeError: the model is in training mode, a swapped layer is no longer
-                in the model, or a codebook is not the one that a mask was made for. And where it is left:
-                RuntimeError: other contexts of this thread were entered or left in between, as generators in turns do.
+        Raises:
+            ValueError: where the block is entered, an unknown name, or an empty list or collection.
+            TypeError: where the block is entered, topics that are not names.
+            RuntimeError: where the block is entered, the model is in training mode, a swapped layer is no longer in the
+                model, or a codebook is not the one that a mask was made for. Where the block is left, other contexts of
+                this thread were entered or left in between, as generators in turns do.
         """
         self._check_usable()
         return Unlearning(self, self._active, topics, self._check_model)
@@ -227,9 +272,13 @@ class Attachment:
 
     @contextlib.contextmanager
     def observe(self, fn: Callable[[Tensor, CodebookBottleneck], None]) -> Iterator[Attachment]:
-        """Call ``fn(x, bottleneck)`` with what every swapped layer returns, x [B, S, D], before its bottleneck.
+        """Call a function with the output of every swapped layer, before its bottleneck, while the context is open.
 
-        In this thread only. x is the model's own tensor: do not write to it.
+        In this thread (or task) only.
+
+        Args:
+            fn: called as ``fn(x, bottleneck)``, x [B, S, D] for a batch of B sequences of S tokens. x is the model's
+                own tensor: do not write to it.
         """
         self._check_usable()
         token = self._active.observer.set(fn)
@@ -241,25 +290,37 @@ class Attachment:
     # -- figures ---------------------------------------------------------------------------------------------
 
     @property
-    def mask_mode(self) -> str:
-        """What a mask does, "ablate" or "reselect"; set it for every layer at once. "mixed" where layers differ."""
+    def mask_mode(self) -> MaskMode | Literal["mixed"]:
+        """What a mask does, "ablate" or "reselect"; "mixed" where layers differ. Set it for every layer at once.
+
+        Raises:
+            ValueError: when set, another value.
+            RuntimeError: when set, masks hold in any thread, or a generate under masks has not ended.
+        """
         modes = {bottleneck.mask_mode for bottleneck in self.bottlenecks.values()}
         return modes.pop() if len(modes) == 1 else "mixed"
 
     @mask_mode.setter
-    def mask_mode(self, mode: str) -> None:
-        if mode not in ("ablate", "reselect"):
-            raise ValueError(f"mask_mode is {mode!r}; it should be 'ablate' or 'reselect'")
+    def mask_mode(self, mode: MaskMode) -> None:
+        check_choice("mask_mode", mode, MASK_MODES)
         self._active.check_idle("mask_mode cannot change")
         for bottleneck in self.bottlenecks.values():
             bottleneck.mask_mode = mode
         self._hold_always()
 
     def report(self) -> list[dict[str, Any]]:
-        """For each layer what ran since :meth:`reset_report`.
+        """What ran since :meth:`reset_report`, one dict per layer.
 
-        layer, impl, codes, k, mask_mode, tokens that passed, hits (kept codes that masks took away), and masks: the
-        name, digest and number of deleted codes of each that is known for this layer.
+        Returns:
+            layer: its name.
+            codes: C.
+            k: codes kept per token.
+            mask_mode: "ablate" or "reselect".
+            impl: "reference", "cpu", "cuda" or "triton".
+            scan: "int8" or "fp32", what the codes are read as.
+            tokens: how many passed.
+            hits: how many kept codes masks took away.
+            masks: those known for this layer, each with name, digest and deleted, its number of codes.
         """
         self._check_usable()
         return [
@@ -275,11 +336,16 @@ class Attachment:
         ]
 
     def reset_report(self) -> None:
+        """Set the counts of :meth:`report` to 0."""
         for bottleneck in self.bottlenecks.values():
             bottleneck.reset_receipt()
 
     def auxiliary_loss(self) -> Tensor:
-        """The sum of the bottlenecks' auxiliary losses in the last training forward: a scalar."""
+        """The sum of the bottlenecks' losses of the last training forward: a scalar, on the first one's device.
+
+        Raises:
+            RuntimeError: no training forward has run.
+        """
         losses = [bottleneck.auxiliary_loss() for bottleneck in self.bottlenecks.values()]
         return sum(loss.to(losses[0].device) for loss in losses)
 
@@ -288,7 +354,9 @@ class Attachment:
     def save(self, path: str | Path) -> None:
         """Write the bottlenecks and masks, not the model, to a folder that :func:`attach` reads, whole or not at all.
 
-        Raises FileExistsError where ``path`` holds anything else than an attachment: that is not replaced.
+        Raises:
+            FileExistsError: ``path`` is there and is no attachment, which would be lost.
+            ValueError: a mask's name that no file can have.
         """
         self._check_usable()
         files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, model_type(self.model))
@@ -296,9 +364,10 @@ class Attachment:
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Take the bottlenecks out; the model is then as before ``attach``, bit for bit. No further use.
+        """Take the bottlenecks out; the model is as before ``attach``, bit for bit. The attachment is of no more use.
 
-        Raises RuntimeError while masks hold in any thread.
+        Raises:
+            RuntimeError: masks hold in any thread, or a generate under masks has not ended.
         """
         self._check_usable()
         self._active.check_idle("detach()")
@@ -312,7 +381,7 @@ class Attachment:
             raise RuntimeError("the attachment was detached; attach() again")
 
     def _install(self) -> None:
-        # First all that may fail: which models hold swapped layers, one in another; the innermost runs them.
+        # First all that may fail. Models that hold swapped layers may be nested; the innermost is a layer's runner.
         owners: list[nn.Module] = []
         for layer, module in zip(self._layers, self._modules):
             around = [self.model.get_submodule(prefix) for prefix in prefixes(layer.name)]
@@ -335,7 +404,7 @@ class Attachment:
         for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
             module.add_module(CHILD, layer.bottleneck)
             undo.append(functools.partial(module._modules.pop, CHILD))
-            # First of the layer's hooks: whatever else looks at its output sees the bottleneck's.
+            # Prepended, so hooks registered by others see the bottleneck's output.
             undo.append(module.register_forward_hook(LayerHook(self._active, index).after, prepend=True).remove)
         for owner, guard in zip(owners, guards):
             undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
@@ -350,7 +419,7 @@ class Attachment:
 # -- what attach needs to know about models ----------------------------------------------------------------------
 
 
-Parts = tuple[dict[str, CodebookBottleneck], dict[str, list[Mask]]]  # by layer, and by name
+Parts = tuple[dict[str, CodebookBottleneck], dict[str, list[Mask]]]  # bottlenecks by layer, masks by name
 
 
 def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> Parts:
@@ -386,6 +455,6 @@ def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> 
 
 
 def _forget_compiled() -> None:
-    """What was compiled knows the hooks that were there then: torch.compile does not look whether others came since."""
+    """Let torch.compile compile again: its guards do not notice hooks that came or went since."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,11 +1,11 @@
 """transformers' continuous batching, with a mask for each request. Part of ``cu_fast.hf.attachment``.
 
-A manager runs the model in a thread of its own, on the tokens of many requests, packed as [1, tokens]. So what holds
-where a request is added is kept with it until it ends, and before each forward the rows of the packed tokens are put
-together, in the thread that runs it.
+A manager runs the model in a thread of its own, on the tokens of many requests, packed as [1, tokens]. The masks that
+hold where a request is added are kept with it until it ends. Before each forward the mask rows of the packed tokens are
+put together, in the manager's thread.
 
-Prompts that begin alike may share their keys and values there. Under different masks they are not alike, so sharing is
-off while bottlenecks are attached; and so are CUDA graphs, whose replay would not look masks up.
+A manager may share the keys and values of prompts that begin alike. Under different masks these differ, so sharing is
+off while bottlenecks are attached. So are CUDA graphs, whose replay would not look masks up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from cu_fast.hf.active import Active
 from cu_fast.hf.hooks import replace_attribute
 from cu_fast.hf.topics import Request
 
-# What is replaced or read of a manager; where a version of transformers lacks one, it batches in another way.
+# The methods of a manager that are replaced, and the attributes that are read. A version of transformers that lacks one
+# batches in another way, and is refused.
 REPLACED = (
     "add_request",
     "add_requests",
@@ -38,7 +39,11 @@ READ = ("batch_processor", "_request_lock", "_request_counter", "_use_prefix_sha
 
 
 def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
-    """Let the managers that a model makes carry masks. Returns what undoes it, for those that were made too."""
+    """Let the managers that a model makes carry masks.
+
+    Returns:
+        A function that undoes it, also for the managers made since.
+    """
     make = model.init_continuous_batching
     batchings: weakref.WeakSet[Batching] = weakref.WeakSet()
 
@@ -47,7 +52,7 @@ def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
         config.allow_block_sharing = config.use_cuda_graph = False
         manager = make(generation_config, config, *args, **kwargs)
-        if "_cu_fast" not in vars(manager):  # a persistent one has it already
+        if "_cu_fast" not in vars(manager):  # a persistent manager has it already
             manager._cu_fast = Batching(active, manager)
             batchings.add(manager._cu_fast)
         return manager
@@ -56,7 +61,7 @@ def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
 
     @functools.wraps(generate_batch)
     def generate(inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        check_entries(active.now(), len(inputs))  # transformers would log it, and return nothing
+        check_entries(active.now(), len(inputs))  # transformers would only log the error, and return nothing
         return generate_batch(inputs, *args, **kwargs)
 
     undos = [
@@ -74,7 +79,12 @@ def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
 
 
 def check_entries(held: Request | None, requests: int) -> None:
-    """Raises ValueError where ``unlearn`` was given another number of entries than there are requests."""
+    """Raises ValueError where ``unlearn`` was given another number of entries than there are requests.
+
+    Args:
+        held: the request that holds; None = nothing is deleted.
+        requests: how many are added to the manager.
+    """
     if held is not None and held.of == "sequence" and len(held.rows) != requests:
         raise ValueError(
             f"{requests} requests were given, and unlearn() {len(held.rows)} entries; give an entry for each request"
@@ -82,7 +92,16 @@ def check_entries(held: Request | None, requests: int) -> None:
 
 
 class Batching:
-    """The requests of one manager, and what each deletes."""
+    """The requests of one manager, and what each deletes.
+
+    Its methods replace those of the manager with the same names, and call the manager's own.
+
+    Attributes:
+        requests: the manager's name for a request -> what it deletes; None = it was added when there were no masks.
+        queued: names of the requests that the manager has taken; its next round finds them.
+        entries: numbers of the entries of ``unlearn`` that the next requests of add_requests belong to.
+        manager_s: the manager's own methods by name.
+    """
 
     def __init__(self, active: Active, manager: Any) -> None:
         if missing := [name for name in (*REPLACED, *READ) if not hasattr(manager, name)]:
@@ -91,19 +110,20 @@ class Batching:
                 f"no {missing[0]}); use generate() inside attachment.unlearn()"
             )
         self.active, self.manager = active, manager
-        # The manager's name for a request -> what it deletes; None where it was added when there were no masks.
         self.requests: dict[str, Request | None] = {}
-        self.queued: set[str] = set()  # of these, those that the manager's next round will find
+        self.queued: set[str] = set()
         self.entries: ContextVar[Iterator[int] | None] = ContextVar("cu_fast.entries", default=None)
         self.manager_s: dict[str, Callable] = {name: getattr(manager, name) for name in REPLACED}
         self.undos = [replace_attribute(manager, name, getattr(self, name.lstrip("_"))) for name in REPLACED]
 
     def undo(self) -> None:
+        """Give the manager its own methods back."""
         for undo in self.undos:
             undo()
         del self.manager._cu_fast
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> str | None:
+        """Keep what holds here for the request. Raises ValueError where its name is another open request's."""
         if request_id is None:
             with self.manager._request_lock:
                 request_id = f"req_{self.manager._request_counter}"
@@ -115,7 +135,7 @@ class Batching:
             check_entries(held, 1)
         if held is not None:
             held = self.active.share(held, 0 if entries is None else next(entries))
-        self.requests[request_id] = held  # before the manager's thread can see it
+        self.requests[request_id] = held  # before the manager's thread can see the request
         added = None
         try:
             added = self.manager_s["add_request"](input_ids, request_id, *args, **kwargs)
@@ -127,6 +147,12 @@ class Batching:
         return added
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
+        """Keep for each request its entry of what holds here, or the one that is for all.
+
+        Raises:
+            ValueError: another number of entries than of requests.
+            RuntimeError: the manager shares prefixes, which changes the order of requests.
+        """
         held = self.active.now()
         if held is None or held.of == "all":
             return self.manager_s["add_requests"](inputs, *args, **kwargs)
@@ -140,20 +166,23 @@ class Batching:
             self.entries.reset(token)
 
     def warmup(self) -> None:
-        with self.active.under(None):  # made-up tokens, and nothing comes out
+        """The manager's own, with nothing deleted."""
+        with self.active.under(None):  # the tokens are made up, and no result is kept
             self.manager_s["warmup"]()
 
     # -- in the manager's thread ------------------------------------------------------------------------------
 
     def generation_step(self) -> None:
+        """The manager's own, with the rows of the packed batch's tokens."""
         batch = self.manager.batch_processor.inputs_and_outputs
-        if hasattr(batch, "io_pairs"):  # two batches in turns
+        if hasattr(batch, "io_pairs"):  # asynchronous batching keeps two batches, in turns
             batch = batch.io_pairs[batch.current_pair].host_io
         parts = [(self._of(one.state.request_id), one.query_length) for one in batch.requests_in_batch]
         with self.active.packed(parts, batch.num_q_tokens):
             self.manager_s["_generation_step"]()
 
     def generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
+        """The manager's own round; then the requests that the manager no longer has are ended."""
         queued = set(self.queued)
         goes_on = self.manager_s["_generation_loop_body"](*args, **kwargs)
         scheduler = self.manager.batch_processor.scheduler
@@ -163,6 +192,7 @@ class Batching:
         return goes_on
 
     def run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
+        """The manager's own; then all requests are ended."""
         try:
             self.manager_s["_run_generation_loop"](*args, **kwargs)
         finally:
@@ -182,5 +212,5 @@ class Batching:
 
 
 def _parent(name: str) -> str:
-    """The name of the request that was added; several sequences of one have names of their own."""
+    """The name under which a request was added: each of its sequences has a name made of it."""
     return name.split("__child#")[0]

@@ -3,8 +3,7 @@
     config.json, model.safetensors, tokenizer.json, ...   as transformers writes them, without the bottlenecks
     codebook/config.json, codebook/bottleneck.safetensors, codebook/masks/<name>/   as ``attachment.save`` does
 
-So the folder also loads as the plain model that it holds, which knows nothing of masks: serve it through
-:func:`load_model`.
+transformers loads the folder as the plain model, without masks: serve it through :func:`load_model`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cu_fast.files import read_json, refuse_others, replacing, target_of
+from cu_fast.hf.active import Silent
 from cu_fast.hf.attachment import CHILD, Attachment, attach
 from cu_fast.hf.files import OWN_FILES
 
@@ -26,12 +27,20 @@ CODEBOOK = "codebook"
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 
-def save_model(attachment: Attachment, tokenizer: Any, path: str | Path) -> None:
-    """Write a model folder, whole or not at all, in place of one that is there; it takes the space of both for a moment.
+def save_model(attachment: Attachment, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a model folder, whole or not at all, in place of one that is there.
 
-    Other files of the folder, a trainer's checkpoints say, stay in it. It is readable by its owner alone.
+    Other files of the folder, a trainer's checkpoints say, stay in it. It is readable by its owner alone. For a moment
+    the disk holds both folders.
 
-    Raises FileExistsError: ``path`` is a file, or its ``codebook`` holds anything but an attachment.
+    Args:
+        attachment: of the model.
+        tokenizer: the model's.
+        path: the folder.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or its ``codebook`` holds anything but an attachment.
+        ValueError: a name that no folder or file can have.
     """
     path = target_of(path)
     refuse_others(path / CODEBOOK, OWN_FILES)
@@ -44,13 +53,21 @@ def save_model(attachment: Attachment, tokenizer: Any, path: str | Path) -> None
         _keep_others(path, new)
 
 
-def read_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:
-    """A plain transformers model, of the class that its config names, in evaluation mode, and its tokenizer.
+def read_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
+    """A plain transformers model, of the class that its config names, and its tokenizer.
 
     Nothing is downloaded, nothing is unpickled, no code of the folder runs, and no file stays mapped.
 
+    Args:
+        path: the folder.
+        dtype: of the model.
+
+    Returns:
+        (the model, on the CPU in evaluation mode; the tokenizer, which pads).
+
     Raises:
-        FileNotFoundError, ValueError: no model there, one that transformers cannot read, or one without some weights.
+        FileNotFoundError: no model is there.
+        ValueError: transformers cannot read the model, or weights are missing.
     """
     path = Path(path)
     file = path / "config.json"
@@ -68,14 +85,14 @@ def read_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[to
         model, found = kind.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except Exception as error:  # whatever a damaged file leads to there
+    except Exception as error:  # a damaged file makes transformers raise errors of any kind
         raise ValueError(f"{path} is no model that transformers can read: {type(error).__name__}: {error}") from error
     if missing := sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])}):
         raise ValueError(
             f"{path} lacks weights of its {name}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; they "
             f"would be random. Save the model again"
         )
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):  # out of the mapped file
         tensor.data = tensor.data.clone()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,17 +102,22 @@ def read_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[to
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, *, silent: Literal["refuse", "plain"] = "refuse"
-) -> tuple[torch.nn.Module, Any, Attachment]:
+    path: str | Path, dtype: torch.dtype = torch.float32, *, silent: Silent = "refuse"
+) -> tuple[nn.Module, Tokenizer, Attachment]:
     """Model, tokenizer and attachment from a model folder, its masks included.
 
-    dtype: of the model, and of bottlenecks stored in a narrower one: widening rounds nothing. Bottlenecks stored in
-        a wider dtype keep it, since rounding their codes would make another codebook of them.
-    silent: what a forward means that runs outside every ``unlearn``; see :func:`cu_fast.attach`.
+    Args:
+        path: the folder.
+        dtype: of the model, and of bottlenecks stored in a narrower one: widening rounds nothing. Bottlenecks stored in
+            a wider dtype keep it, since rounding their codes would make another codebook of them.
+        silent: what happens in a forward outside every ``unlearn``: "refuse" or "plain"; see :func:`cu_fast.attach`.
+
+    Returns:
+        (model, tokenizer, attachment). The model is never returned without its bottlenecks.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged, made for another model, or was replaced meanwhile.
-            The model is never returned without its bottlenecks.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, made for another model, or was replaced while it was read.
     """
     path = Path(path)
     before = _state_of(path)
@@ -112,7 +134,7 @@ def load_model(
 
 
 def _state_of(path: Path) -> tuple[int, ...] | None:
-    """Another where the folder is another, or where something in it was replaced."""
+    """Device, inode and time of a folder: they change where it, or an entry of it, is replaced. None = no folder."""
     if not path.is_dir():
         return None
     found = path.stat()
@@ -120,10 +142,10 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _keep_others(path: Path, new: Path) -> None:
-    """Link into the new folder what the old one holds beside a model: nobody's file is lost with the old folder."""
+    """Link the entries of the old folder that are no part of a model into the new one, so that no file is lost."""
     for entry in path.iterdir() if path.is_dir() else ():
         beside = new / entry.name
-        if beside.exists() or re.fullmatch(WEIGHTS, entry.name):  # the old model's weights might be loaded with the new
+        if beside.exists() or re.fullmatch(WEIGHTS, entry.name):  # old weights might be loaded with the new model's
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, beside, symlinks=True, copy_function=os.link)

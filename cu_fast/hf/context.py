@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cu_fast.hf.active import Active
-from cu_fast.hf.topics import Request
+from cu_fast.hf.topics import Entry, Request
+
+if TYPE_CHECKING:
+    from cu_fast.hf.attachment import Attachment
 
 
 class Unlearning:
@@ -14,10 +17,12 @@ class Unlearning:
 
     _request: Request | None = None
 
-    def __init__(self, attachment: Any, active: Active, topics: Any, check_model: Callable[[], None]) -> None:
+    def __init__(
+        self, attachment: Attachment, active: Active, topics: Entry | list[Entry], check_model: Callable[[], None]
+    ) -> None:
         self._attachment, self._active, self._topics, self._check_model = attachment, active, topics, check_model
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Attachment:
         if self._request is not None:
             raise RuntimeError("this unlearn context was entered before; call attachment.unlearn() again")
         active = self._active
@@ -41,12 +46,13 @@ class Unlearning:
             )
 
     def __del__(self) -> None:
-        # It was never left: an interrupt came at the wrong moment, or only __enter__ was called. What holds stays closed.
+        # The block was never left: an interrupt came before __exit__, or only __enter__ was called. Forwards that still
+        # find the request closed raise.
         if self._request is not None:
             self._active.close(self._request)
 
     def _close(self) -> bool:
-        """Whether it was what held here."""
+        """Let the outer request hold again. Returns whether this one held here."""
         active, request = self._active, self._request
         active.close(request)
         if active.request.get() is not request:

@@ -1,7 +1,8 @@
 """An attachment on disk: ``config.json``, ``bottleneck.safetensors``, ``masks/<name>/<number>/``. Knows no models.
 
-``config.json`` holds checksums of itself, of the tensors and of every mask, by name: what computes something else
-than what was saved is refused. That is no signature: who may write the folder can make it consistent again.
+``config.json`` holds checksums of itself, of the tensors and of every mask, by name: a folder that would compute
+anything else than the saved attachment is refused. Checksums are no signature: a program that may write the folder can
+also write checksums that fit.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ SAVE_AGAIN = "save the attachment again, or take the folder from where it was co
 
 
 class Record(NamedTuple):
-    """``config.json``: the model it was made for, and what the other files should be.
+    """``config.json``: the model that the attachment was made for, and checksums of the other files.
 
-    configs: layer -> its config. hashes: layer -> its codebook's sha256. tensors_sha256: of the tensors' file. masks:
-    name -> the checksum of each of its masks, in order.
+    Attributes:
+        model_class: name of the model's class, for messages.
+        model_type: family in the model's config; None = it states none.
+        configs: layer -> its config.
+        hashes: layer -> sha256 of its codebook.
+        tensors_sha256: of ``bottleneck.safetensors``.
+        masks: name -> the checksum of each of its masks, in order.
     """
 
     model_class: str
@@ -52,8 +58,16 @@ def write(
 ) -> None:
     """Write the folder, whole or not at all.
 
+    Args:
+        path: the folder.
+        bottlenecks: layer name -> bottleneck.
+        masks: name -> its masks.
+        model_class: name of the model's class, for messages.
+        model_type: family in the model's config; None = it states none.
+
     Raises:
-        FileExistsError: anything but an attachment is there. ValueError: a mask's name that no file can have.
+        FileExistsError: anything but an attachment is there.
+        ValueError: a mask's name that no file can have.
     """
     if path.exists() and not (path.is_dir() and _is_replaceable(path)):
         raise FileExistsError(f"{path} exists and is no attachment; give the name of a new folder")
@@ -84,7 +98,12 @@ def write(
 
 
 def read_record(path: Path) -> Record:
-    """Raises FileNotFoundError, or ValueError where ``config.json`` is not an attachment's, or was changed."""
+    """``config.json`` of a folder, checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not an attachment's, of another version, or was changed after it was saved.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; {path} should be a folder written by attachment.save()")
@@ -102,7 +121,7 @@ def read_record(path: Path) -> Record:
         hashes = {name: entry["codebook_sha256"] for name, entry in layers}
         masks = {name: list(checksums) for name, checksums in record["masks"].items()}
         for name in masks:
-            _folder_of(name)  # raises where there can be none
+            _folder_of(name)  # raises for a name that no folder can have
         read = Record(record["model_class"], record["model_type"], configs, hashes, record["tensors_sha256"], masks)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} does not describe its layers and masks: {error!r}") from error
@@ -119,11 +138,12 @@ def read_record(path: Path) -> Record:
 
 
 def read_bottlenecks(path: Path, record: Record) -> dict[str, CodebookBottleneck]:
-    """The bottlenecks, on the CPU, in the dtypes they were stored in.
+    """The bottlenecks by layer, on the CPU, in the dtypes they were stored in.
 
     Raises:
-        FileNotFoundError, or ValueError: a file that is damaged or not the one of the record, a missing, unexpected or
-            misshapen tensor, a codebook that is not the one of the record.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or not the one of the record; a missing, unexpected or misshapen tensor; a
+            codebook that is not the one of the record.
     """
     try:
         with torch.device("meta"):  # no memory yet, and no random numbers
@@ -152,8 +172,9 @@ def read_masks(path: Path, record: Record) -> dict[str, list[Mask]]:
     """The masks by name, all that the record lists and no other. Hidden entries of the folder are passed over.
 
     Raises:
-        FileNotFoundError, ValueError: a mask, or a layer's part of one, is missing, damaged, another than was saved
-            under its name, or not listed.
+        FileNotFoundError: a file of a mask is missing.
+        ValueError: a mask, or a layer's part of one, is missing, damaged, not listed, or not the one that was saved
+            under its name.
     """
     folders = {name: path / _folder_of(name) for name in record.masks}
     _check_listed(path / "masks", [folder.name for folder in folders.values()])
@@ -176,7 +197,7 @@ def _check_listed(path: Path, names: list[str]) -> None:
 
 
 def _folder_of(name: str) -> str:
-    """Where a mask's files are: a file name whatever the name, never ".."."""
+    """The folder of a mask's files. Its name is quoted, so that any mask name gives a file name, and never ".."."""
     try:
         folder = urllib.parse.quote(name, safe=" ").replace(".", "%2E")
     except UnicodeEncodeError as error:

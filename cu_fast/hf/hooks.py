@@ -21,26 +21,37 @@ from transformers.utils import ModelOutput
 from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
-STAMP = "_cu_fast_stamp"  # on a cache or an encoder's output: what it was computed under
-ROWS = "_cu_fast_rows"  # on a cache whose sequences have different masks, and on its first tensor: still in that order
-VALUE = "_cu_fast_value"  # on an encoder's output: which tensor the stamp is of
+# Attributes that are set on the objects of transformers.
+STAMP = "_cu_fast_stamp"  # of a cache or an encoder's output: the signature of the request that it was computed under
+ROWS = "_cu_fast_rows"  # of a cache: its sequences have different masks; of its first tensor: no row was moved since
+VALUE = "_cu_fast_value"  # of an encoder's output: the identity of the tensor that the stamp is for
 
-# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped, and the one of continuous
-# batching is each request's own; other kinds cannot.
+# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped. The cache of
+# continuous batching needs no stamp: each request has its own part. States of other kinds cannot be stamped.
 STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-# Arguments that hold what a part for images or sounds has computed. transformers passes them on inside generate.
+# Arguments that hold the output of a part for images or sounds. Inside generate transformers passes them on.
 OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_outputs")
-# Arguments whose first dimension is the sequences, whatever the model. Of images or sounds a sequence may have several.
+# Arguments whose first dimension is the sequences, in every model. Not images or sounds: a sequence may have several.
 SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 class LayerHook:
-    """Puts one layer's output through its bottleneck."""
+    """Puts one layer's output through its bottleneck.
+
+    Args:
+        active: the attachment's run-time state.
+        index: of the layer in ``active.layers``.
+    """
 
     def __init__(self, active: Active, index: int) -> None:
         self.active, self.index, self.layer = active, index, active.layers[index]
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The layer's output with its first tensor, x [B, S, D], replaced by the bottleneck's. A forward hook.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`Active.mask_rows`; another bottleneck or width than at first; an export.
+        """
         x = output if isinstance(output, Tensor) else output[0]
         layer, bottleneck = self.layer, getattr(module, CHILD)
         if bottleneck is not layer.bottleneck and getattr(bottleneck, "_orig_mod", None) is not layer.bottleneck:
@@ -60,7 +71,7 @@ class LayerHook:
             row = torch.ops.cu_fast.mask_rows(ORDER, x.detach(), self.active.handle, self.index)
         else:
             row = self.active.mask_rows(x, self.index)
-        if row is None or bottleneck.training:  # a mask in training has raised already
+        if row is None or bottleneck.training:  # in training with a mask mask_rows has raised
             y = bottleneck(x)
         else:
             y = bottleneck(x, layer.table.table, row)
@@ -72,11 +83,16 @@ class LayerHook:
 
 
 class ModelHook:
-    """Around a model that holds swapped layers: guards what its forward continues from, and that none was left out.
+    """Around a model that holds swapped layers: checks the states that a forward continues, and that every layer ran.
 
-    runner: its number in ``Layer.runner``. encoder_is_swapped: some swapped layers are in its encoder. tower_is_swapped:
-    it is the whole model, and some are in a part that is neither its encoder nor its decoder. sequences: the arguments
-    that tell how many sequences there are.
+    Args:
+        active: the attachment's run-time state.
+        model: the one that the hooks are registered on.
+        runner: its number in ``Layer.runner``.
+        encoder_is_swapped: some swapped layers are in its encoder.
+        tower_is_swapped: it is the whole model, and some swapped layers are in a part that is neither its encoder nor
+            its decoder.
+        sequences: names of the arguments whose first dimension is the number of sequences.
     """
 
     def __init__(
@@ -92,11 +108,12 @@ class ModelHook:
         self.active, self.runner, self.sequences = active, runner, sequences
         self.encoder_is_swapped, self.tower_is_swapped = encoder_is_swapped, tower_is_swapped
         self.arguments = argument_names(model.forward)
-        # Some models have another argument of that name, which is a tensor and no state.
+        # In other models an argument "state" is a plain tensor, which carries nothing from forward to forward.
         is_recurrent = getattr(getattr(model, "config", None), "model_type", None) in ("rwkv", "xlstm")
         self.recurrent = ("mems", "past_buckets_states", *(["state"] if is_recurrent else []))
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook. Raises StaleCacheError where a state that is given was computed under other masks."""
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         if torch.compiler.is_compiling():
@@ -113,7 +130,7 @@ class ModelHook:
                 )
         for value in (*args, *kwargs.values()):
             for cache in _caches(value):
-                # Inside generate, transformers moves rows, each within its sequence.
+                # Inside generate transformers moves rows too, but only within a sequence.
                 if not torch.compiler.is_compiling() and not self.active.expand.get():
                     check_order(cache)
                 setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
@@ -123,6 +140,7 @@ class ModelHook:
             check_towers(self.active, given)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook: stamps the caches and the output. Raises RuntimeError where a swapped layer did not run."""
         if torch.compiler.is_compiling():
             torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
         else:
@@ -130,7 +148,7 @@ class ModelHook:
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for value in (*args, *kwargs.values(), *made):
             for cache in _caches(value):
-                if getattr(cache, STAMP, None) is None:  # this forward made it
+                if getattr(cache, STAMP, None) is None:  # this forward made the cache
                     setattr(cache, STAMP, self._check_filled(cache, 0, "KV cache"))
                 self._mark_order(cache)
         if isinstance(output, ModelOutput):
@@ -152,9 +170,9 @@ class ModelHook:
 
 
 def check_order(cache: Cache) -> None:
-    """A request with a mask for each sequence takes a cache's rows to be in the order in which it filled them.
+    """Raises StaleCacheError where a cache's rows were selected or moved since it was filled.
 
-    Raises StaleCacheError where they were selected or moved since.
+    With a mask per sequence the rows must be in the order in which they were filled.
     """
     state = _first_tensor(cache) if getattr(cache, ROWS, False) else None
     if state is not None and not hasattr(state, ROWS):
@@ -165,7 +183,20 @@ def check_order(cache: Cache) -> None:
 
 
 def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
-    """:meth:`Active.check_filled` of a value that carries its stamp, compiled or not."""
+    """:meth:`Active.check_filled`, in eager mode or in a compiled model.
+
+    Args:
+        active: the attachment's run-time state.
+        value: a cache or an output, which carries its stamp as an attribute or has none.
+        length: tokens in it.
+        what: what messages call it.
+
+    Returns:
+        The new stamp, int64 [].
+
+    Raises:
+        StaleCacheError: it was computed under other masks.
+    """
     stamp = getattr(value, STAMP, None)
     if not torch.compiler.is_compiling():
         return active.check_filled(stamp, length, what)
@@ -176,21 +207,25 @@ def check_filled(active: Active, value: Any, length: int | Tensor, what: str) ->
 def check_encoded(active: Active, value: Any) -> None:
     """Raises StaleCacheError where an encoder's output was computed under other masks than hold now."""
     check_filled(active, value, 1, "encoder's output")
-    # Inside generate it is the one that generate checked or made, whose tensors were expanded.
+    # Inside generate its tensors were expanded, so they differ; generate made the output, or checked it before.
     if not torch.compiler.is_compiling() and not active.expand.get() and hasattr(value, VALUE):
         if getattr(value, VALUE) != _identity(value):
             raise StaleCacheError("this encoder's output holds another tensor than the encoder gave; encode again")
 
 
 def check_towers(active: Active, given: Mapping[str, Any]) -> None:
-    """Raises StaleCacheError where a swapped part's output is given, which carries no stamp."""
+    """Raises StaleCacheError where an argument holds the output of a part for images or sounds: it carries no stamp."""
     name = next((name for name in OF_TOWERS if given.get(name) is not None), None)
     if name is not None and active.topics.masks:
         raise StaleCacheError(f"{name} does not tell under which masks it was computed; give what it was computed from")
 
 
 def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
-    """Let ``model.generate`` check the batch, say how far it expands it, and tell its steps. Returns what undoes it."""
+    """Let ``model.generate`` check its batch and its states, and announce each step.
+
+    Returns:
+        A function that undoes it.
+    """
     undo = contextlib.ExitStack()
     generate, prepare = model.generate, getattr(model, "prepare_inputs_for_generation", None)
     names = argument_names(generate)
@@ -229,7 +264,7 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of one instance. Returns what undoes it."""
+    """Set an attribute of one instance. Returns a function that undoes it."""
     own = vars(owner)
     undo = (
         functools.partial(setattr, owner, name, own[name]) if name in own else functools.partial(delattr, owner, name)
@@ -240,7 +275,7 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _ended_streamer(streamer: Any) -> Iterator[None]:
-    """A streamer's reader, in another thread, would wait for ever for what an error keeps from coming."""
+    """End the streamer after an error: its reader, in another thread, would wait for ever for more tokens."""
     try:
         yield
     except BaseException:
@@ -252,7 +287,7 @@ def _ended_streamer(streamer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_depth(model: nn.Module) -> Iterator[None]:
-    """transformers' early exit cuts the config's depth for a while, and forgets to mend it where an error comes."""
+    """Put the config's depth back after an error: transformers' early exit lowers it for a while, without a finally."""
     configs = [module.config for module in (model, getattr(model, "base_model", model)) if hasattr(module, "config")]
     depths = [getattr(config, "num_hidden_layers", None) for config in configs]
     try:
@@ -265,12 +300,13 @@ def _same_depth(model: nn.Module) -> Iterator[None]:
 
 
 def argument_names(function: Callable) -> tuple[str, ...]:
+    """Names of a function's positional arguments, in order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
 
 
 def _caches(value: Any) -> tuple[Cache, ...]:
-    """The caches in an argument. An encoder-decoder's are two, and may have come from different forwards."""
+    """The caches in an argument. An encoder-decoder has two, which may come from different forwards."""
     parts = (
         (value.self_attention_cache, value.cross_attention_cache)
         if isinstance(value, EncoderDecoderCache)
@@ -280,7 +316,7 @@ def _caches(value: Any) -> tuple[Cache, ...]:
 
 
 def _length(cache: Cache) -> int | Tensor:
-    """How many tokens a cache holds; a cache of linear attention only knows whether it holds any."""
+    """How many tokens a cache holds; 0 or 1 for a cache of linear attention, which only knows whether it holds any."""
     try:
         return cache.get_seq_length()
     except ValueError:
@@ -288,13 +324,13 @@ def _length(cache: Cache) -> int | Tensor:
 
 
 def _first_tensor(cache: Cache) -> Tensor | None:
-    """Something that a cache keeps for every row, and replaces where it selects or moves rows."""
+    """A tensor with a row per sequence, which the cache replaces by a new one when it selects or moves rows."""
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "conv_states"))
     return next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
 
 
 def _identity(output: ModelOutput) -> tuple[int, int]:
-    """Which tensor an output holds first, and how often it was written to."""
+    """Address and version of the first tensor in an output: another tensor, or a write to it, changes them."""
     tensor = next(iter(output.values()))
     if not isinstance(tensor, Tensor):
         return 0, 0
@@ -310,7 +346,7 @@ def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
 
 
 def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
-    """How many rows of the batch ``generate`` makes of one sequence."""
+    """How many rows of the batch ``generate`` makes of one sequence: the larger of beams and return sequences."""
     config = given.get("generation_config") or model.generation_config
     names = ("num_beams", "num_return_sequences")
     return max(given.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -6,6 +6,7 @@ Part of ``cu_fast.hf.attachment``.
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from cu_fast.hf.hooks import SEQUENCES, argument_names
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, None where there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -28,18 +30,19 @@ def prefixes(name: str) -> list[str]:
 
 
 def hidden_size(model: nn.Module, name: str) -> int | None:
-    """The width that the config of the innermost model around a layer states, None where it states none."""
+    """D as the config of the innermost model around a layer states it, None where no config does."""
     configs = [getattr(model.get_submodule(prefix), "config", None) for prefix in prefixes(name)]
     config = [config for config in configs if config is not None][-1:]
     return getattr(config[0].get_text_config(), "hidden_size", None) if config else None
 
 
 def model_type(model: nn.Module) -> str | None:
+    """What the model's config calls its family, None where it says nothing."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate's execution device where its weights are offloaded, else theirs."""
+    """The device that a layer computes on: accelerate's execution device where weights are offloaded, else theirs."""
     for module in layer.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in (hook, *getattr(hook, "hooks", ())):
@@ -48,19 +51,20 @@ def device_of(layer: nn.Module) -> torch.device:
     return next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
 
 
-def part(model: nn.Module, which: str) -> nn.Module | None:
-    """An encoder-decoder's encoder or decoder; of another model, its decoder is what ``get_decoder`` says."""
+def part(model: nn.Module, which: Literal["encoder", "decoder"]) -> nn.Module | None:
+    """The encoder or decoder of a model, None where it has none. Only an encoder-decoder has an encoder."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     get = getattr(model, f"get_{which}", None)
     return get() if get is not None and (is_encoder_decoder or which == "decoder") else None
 
 
 def is_in(layer: nn.Module, part: nn.Module | None) -> bool:
+    """Whether a layer is a module of a part."""
     return part is not None and any(module is layer for module in part.modules())
 
 
 def sequences(model: nn.Module, owner: nn.Module) -> tuple[str, ...]:
-    """The arguments of a part of a model whose first dimension is the model's sequences."""
+    """Names of the arguments of ``owner``, a part of the model, whose first dimension is the model's sequences."""
     if not isinstance(owner, PreTrainedModel):
         return argument_names(owner.forward)[:1]
     return tuple(dict.fromkeys((getattr(model, "main_input_name", "input_ids"), *SEQUENCES)))

@@ -1,4 +1,4 @@
-"""From the names that a caller gives to rows of mask tables: the half of ``cu_fast.hf.attachment`` that knows masks, not models."""
+"""From the names that a caller gives to rows of mask tables. Part of ``cu_fast.hf.attachment``; knows no models."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from torch import Tensor
 from cu_fast.masks import Mask, MaskTable, load_masks, stream_of
 from cu_fast.nn import CodebookBottleneck
 
-UNKNOWN_FILLING = 0  # stands for the signature of what carries none
-PACKED = -1  # the signature of a packed batch, which holds sequences under different ones
-# signature -> what messages call it: for good, and the newest TEXTS of those that come and go
+Entry = str | Collection[str] | None  # what to delete for a sequence: a mask's name, the union of several, nothing
+
+UNKNOWN_FILLING = 0  # signature of a state without a stamp, once codes were erased
+PACKED = -1  # signature of a packed batch, whose sequences have different ones
+# signature -> what messages call it: in _KEPT for good, in _TEXT the newest TEXTS
 _KEPT: dict[int, str] = {UNKNOWN_FILLING: "what it does not say", PACKED: "the masks of a packed batch"}
 _TEXT: dict[int, str] = {}
 TEXTS = 1024
@@ -33,9 +35,15 @@ _numbers = itertools.count()
 class Layer:
     """A swapped layer.
 
-    runner: number of the model that runs it. in_encoder: of an encoder-decoder, where generate() expands a batch only
-    after the encoder. in_decoder: it runs in every step of generate(). batch_first: seen to return [batch, tokens,
-    width], by a batch that has another size than tokens.
+    Attributes:
+        name: as in ``model.named_modules()``.
+        bottleneck: the one that was attached.
+        table: the masks in use, a row per request.
+        runner: number of the innermost model around the layer.
+        in_encoder: it is in an encoder-decoder's encoder, which runs before generate() expands the batch.
+        in_decoder: it runs in every step of generate().
+        batch_first: it was seen to return [batch, tokens, width], by a batch with another number of tokens than
+            sequences.
     """
 
     name: str
@@ -48,9 +56,10 @@ class Layer:
 
 
 class Hold:
-    """Keeps rows of the mask tables from being used again while it lives: a request has one, and so has a forward.
+    """Keeps rows of the mask tables from being written again while it is referenced, by a request or a forward.
 
-    streams: the device streams on which a kernel may still read the rows.
+    Attributes:
+        streams: the CUDA streams on which a kernel may still read the rows.
     """
 
     def __init__(self) -> None:
@@ -61,12 +70,17 @@ class Hold:
 class Request:
     """What one ``unlearn`` context deletes.
 
-    rows: rows of every layer's mask table, -1 = nothing. of: what each row is for: "all", one row for every sequence;
-    "sequence", a row for each sequence of the batch; "token", a row for each token, as in a packed batch.
-    signature: a number for what is deleted, by content and not by name. deletes: whether a row does. codebooks:
-    layer -> sha256 that its masks were made for. hold: keeps the rows; None once the context was left. keys: for each
-    row the layers and digests of what it deletes. outer: what held where the context was entered. beyond: whether it
-    deletes more than what always holds.
+    Attributes:
+        rows: rows of every layer's mask table, -1 = nothing is deleted.
+        of: "all" = one row for all sequences; "sequence" = one per sequence of the batch; "token" = one per token, as
+            in a packed batch.
+        signature: a number for what is deleted, by content and not by name.
+        codebooks: layer -> sha256 of the codebook that its masks were made for.
+        hold: keeps the rows; None = the context was left.
+        keys: per row the layers and digests of the masks that it is the union of.
+        outer: the request that held where the context was entered; None = there was none.
+        beyond: it deletes more than what always holds.
+        deletes: a row deletes something.
     """
 
     rows: tuple[int, ...]
@@ -84,13 +98,15 @@ class Request:
 
     @property
     def closed(self) -> bool:
+        """Whether the context was left."""
         return self.hold is None
 
     def close(self) -> None:
+        """Give up the rows. Forwards that read them keep the Hold until they end."""
         self.hold = None
 
     def rows_on(self, device: torch.device) -> Tensor:
-        """The rows as int32 on a device, copied there once per stream."""
+        """The rows as an int32 vector on a device, copied there once per stream."""
         key = device, stream_of(device)
         if key not in self._rows_on:
             self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
@@ -100,8 +116,17 @@ class Request:
 class Topics:
     """The masks of an attachment by name, and the table rows of those in use.
 
-    A row has the same number in every layer's table. Rows are shared by content, counted, and used again once the last
-    Hold is gone and the streams that read them have come past that point.
+    A row has the same number in every layer's table. Requests with the same content share a row. A row is written again
+    once no Hold of it is left and the streams that read it have come past that point.
+
+    Args:
+        layers: the swapped layers.
+
+    Attributes:
+        masks: name -> its masks, one per layer.
+        always: names of masks that hold in every forward.
+        erased: how many masks were erased.
+        nothing: signature of a request that deletes nothing.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -112,11 +137,13 @@ class Topics:
         self._name_nothing()
         self._layers = layers
         self._lock = threading.Lock()
-        self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, holders]
-        self._free: list[tuple[int, list[Any]]] = []  # rows, and the events that must have come before a row is written
+        self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, number of Holds]
+        self._free: list[tuple[int, list[Any]]] = []  # a row, and the CUDA events that writing it has to wait for
+        # Of Holds that were freed: the keys of their rows, and the streams that read them.
         self._returned: collections.deque[tuple[list[frozenset[str]], set[Any]]] = collections.deque()
 
     def add(self, masks: Mask | Iterable[Mask], name: str | None) -> str:
+        """See ``Attachment.add_mask``."""
         masks = (masks,) if isinstance(masks, Mask) else tuple(masks)
         if name is None:
             topics = sorted({mask.topic for mask in masks})
@@ -133,29 +160,31 @@ class Topics:
                 raise ValueError(
                     f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
                 )
-        # Bits of its own: whoever writes to the caller's changes nothing here.
+        # A copy of the bits: writing to the caller's mask changes nothing here.
         self.masks[name] = tuple(dataclasses.replace(mask, bits=mask.bits.clone()) for mask in masks)
         return name
 
     def load(self, path: str | Path, name: str | None) -> str:
+        """See ``Attachment.load_mask``."""
         return self.add(load_masks(path), name)
 
     def remove(self, name: str) -> None:
+        """See ``Attachment.remove_mask``."""
         self._check_name(name)
         if name in self.always:
             raise ValueError(f"mask {name!r} always holds; take it out of attachment.always first")
         del self.masks[name]
 
     def erase(self, name: str) -> None:
-        """Remove a mask's codes from their codebooks for good; the other masks move to what remains."""
+        """Remove a mask's codes from their codebooks for good; the other masks are renumbered to what remains."""
         self._check_name(name)
-        for layer, mask in self._route_again(name):  # before any of them is changed
+        for layer, mask in self._route_again(name):  # all checks before the first codebook changes
             if (left := mask.num_codes - mask.num_deleted) < (k := layer.bottleneck.config.k):
                 raise ValueError(
                     f"erasing mask {name!r} leaves layer {layer.name!r} {left} codes; k = {k} should remain"
                 )
         for i in range(len(self.masks[name])):
-            layer, mask = self._route_again(name)[i]  # with the numbers that an earlier one left
+            layer, mask = self._route_again(name)[i]  # renumbered, where layers share a codebook
             before = mask.codebook_sha256
             kept = layer.bottleneck.erase(mask.ids())
             after = layer.bottleneck.codebook_sha256()
@@ -170,20 +199,24 @@ class Topics:
         self._name_nothing()
 
     def _name_nothing(self) -> None:
-        """The signature of a request that deletes nothing: of this attachment, and of its codes as they are now.
+        """Make the signature of a request that deletes nothing, for this attachment and its codes as they are now.
 
-        What another one computed without masks, or this one before codes were erased, is something else.
+        A state that another attachment computed without masks, or this one before codes were erased, must not match.
         """
         self.nothing = _signature_of(["nothing", self._number, self.erased])
         _KEPT[self.nothing] = "no mask, after codes were erased" if self.erased else "no mask"
 
     @property
     def unstamped(self) -> int:
-        """What counts as the signature of a state that carries none."""
+        """The signature that a state without a stamp counts as: no masks, or unknown once codes were erased."""
         return UNKNOWN_FILLING if self.erased else self.nothing
 
     def route(self, mask: Mask) -> Layer:
-        """The layer that a mask is for. Raises ValueError where its codebook is none of the layers', or several's."""
+        """The layer that a mask is for.
+
+        Raises:
+            ValueError: no layer has its codebook, or several have and none of them is ``mask.layer``.
+        """
         matches = [v for v in self._layers if v.bottleneck.codebook_sha256() == mask.codebook_sha256]
         if len(matches) > 1:
             matches = [layer for layer in matches if layer.name == mask.layer]
@@ -198,7 +231,7 @@ class Topics:
         return matches[0]
 
     def known_for(self, layer: Layer) -> list[dict[str, Any]]:
-        """For a report: name, digest and number of deleted codes of the masks for one layer."""
+        """For a report: name, digest and number of deleted codes of each mask that is for a layer."""
         return [
             {"name": name, "digest": mask.digest, "deleted": mask.num_deleted}
             for name, masks in self.masks.items()
@@ -206,12 +239,13 @@ class Topics:
             if mask.codebook_sha256 == layer.bottleneck.codebook_sha256() and self.route(mask) is layer
         ]
 
-    def request(self, topics: Any) -> Request:
-        """Read what ``unlearn`` was given and hold the rows for it, until the Request's Hold is gone.
+    def request(self, topics: Entry | list[Entry]) -> Request:
+        """The request for what ``unlearn`` was given. Its rows are written, and kept as long as its Hold is referenced.
 
         Raises:
-            ValueError: an unknown name, an empty list. TypeError: not names. RuntimeError: a codebook changed since its
-                mask was added.
+            ValueError: an unknown name, an empty list or collection.
+            TypeError: topics that are not names.
+            RuntimeError: a codebook changed since its mask was added.
         """
         if isinstance(topics, tuple):
             raise TypeError(f"topics is the tuple {topics!r}; give a list, an entry per sequence, or a set, a union")
@@ -233,7 +267,7 @@ class Topics:
         return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, beyond=beyond)
 
     def share(self, request: Request, entry: int) -> Request:
-        """One entry of an open request as another request, with a Hold of its own."""
+        """One entry of an open request as a request of its own, with its own Hold."""
         key = request.keys[entry]
         hold, held = self._hold()
         with self._lock:
@@ -242,19 +276,19 @@ class Topics:
         return Request((row,), "all", signature, request.codebooks, hold, [key], beyond=request.beyond)
 
     def _hold(self) -> tuple[Hold, list[frozenset[str]]]:
-        """A Hold, and the list of what is given back once it is gone, whatever happens to the request before it is one."""
+        """A Hold, and the list of keys whose rows are given back when it is freed, even if no request is made."""
         hold: Hold = Hold()
         held: list[frozenset[str]] = []
         weakref.finalize(hold, self._returned.append, (held, hold.streams))
         return hold, held
 
     def after_fork(self) -> None:
-        """In the new process: what another thread of the old one had locked is free here."""
+        """In the new process: locks that another thread of the old process held are free."""
         self._lock = threading.Lock()
         for layer in self._layers:
             layer.table.after_fork()
 
-    def _names(self, entry: Any) -> tuple[str, ...]:
+    def _names(self, entry: Entry) -> tuple[str, ...]:
         if entry is None:
             return tuple(sorted(self.always))
         names = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Collection) else None
@@ -295,7 +329,7 @@ class Topics:
         return self._rows[key][0]
 
     def _take_back(self) -> None:
-        # What finalizers left here: they may run at any moment, in any thread, and so take no lock.
+        # Finalizers run at any moment, in any thread, and so must not take the lock: they leave rows here.
         while self._returned:
             keys, streams = self._returned.popleft()
             events = [stream.record_event() for stream in streams]
@@ -305,12 +339,12 @@ class Topics:
                     self._free.append((self._rows.pop(key)[0], events))
 
     def _sign(self, held: list[frozenset[str]], text: str) -> int:
-        """The signature: for each sequence the digests of its masks, and what a mask does."""
+        """The signature: a hash of each sequence's mask digests and of the layers' mask modes."""
         if not any(held):
             return self.nothing
         content = [sorted(digests) for digests in held]
         if all(digests == content[0] for digests in content):
-            content = content[:1]  # the same for every sequence, however many there are
+            content = content[:1]  # the same masks for every sequence: one signature, whatever their number
         modes = [layer.bottleneck.mask_mode for layer in self._layers]
         signature = _signature_of([content, modes])
         _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
@@ -328,12 +362,12 @@ def _remember(signature: int, text: str) -> None:
 
 
 def text_of(signature: int) -> str:
-    """What to call a request in a message."""
+    """What a message calls the request of a signature."""
     return _KEPT.get(signature) or _TEXT.get(signature, "masks of another process, or of long ago")
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """For a message about an unknown name: which known ones are like it."""
+    """For a message about an unknown name: which known names are like it."""
     names = list(names)
     if close := difflib.get_close_matches(name, names, n=5, cutoff=0.5):
         return f"near names: {', '.join(close)}"

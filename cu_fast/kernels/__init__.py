@@ -1,1 +1,1 @@
-"""Everything that computes: plain PyTorch (reference), the native library (native), Triton. Knows no policy."""
+"""Everything that computes: plain PyTorch (reference), the native library (native), Triton. Chooses nothing."""

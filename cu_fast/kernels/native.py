@@ -1,4 +1,4 @@
-"""The native library: loads it, says why where it cannot be loaded, and gives its operators their fakes.
+"""The native library: loads it, says why it cannot be loaded, and registers the fakes of its operators.
 
 Importing this module loads ``cu_fast/_C.abi3.so``, which registers ``torch.ops.cu_fast.*``; ``csrc/ops.cpp`` lists
 them. A library that is missing or broken is not an error here: :func:`failure` holds the reason.
@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 
 def load(library: Path) -> str | None:
-    """Load a native library. Returns None, or the reason why it cannot be used."""
+    """Load a native library. Returns the reason why it cannot be used, None where it can."""
     if not library.exists():
         return (
             f"the native library {library} was not built; install a C++20 compiler (g++ >= 12 or clang), then "
@@ -34,19 +34,19 @@ _failure = load(LIBRARY)
 
 
 def available() -> bool:
-    """Whether the native operators exist."""
+    """Whether the native operators exist: the library was loaded."""
     return _failure is None
 
 
 def failure() -> str | None:
-    """Why the native operators do not exist, in a sentence; None where they do."""
+    """Why the native library was not loaded, in a sentence; None where it was."""
     return _failure
 
 
 def simd_level() -> str:
     """The instruction set that the CPU kernels use: "scalar", "avx2" or "avx512".
 
-    The best that the machine has, or the one that ``CU_FAST_SIMD`` named when the library was loaded.
+    The best of the machine, or the one that ``CU_FAST_SIMD`` named when the library was loaded.
 
     Raises:
         RuntimeError: there is no library (see :func:`failure`), or CU_FAST_SIMD names a level that does not exist
@@ -58,17 +58,20 @@ def simd_level() -> str:
 
 
 def cuda_build() -> str:
-    """The GPUs that the library holds code for, as CU_FAST_ARCHS in setup.py writes them: "80;90a;PTX 90", or "".
+    """The GPUs that the library holds code for, as CU_FAST_ARCHS in setup.py writes them: "80;90a;PTX 90".
 
-    No library, and a library without CUDA, are "".
+    "" where there is no library, or where it was built without CUDA.
     """
     return torch.ops.cu_fast.cuda_build() if _failure is None else ""
 
 
 def cuda_failure(device: torch.device | int | None = None) -> str | None:
-    """Why the CUDA kernels cannot be used on a device (by default the current one), in a sentence; None if they can.
+    """Why the CUDA kernels cannot be used on a device, in a sentence; None where they can.
 
-    Where it depends on the device, the device is asked, which initialises CUDA.
+    Initialises CUDA, once the library and torch are found to be built for it.
+
+    Args:
+        device: None = the current one.
     """
     if _failure is not None:
         return _failure
@@ -99,7 +102,8 @@ def cuda_failure(device: torch.device | int | None = None) -> str | None:
 
 
 def _runs(arch: str, major: int, minor: int) -> bool:
-    # Whether an entry of cuda_build() runs on a GPU: PTX on every newer one, code on its major version, "a" nowhere else.
+    # Whether an entry of cuda_build() runs on a GPU. An entry names a compute capability: PTX runs on it and on every
+    # newer one, code on it and on newer minor versions, code with the suffix "a" on it alone.
     ptx, number, suffix = re.fullmatch(r"(PTX )?(\d+)([af]?)", arch).groups()
     have, want = divmod(int(number), 10), (major, minor)
     if suffix == "a":

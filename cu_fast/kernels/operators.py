@@ -1,10 +1,10 @@
-"""One declaration per operator. The reference's signature is the schema; beside it stand what it returns and what it writes.
+"""One declaration per operator: the reference's signature, a fake, and the arguments that are written to.
 
-    schema    read from the signature: Triton's operators are defined by it, csrc/ops.cpp is compared with it by a test
-    fake      the results without data, for torch.compile and meta tensors: of the native library and of Triton
-    writes    the arguments that it adds to in place
+    schema    made of the signature; Triton's operators are defined by it, and a test compares csrc/ops.cpp with it
+    fake      gives the results without data, for torch.compile and meta tensors, of the native library and of Triton
+    writes    the arguments that the operator adds to in place
 
-A fake and a Triton kernel get one argument, ``a``, which has the operator's arguments by their names: ``a.z``, ``a.k``.
+Fakes and Triton's functions take one argument, ``a``, which has the operator's arguments by name: ``a.z``, ``a.k``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,25 @@ from cu_fast.kernels import reference
 
 
 class Operator(NamedTuple):
+    """A declaration.
+
+    Attributes:
+        name: of the operator, and of its function in ``reference``.
+        fake: the results without data, of ``a``.
+        writes: names of the arguments that are added to in place.
+    """
+
     name: str
     fake: Callable[[Any], Tensor | tuple[Tensor, ...]]
     writes: tuple[str, ...] = ()
 
     @property
     def schema(self) -> str:
+        """As torch.library takes it: "masked_decode(Tensor ids, ...) -> Tensor"."""
         return self.name + torch.library.infer_schema(getattr(reference, self.name), mutates_args=self.writes)
 
     def takes_named(self, function: Callable[[Any], Any]) -> Callable[..., Any]:
-        """The function of ``a``, made to be called with the operator's arguments."""
+        """A function that takes the operator's arguments, and calls one that takes them by name as ``a``."""
         names = tuple(inspect.signature(getattr(reference, self.name)).parameters)
 
         def called(*arguments: Any, **others: Any) -> Any:
@@ -39,6 +48,12 @@ class Operator(NamedTuple):
         return called
 
     def register_fake(self, library: str, lib: torch.library.Library | None = None) -> None:
+        """Register the fake for ``torch.ops.<library>.<name>``.
+
+        Args:
+            library: its namespace.
+            lib: the registration's lifetime is this object's; None = the process's.
+        """
         torch.library.register_fake(f"{library}::{self.name}", self.takes_named(self.fake), lib=lib)
 
 

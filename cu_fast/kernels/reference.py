@@ -1,12 +1,14 @@
 """The operators in plain PyTorch: the specification, the fallback, and the oracle of every test.
 
 Written to be read next to the operator contract in ``docs/contract.md``, not to be fast. It runs on any device,
-and like every implementation it never builds the [T, C] matrix: codes are visited in tiles, beside a running
-list of the best k. Signatures are the operators' schemas (``operators.py``): what a kernel needs and this does not, an
-int8 plane to scan, is an argument here too, and ignored.
+and like every implementation it never builds the [T, C] matrix: codes are visited in tiles, and a list of the best k is
+kept. Signatures are the operators' schemas (``operators.py``), so the int8 plane that kernels scan is an argument here
+too, and ignored.
 
-One caveat that the native kernels do not have: PyTorch follows the process's denormal setting, so under
-``torch.set_flush_denormal(True)`` tiny products differ here.
+T tokens, D model width, E code width, C codes, k codes kept per token, U masks in a table.
+
+Unlike the native kernels, PyTorch follows the process's denormal setting: under ``torch.set_flush_denormal(True)`` tiny
+products differ here.
 """
 
 from __future__ import annotations
@@ -15,18 +17,24 @@ import torch
 from torch import Tensor
 
 LANES = 16  # partial sums of the canonical dot product
-BLOCK_C = 1024  # codes a tile
+BLOCK_C = 1024  # codes per tile
 PACK_CODES = 4096  # codes that pack_scan widens at a time
-NORM_CODES = 512  # codes that squared_norm reads at a time
+NORM_CODES = 512  # codes that squared_norm reads at a time on a CPU
 NO_SCAN = (None, None, None)
-BLOCK_T = 64  # tokens a tile: bounds the scratch at BLOCK_T * BLOCK_C * LANES floats
+BLOCK_T = 64  # tokens per tile: bounds the memory of a tile at BLOCK_T * BLOCK_C * LANES floats
 
 
 def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
     """The dot product over the last dimension as a defined fp32 number.
 
-    16 partial sums, then a tree; multiply, then add, never fused. a [..., E] and b [..., E] broadcast against
-    each other and are widened to fp32. Returns fp32 [...].
+    16 partial sums, then a tree; multiply, then add, never fused.
+
+    Args:
+        a: [..., E], widened to fp32.
+        b: [..., E], widened to fp32; the leading dimensions of a and b broadcast.
+
+    Returns:
+        fp32 [...].
     """
     a, b = a.float(), b.float()
     if pad := -a.shape[-1] % LANES:
@@ -42,7 +50,7 @@ def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_norm(codes: Tensor) -> Tensor:
-    """canonical(c, c): codes [C, E] -> fp32 [C]. On a CPU as many at a time as its cache holds."""
+    """canonical(c, c): codes [C, E] -> fp32 [C]. On a CPU NORM_CODES at a time, so that they stay in its cache."""
     at_once = codes.device.type != "cpu" or torch.compiler.is_compiling()
     chunk = len(codes) if at_once else NORM_CODES
     return torch.cat([canonical_dot(some, some) for some in codes.split(chunk)])
@@ -57,8 +65,13 @@ def inverse_norm(codes: Tensor) -> Tensor:
 def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
     """Whether each code is deleted in its token's row of the table.
 
-    ids [T, n] or [1, n] int, -1 allowed (never deleted); mask_table int32 [U, ceil(C/32)]; mask_row int32 [T],
-    -1 = nothing deleted. Returns bool [T, n].
+    Args:
+        ids: int [T, n], or [1, n] = the same for every token; -1 is never deleted.
+        mask_table: int32 [U, ceil(C/32)].
+        mask_row: int32 [T], -1 = nothing deleted.
+
+    Returns:
+        bool [T, n].
     """
     if mask_table.shape[0] == 0:
         return torch.zeros(mask_row.shape[0], ids.shape[1], dtype=torch.bool, device=ids.device)
@@ -69,7 +82,7 @@ def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
 
 
 def _keep_best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # Columns come in order of id within equal scores, so a stable sort is the contract's total order.
+    # Among equal scores the columns are in order of id, so a stable sort gives the contract's total order.
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
     return scores.gather(1, order), ids.gather(1, order)
 
@@ -89,9 +102,22 @@ def codebook_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best codes of every row of z: score descending, then id ascending.
 
-    z [T, E]; codes [C, E]; inv_norm, bias fp32 [C] or None. Returns scores fp32 [T, k], ids int32 [T, k] and
-    hits int32 [T] ([0] unless return_hits). A slot that no code can fill holds id -1 and score 0; a row of z
-    with NaN or Inf holds id -1 and score NaN.
+    Args:
+        z: [T, E].
+        codes: [C, E].
+        inv_norm: fp32 [C], or None = 1.
+        bias: fp32 [C], or None = 0.
+        k: codes kept per token.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        return_hits: count the deleted codes that would have been among a token's k.
+        scan_plane: ignored here, as the next two: the three tensors of :func:`pack_scan`, or None.
+        scan_terms: ignored here.
+        scan_mean: ignored here.
+
+    Returns:
+        scores fp32 [T, k], ids int32 [T, k] and hits int32 [T] ([0] unless return_hits). A slot that no code can fill
+        holds id -1 and score 0; a row of z with NaN or Inf holds id -1 and score NaN.
     """
     tiles = [
         _quantize_tile(z[t : t + BLOCK_T], codes, inv_norm, bias, k, mask_table, row, return_hits)
@@ -102,12 +128,21 @@ def codebook_quantize(
     return scores, ids, hits if return_hits else hits[:0]
 
 
-def _quantize_tile(z, codes, inv_norm, bias, k, mask_table, mask_row, return_hits):
+def _quantize_tile(
+    z: Tensor,
+    codes: Tensor,
+    inv_norm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    return_hits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     z = z.float()
     finite_row = torch.isfinite(z).all(1, keepdim=True)
     z = torch.where(finite_row, z, 0.0)
     T, C = z.shape[0], codes.shape[0]
-    empty = -torch.inf  # a real score is finite, so -inf marks a slot that nobody has taken
+    empty = -torch.inf  # a code's score is finite, so -inf marks an empty slot
     best = z.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
     best_unmasked = best
 
@@ -144,8 +179,14 @@ def _quantize_tile(z, codes, inv_norm, bias, k, mask_table, mask_row, return_hit
 def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as the int8 plane of the certified scan, with the terms of its error: ``csrc/core/scan.h``.
 
-    codes [C, E]; inv_norm fp32 [C] or None. Returns plane uint8 [G, ceil(E/4), 64, 4], terms fp32 [G, 196] and mean
-    fp32 [E] (0: not centred), G = ceil(C/64). Norms are fp64, rounded up; nothing waits for the device.
+    Norms are computed in fp64 and rounded up. The host never waits for the device.
+
+    Args:
+        codes: [C, E].
+        inv_norm: fp32 [C], or None = 1.
+
+    Returns:
+        plane uint8 [ceil(C/64), ceil(E/4), 64, 4], terms fp32 [ceil(C/64), 196] and mean fp32 [E] (0 = not centred).
     """
     C, E = codes.shape
     inv = torch.ones(C, device=codes.device) if inv_norm is None else inv_norm
@@ -192,7 +233,15 @@ def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, T
 def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
     """z = act((x - b_pre) W_enc^T + b_enc), every entry a canonical dot product.
 
-    x [T, D]; W_enc [E, D]; b_enc [E]; b_pre [D]. Returns fp32 [T, E]; a row of x - b_pre with NaN or Inf is NaN.
+    Args:
+        x: [T, D].
+        W_enc: [E, D].
+        b_enc: [E], or None = 0.
+        b_pre: [D], or None = 0.
+        relu: act is relu; else the identity.
+
+    Returns:
+        fp32 [T, E]; a row of x - b_pre with NaN or Inf is NaN.
     """
     x = x.float() if b_pre is None else x.float() - b_pre.float()
     finite_row = torch.isfinite(x).all(1, keepdim=True)
@@ -222,7 +271,24 @@ def sae_encode_topk(
     scan_terms: Tensor | None,
     scan_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The TopK-SAE's encoder: W_enc's rows are the codes. Returns act(score) fp32 [T, k] and ids int32 [T, k]."""
+    """The TopK-SAE's encoder: W_enc's rows are the codes, so C is E.
+
+    Args:
+        x: [T, D].
+        W_enc: [E, D].
+        b_enc: [E], or None = 0.
+        b_pre: [D], or None = 0.
+        k: latents kept per token.
+        mask_table: int32 [U, ceil(E/32)], or None = nothing deleted.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        relu: act is relu; else the identity.
+        scan_plane: ignored here, as the next two: the three tensors of :func:`pack_scan`, or None.
+        scan_terms: ignored here.
+        scan_mean: ignored here.
+
+    Returns:
+        act(score) fp32 [T, k] and ids int32 [T, k], in the order of the scores before act.
+    """
     x = x.float() if b_pre is None else x.float() - b_pre.float()
     bias = None if b_enc is None else b_enc.float()
     scores, ids, _ = codebook_quantize(x, W_enc, None, bias, k, mask_table, mask_row, False, *NO_SCAN)
@@ -251,10 +317,32 @@ def codebook_bottleneck(
     mean: bool,
     receipt: Tensor | None,
 ) -> Tensor:
-    """The three operators one after the other: x [T, D] -> y [T, D] in table's dtype.
+    """The three operators one after the other.
 
-    W_enc None: x is z. reselect: the mask excludes, otherwise it zeroes. score_weights: a code's weight is
-    relu(score), otherwise 1. receipt int64 [2] is added to: tokens, and codes that the mask took.
+    Args:
+        x: [T, D].
+        W_enc: [E, D], or None = x is z, and E is D.
+        b_enc: [E], or None = 0.
+        b_pre: [D], or None = 0.
+        relu: the encoder's activation is relu; else the identity.
+        codes: [C, E].
+        inv_norm: fp32 [C], or None = 1.
+        bias: fp32 [C], or None = 0.
+        k: codes kept per token.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        reselect: a deleted code is not selected; else it is selected and its weight is 0.
+        scan_plane: ignored here, as the next two: the three tensors of :func:`pack_scan`, or None.
+        scan_terms: ignored here.
+        scan_mean: ignored here.
+        table: [C, D].
+        b_dec: [D], or None = 0.
+        score_weights: a code's weight is relu(score); else 1.
+        mean: the sum is divided by k.
+        receipt: int64 [2], added to in place: tokens, and codes that the mask took; None = not counted.
+
+    Returns:
+        y, [T, D] in table's dtype.
     """
     none = (None, None)
     excluded, zeroed = ((mask_table, mask_row), none) if reselect else (none, (mask_table, mask_row))
@@ -282,9 +370,21 @@ def masked_decode(
 ) -> Tensor:
     """y = reduce_i(w_i table[ids_i]) + bias + residual, added in that order in fp32, rounded once.
 
-    ids int [T, k]; weights [T, k] or None (= 1); table [C, D]; bias [D]; residual [T, D]. Returns [T, D] in
-    table's dtype. A deleted code adds nothing, whatever its row holds. Nor does id -1, except that with the
-    weight NaN (the score of a row with NaN or Inf) it makes the row NaN: the fault stays visible.
+    A deleted code adds nothing, whatever its row holds. Nor does id -1; but with the weight NaN, which is the score of
+    a row with NaN or Inf, it makes the row NaN, so that the fault stays visible.
+
+    Args:
+        ids: int [T, k], -1 <= id < C.
+        weights: [T, k], or None = 1.
+        table: [C, D].
+        bias: [D], or None = 0.
+        residual: [T, D], or None = 0.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        mean: the sum is divided by k.
+
+    Returns:
+        y, [T, D] in table's dtype.
     """
     T, k = ids.shape
     weights = torch.ones(T, k, device=ids.device) if weights is None else weights.float()

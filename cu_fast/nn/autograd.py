@@ -4,18 +4,21 @@
     gather_dot   w[t, i]  = g[t] . codes[ids[t, i]]                                  -> [T, k]
     scatter_sum  codes[j] = the sum of w[t, i] g[t] over all (t, i) of ids[t, i] = j -> [C, E]
 
-All three come from sum w[t, i] (codes[ids[t, i]] . g[t]), each with another factor left open, so the first two have the
-others as their gradients. Id -1 adds nothing and gets nothing. Nothing is added by atomics: the same bits in every run,
-at any number of threads. Beside their results they take O(T k + C) memory, gather_dot CHUNK_BYTES more, or with Triton
-scatter_sum a row of E for every 256 places. Any floating dtypes: results have the codes', those of scatter_sum the wider
-one of its factors'.
+T tokens, k codes kept per token, C codes of width E. All three are derivatives of sum w[t, i] (codes[ids[t, i]] . g[t])
+by one of its factors, so the first two have the others as their gradients. Id -1 adds nothing and gets no gradient.
+Nothing is added by atomics: the same bits in every run, at any number of threads.
+
+Memory beside the results: O(T k + C). gather_dot takes CHUNK_BYTES more; scatter_sum with Triton one row of E per 256
+places (t, i). Any floating dtypes: results have the dtype of codes, those of scatter_sum the wider one of its factors.
 
 gather_dot and scatter_sum are the PyTorch code below or Triton kernels (_kernels says which), which add in another order.
+The operators' ``impl`` is an :data:`cu_fast.ops.Impl`; a schema of torch.library has no Literal, so it is a str here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +29,20 @@ from cu_fast.kernels import triton
 from cu_fast.ops.checks import check_values, shape
 from cu_fast.ops.choice import failure, resolve
 
-CHUNK_BYTES = 2**25  # of codes that gather_dot holds at a time
+CHUNK_BYTES = 2**25  # bytes of codes that gather_dot gathers at a time
 
 
-def _kernels(op: str, impl: str, *factors: Tensor) -> Callable | None:
-    """The Triton kernels of gather_dot or scatter_sum where they run, None where the PyTorch code does.
+def _kernels(op: Literal["gather_dot", "scatter_sum"], impl: ops.Impl, *factors: Tensor) -> Callable | None:
+    """The Triton kernels of an operator where they run, None where the PyTorch code does.
 
-    They run where impl is "triton", and on GPUs, for which the native library has no others, unless it is "reference".
-    They know no fp64.
+    They run where impl is "triton". On GPUs they run for every impl but "reference": the native library has no kernels
+    for these operators. They know no fp64.
     """
     if any(factor.dtype == torch.float64 for factor in factors):
         return None
     device = factors[0].device
     on_gpu = device.type == "cuda" and impl != "reference" and failure("triton", device) is None
-    return triton.kernels(op) if resolve(impl, device) == "triton" or on_gpu else None
+    return triton.launcher(op) if resolve(impl, device) == "triton" or on_gpu else None
 
 
 def _check_shape(name: str, factor: Tensor, *wanted: int) -> None:
@@ -51,7 +54,16 @@ def _check_shape(name: str, factor: Tensor, *wanted: int) -> None:
 def gather_sum(ids: Tensor, weights: Tensor, codes: Tensor, impl: str = "auto") -> Tensor:
     """q[t] = sum_i weights[t, i] codes[ids[t, i]], in the order of i, by the kernels (and the bits) of masked_decode.
 
-    ids int32 or int64 [T, k], -1 <= id < C; weights [T, k]; codes [C, E] -> [T, E]. Differentiable in weights and codes.
+    Differentiable in weights and codes.
+
+    Args:
+        ids: int32 or int64 [T, k], -1 <= id < C.
+        weights: [T, k].
+        codes: [C, E].
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        q, [T, E] in the dtype of codes.
     """
     if codes.dtype != torch.float64:
         with torch.no_grad():
@@ -66,9 +78,16 @@ def gather_sum(ids: Tensor, weights: Tensor, codes: Tensor, impl: str = "auto") 
 
 @torch.library.custom_op("cu_fast::gather_dot", mutates_args=())
 def gather_dot(ids: Tensor, g: Tensor, codes: Tensor, impl: str = "auto") -> Tensor:
-    """w[t, i] = g[t] . codes[ids[t, i]], 0 for id -1.
+    """w[t, i] = g[t] . codes[ids[t, i]], 0 for id -1. Differentiable in g and codes.
 
-    ids int32 or int64 [T, k]; g [T, E]; codes [C, E] -> [T, k]. Differentiable in g and codes.
+    Args:
+        ids: int32 or int64 [T, k], -1 <= id < C.
+        g: [T, E].
+        codes: [C, E].
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        w, [T, k] in the dtype of codes.
     """
     check_values("ids", ids, len(codes))
     _check_shape("g", g, len(ids), codes.shape[1])
@@ -86,8 +105,18 @@ def gather_dot(ids: Tensor, g: Tensor, codes: Tensor, impl: str = "auto") -> Ten
 def scatter_sum(ids: Tensor, weights: Tensor, g: Tensor, num_codes: int, impl: str = "auto") -> Tensor:
     """codes[j] = the sum of weights[t, i] g[t] over all (t, i) with ids[t, i] = j, in their order (Triton: in pieces).
 
-    ids int32 or int64 [T, k]; weights [T, k]; g [T, E] -> [num_codes, E]. A gather again, of g's rows: sorted by id,
-    the places of a code are a bag of tokens. The last bag is id -1's, and dropped.
+    Computed as a gather of g's rows: once the places (t, i) are sorted by id, those of a code are a bag of tokens for
+    embedding_bag. Id -1 becomes the last bag, which is dropped.
+
+    Args:
+        ids: int32 or int64 [T, k], -1 <= id < C.
+        weights: [T, k].
+        g: [T, E].
+        num_codes: C.
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        codes, [C, E] in the wider dtype of weights and g.
     """
     check_values("ids", ids, num_codes)
     _check_shape("weights", weights, *ids.shape)
@@ -119,7 +148,7 @@ def _(ids: Tensor, weights: Tensor, g: Tensor, num_codes: int, impl: str = "auto
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    # ids, the other factor (weights or g) and codes, each only where the other one's gradient is asked for.
+    # Of the two factors (weights or g, and codes) each is needed only for the gradient of the other.
     ids, factor, codes, ctx.impl = inputs
     ctx.num_codes = codes.shape[0]
     _, of_factor, of_codes, *_ = ctx.needs_input_grad

@@ -30,7 +30,7 @@ from cu_fast.nn.training import TrainingPath
 # A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
-SAMPLE = 509  # of a parameter's elements are looked at; a prime, so that they lie in different columns
+SAMPLE = 509  # elements of a parameter that refresh() compares; a prime, so that they lie in different columns
 FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
 
 
@@ -39,9 +39,14 @@ class SparseAutoencoder(nn.Module):
 
     Starts at the identity where code_dim equals d_model, else at a random orthogonal map and its transpose, so
     that an untrained bottleneck keeps as much of x as it can.
+
+    Args:
+        d_model: D.
+        code_dim: E.
+        activation: of the encoder: "relu" or "none".
     """
 
-    def __init__(self, d_model: int, code_dim: int, activation: str = "relu") -> None:
+    def __init__(self, d_model: int, code_dim: int, activation: ops.Activation = "relu") -> None:
         super().__init__()
         self.activation = activation
         self.W_enc = nn.Parameter(torch.empty(code_dim, d_model))
@@ -57,16 +62,16 @@ class SparseAutoencoder(nn.Module):
             self.W_dec.copy_(self.W_enc.T)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [T, D] -> z [T, E], differentiable. Evaluation goes through ops.sae_encode instead."""
+        """x [..., D] -> z [..., E], differentiable. Evaluation goes through ops.sae_encode instead."""
         z = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
         return torch.relu(z) if self.activation == "relu" else z
 
     def decode(self, q: Tensor) -> Tensor:
-        """q [T, E] -> [T, D], differentiable."""
+        """q [..., E] -> [..., D], differentiable."""
         return F.linear(q, self.W_dec, self.b_dec)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> (reconstruction [T, D], z [T, E])."""
+        """x [..., D] -> (reconstruction [..., D], z [..., E]), differentiable."""
         z = self.encode(x)
         return self.decode(z), z
 
@@ -74,20 +79,37 @@ class SparseAutoencoder(nn.Module):
 class Codebook(nn.Module):
     """C codes of width E and the statistics of their use.
 
-    ``counts``, int64 [C], says how often each code was kept since ``reset_usage()``; training only.
+    Args:
+        num_codes: C.
+        code_dim: E.
+        similarity: "cosine", "dot" or "l2".
+
+    Attributes:
+        codes: parameter [C, E].
+        counts: int64 [C], how often each code was kept in training since ``reset_usage()``.
     """
 
-    def __init__(self, num_codes: int, code_dim: int, similarity: str = "cosine") -> None:
+    def __init__(self, num_codes: int, code_dim: int, similarity: ops.Similarity = "cosine") -> None:
         super().__init__()
         self.similarity = similarity
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
 
     def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
+        """The codes as the operators take them; shares their memory. ``scan``: as for ``ops.pack_codes``."""
         return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
 
-    def similarities(self, z: Tensor, ids: Tensor, impl: str = "auto") -> Tensor:
-        """Scores of the given codes, differentiable: z [T, E], ids [T, k] -> [T, k]; id -1 scores 0."""
+    def similarities(self, z: Tensor, ids: Tensor, impl: ops.Impl = "auto") -> Tensor:
+        """Scores of given codes, differentiable in z and the codes.
+
+        Args:
+            z: [T, E].
+            ids: int32 or int64 [T, k], -1 <= id < C.
+            impl: "auto", "reference", "cpu", "cuda" or "triton".
+
+        Returns:
+            [T, k] in the dtype of the codes; 0 for id -1.
+        """
         scores = gather_dot(ids, z, self.codes, impl)
         if self.similarity == "dot":
             return scores
@@ -95,10 +117,13 @@ class Codebook(nn.Module):
         return scores / norms.clamp(min=1e-12) if self.similarity == "cosine" else scores - 0.5 * norms.square()
 
     def usage(self) -> dict[str, float]:
-        """How the codes were used since ``reset_usage()``.
+        """How the codes were used in training since ``reset_usage()``.
 
-        used: share of codes kept at least once. dead: number never kept. entropy: of the codes' frequencies, in
-        nats. perplexity: exp(entropy), the effective number of codes.
+        Returns:
+            used: share of the codes that were kept at least once.
+            dead: number of codes that were never kept.
+            entropy: of the codes' frequencies, in nats.
+            perplexity: exp(entropy), the effective number of codes.
         """
         frequency = self.counts.double() / self.counts.sum().clamp(min=1)
         entropy = float(torch.special.entr(frequency).sum())
@@ -111,13 +136,21 @@ class Codebook(nn.Module):
         }
 
     def reset_usage(self) -> None:
+        """Set ``counts`` to 0, in place."""
         self.counts.zero_()
 
     @torch.no_grad()
     def reseed_dead(self, z: Tensor, generator: torch.Generator | None = None) -> int:
-        """Move every code not kept since ``reset_usage()`` onto a random row of z [n, E]; returns how many.
+        """Move every code not kept since ``reset_usage()`` onto a random row of z.
 
-        A moved code gets the mean norm of the codes in use, so that it can win without shouting.
+        A moved code gets the mean norm of the codes in use, so that a dot product selects it neither never nor always.
+
+        Args:
+            z: [T, E].
+            generator: on the CPU, for the draws; None = torch's global one.
+
+        Returns:
+            How many codes were moved.
         """
         dead = (self.counts == 0).nonzero()[:, 0]
         if len(dead) == 0 or len(z) == 0:
@@ -133,24 +166,32 @@ class Codebook(nn.Module):
 class CodebookBottleneck(TrainingPath):
     """x [..., D] -> y [..., D], through the k codes most similar to each token.
 
-    ``impl`` is handed to every operator, ``scan`` to ``ops.pack_codes`` (after changing it, call ``fold()``);
-    ``mask_mode`` may be changed at any time. Parameters keep their own dtype, x may have any floating dtype, and y has
-    x's.
+    Parameters keep their own dtype. x may have any floating dtype, and y has that of x.
+
+    Args:
+        config: the shape and the training terms.
+
+    Attributes:
+        mask_mode: "ablate" or "reselect"; may be changed at any time.
+        impl: passed to every operator; may be changed at any time.
+        scan: passed to ``ops.pack_codes``; call ``fold()`` after changing it.
+        rms: fp32 [], the scale that x is divided by.
+        passed: int64 [2], the receipt: tokens, and kept codes that masks took away.
     """
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
         self.config = config
-        self.mask_mode = config.mask_mode
-        self.impl = "auto"
-        self.scan = "auto"
+        self.mask_mode: ops.MaskMode = config.mask_mode
+        self.impl: ops.Impl = "auto"
+        self.scan: ops.Scan = "auto"
         self.autoencoder = (
             SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
         )
         self.codebook = Codebook(config.num_codes, config.code_dim, config.similarity)
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
-        # Receipt: tokens that passed, kept codes that a mask took away. On the device, so that nothing syncs.
+        # The receipt. On the device, so that counting waits for no kernel.
         self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
         for name in FOLDED:
             self.register_buffer(f"folded_{name}", None, persistent=False)
@@ -164,7 +205,8 @@ class CodebookBottleneck(TrainingPath):
 
         Args:
             x: [..., D]; the leading dimensions are flattened to T tokens.
-            mask_table: int32 [U, ceil(C/32)] or None; mask_row: int32 [T] or None (see ``cu_fast.ops``).
+            mask_table: int32 [U, ceil(C/32)], or None = nothing deleted; see ``cu_fast.ops``.
+            mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
 
         Raises:
             RuntimeError: a mask in training mode (deletion is for evaluation: call ``model.eval()``).
@@ -195,7 +237,7 @@ class CodebookBottleneck(TrainingPath):
         )  # fmt: skip
 
     def _decode_through(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
-        """The same where codes are too many to fold: they are summed, and the sum goes through W_dec."""
+        """The same without a folded table, which would be too large: codes are summed, the sum goes through W_dec."""
         masked = {"mask_table": mask_table, "mask_row": mask_row}
         reselect = mask_table is not None and self.mask_mode == "reselect"
         scores, ids, hits = self._select(x, self.config.k, return_hits=reselect, **(masked if reselect else {}))
@@ -235,15 +277,29 @@ class CodebookBottleneck(TrainingPath):
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int | None = None) -> ops.Selection:
-        """The k (None: the config's) best codes of every token of x [..., D], flattened to T; nothing deleted."""
+        """The best codes of every token, nothing deleted. In evaluation mode only.
+
+        Args:
+            x: [..., D]; the leading dimensions are flattened to T tokens.
+            k: codes per token, 1 <= k <= C; None = the config's.
+
+        Returns:
+            Selection(scores fp32 [T, k], ids int32 [T, k], None).
+        """
         self._check_folded()
         return self._select(x.detach().reshape(-1, self.config.d_model), k or self.config.k)
 
     def receipt(self) -> dict[str, Any]:
-        """What ran since ``reset_receipt()``.
+        """What ran in evaluation since ``reset_receipt()``.
 
-        impl; scan ("int8" or "fp32", what the codes are read as); tokens that passed; hits, the kept codes that masks
-        took away.
+        Returns:
+            impl: "reference", "cpu", "cuda" or "triton".
+            scan: "int8" or "fp32", what the codes are read as.
+            tokens: how many passed.
+            hits: how many kept codes masks took away.
+
+        Raises:
+            ValueError, RuntimeError: ``impl`` is unknown, or cannot run.
         """
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self.codebook.codes.device)
@@ -251,16 +307,17 @@ class CodebookBottleneck(TrainingPath):
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     def reset_receipt(self) -> None:
+        """Set the receipt to 0, in place."""
         self.passed.zero_()
 
     # -- folding ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Compute what evaluation reads: packed codes, and encoder and decoder with the scale folded in.
+        """Compute what evaluation reads: packed codes, and encoder and decoder multiplied by the scale.
 
-        Called by ``eval()``, after loading, after ``.to()``, and in eager mode whenever a parameter was written
-        to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation.
+        Called by ``eval()``, after loading, after ``.to()``, and in eager mode by the next forward after a parameter
+        was written to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation mode.
         """
         codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
         packed = self.codebook.pack(self.scan)
@@ -284,8 +341,8 @@ class CodebookBottleneck(TrainingPath):
     def refresh(self) -> None:
         """Fold again, and forget the codebook's sha256, where a parameter was written to without torch counting it.
 
-        As ``.data``, a NumPy view or a fused optimizer does. Seen by a sample of each parameter, so a write to a few
-        elements may not be. Called by ``eval()``, and before a mask is used.
+        ``.data``, a NumPy view and a fused optimizer write so. SAMPLE elements of each parameter are compared, so a
+        write to a few elements may be missed. Called by ``eval()``, and before a mask is used.
         """
         if self._folded_sample is not None and not torch.equal(self._folded_sample, self._sample()):
             self._sha256 = None
@@ -300,7 +357,7 @@ class CodebookBottleneck(TrainingPath):
         return tuple(map(_tensor_version, self._weights()))
 
     def _sample(self) -> Tensor:
-        """SAMPLE elements of each parameter, evenly spread, as fp32's bits on the CPU."""
+        """About SAMPLE elements of each parameter, evenly spread: the bits of fp32, int32 on the CPU."""
         parts = []
         for weight in self._weights():
             flat = weight.detach().reshape(-1)
@@ -315,6 +372,7 @@ class CodebookBottleneck(TrainingPath):
             self.fold()
 
     def train(self, mode: bool = True) -> CodebookBottleneck:
+        """Training mode drops what was folded, evaluation mode folds. Returns self."""
         super().train(mode)
         if mode:
             self._folded_version = self._folded_sample = self._sha256 = None
@@ -330,13 +388,13 @@ class CodebookBottleneck(TrainingPath):
         super()._apply(fn, recurse)
         if not (rms.is_meta or self.rms.is_meta):
             self.rms = rms.to(self.rms.device)  # a scale, not a weight: casting the model must not round it
-        self._folded_version = None  # a cast rounds what was folded, also where the parameters have that dtype already
+        self._folded_version = None  # a cast rounds what was folded, even where the parameters have that dtype already
         return self.train(self.training)
 
     def codebook_sha256(self) -> str:
-        """The codebook's identity, which masks are bound to: its similarity, shape and codes, widened to fp32.
+        """The codebook's identity, which masks are bound to: sha256 of similarity, shape and codes, widened to fp32.
 
-        So a checkpoint read as fp32 or as the bf16 it was stored in is the same codebook, and one rounded to
+        A checkpoint read as fp32, or as the bf16 that it was stored in, is the same codebook. A codebook rounded to
         bf16 is another.
         """
         codes = self.codebook.codes
@@ -350,10 +408,13 @@ class CodebookBottleneck(TrainingPath):
 
     @torch.no_grad()
     def erase(self, ids: Tensor) -> Tensor:
-        """Remove codes for good: their rows are dropped, and with them every trace of their values.
+        """Remove codes for good, in place: their rows are dropped, and with them every trace of their values.
 
-        ids: int [n]. What remains is numbered anew, so this is another codebook, to which old masks do not belong.
-        An erased code cannot hold its place among the k, so the next best takes it: as mask_mode "reselect" does.
+        The codes that remain are numbered anew: this is another codebook, to which old masks do not belong. The next
+        best code takes the place of an erased one among the k, as mask_mode "reselect" does.
+
+        Args:
+            ids: int [n], the codes to remove.
 
         Returns:
             The old ids of the remaining codes, int64 [C - n], in their new order.

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
+
+from cu_fast.ops import ACTIVATIONS, MASK_MODES, SIMILARITIES, WEIGHTS, Activation, MaskMode, Similarity, Weight
+from cu_fast.ops.checks import check_choice
 
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
     """The shape and the training terms of one bottleneck.
 
-    d_model: D, the layer's width. code_dim: E. num_codes: C. k: codes kept a token.
-    similarity: "cosine", "dot" or "l2". activation: of the encoder, "relu" or "none".
-    weight: a kept code's weight: "one" (CodeUnlearn), "mean" (1/k, Codebook Features), "score" (relu(score)).
-    autoencoder: False = no encoder and decoder, code_dim must be d_model (Codebook Features).
-    normalize: divide x by its running root mean square (one number for the layer), and multiply y by it. The
-        scale is learnt while training; without it codes hardly move where hidden states are large.
-    mask_mode: what a mask does: "ablate" zeroes a deleted code's weight, "reselect" lets the next best take its
-        place (the paper's). Ablate is the default because the next best code often says the same.
-    code_dropout: while training, the share of codes that count for nothing, drawn anew at every step: the model
-        learns to do without a code, so that deleting one topic's costs the others less.
-    *_weight: factors of the terms of ``auxiliary_loss()``; reconstruction is relative to the variance of x.
+    Attributes:
+        d_model: D, the layer's width.
+        code_dim: E, the width of a code.
+        num_codes: C.
+        k: codes kept per token, 1 <= k <= num_codes.
+        similarity: score of a code: "cosine", "dot" or "l2" (see ``cu_fast.ops.pack_codes``).
+        activation: of the encoder: "relu" or "none".
+        weight: of a kept code: "one" (CodeUnlearn), "mean" = 1 / k (Codebook Features), "score" = relu(score).
+        autoencoder: False = no encoder and decoder; code_dim must be d_model (Codebook Features).
+        normalize: divide x by its running root mean square, one number per layer, and multiply y by it. The scale
+            is measured while training; without it codes hardly move where hidden states are large.
+        mask_mode: "ablate" = a deleted code's weight is 0; "reselect" = the next best code takes its place (the
+            paper's). Ablate is the default because the next best code often says the same.
+        code_dropout: share of the codes that count for nothing in a training step, drawn anew in each, in [0, 1).
+            The model learns to do without a code, so that deleting one topic's costs the others less.
+        reconstruction_weight: factor of that term of ``auxiliary_loss()``, an error relative to the variance of x.
+        commitment_weight: factor of the term that draws z to its codes.
+        codebook_weight: factor of the term that draws codes to their z.
+        l1_weight: factor of the mean absolute entry of the codes.
     """
 
     d_model: int
     code_dim: int
     num_codes: int
     k: int
-    similarity: Literal["cosine", "dot", "l2"] = "cosine"
-    activation: Literal["relu", "none"] = "relu"
-    weight: Literal["one", "mean", "score"] = "one"
+    similarity: Similarity = "cosine"
+    activation: Activation = "relu"
+    weight: Weight = "one"
     autoencoder: bool = True
     normalize: bool = True
-    mask_mode: Literal["ablate", "reselect"] = "ablate"
+    mask_mode: MaskMode = "ablate"
     code_dropout: float = 0.0
     reconstruction_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -50,14 +61,10 @@ class BottleneckConfig:
             raise ValueError(
                 f"code_dim is {self.code_dim}; without an autoencoder it should be d_model, {self.d_model}"
             )
-        for name, allowed in (
-            ("similarity", ("cosine", "dot", "l2")),
-            ("activation", ("relu", "none")),
-            ("weight", ("one", "mean", "score")),
-            ("mask_mode", ("ablate", "reselect")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(allowed)}")
+        check_choice("similarity", self.similarity, SIMILARITIES)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("mask_mode", self.mask_mode, MASK_MODES)
         if not 0 <= self.code_dropout < 1:
             raise ValueError(f"code_dropout is {self.code_dropout!r}; it should be in [0, 1)")
         for field in dataclasses.fields(self):
@@ -66,11 +73,16 @@ class BottleneckConfig:
                 raise ValueError(f"{field.name} is {value!r}; it should be a finite number >= 0")
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, JSON values only."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BottleneckConfig:
-        """Raises ValueError for an unknown or missing key: a setting that is not understood is not ignored."""
+        """The config of which :meth:`to_dict` gave these values.
+
+        Raises:
+            ValueError: an unknown or missing key (a setting that is not understood is not ignored), or a wrong value.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))

@@ -8,20 +8,24 @@ from torch import Tensor, nn
 from cu_fast import ops
 from cu_fast.nn.autograd import gather_sum
 
-SEED_ROWS = 20_000  # tokens that an encoder's start is computed from
+SEED_ROWS = 20_000  # tokens whose singular vectors an encoder starts at
 
 
 class TrainingPath(nn.Module):
     """The differentiable forward, the losses, and how codes start and start again.
 
-    Needs what the bottleneck holds: config, impl, scan, autoencoder, codebook, rms, rms_steps.
+    Uses attributes of the bottleneck: config, impl, scan, autoencoder, codebook, rms, rms_steps.
+
+    Attributes:
+        losses: name -> scalar, the terms of the last training forward, without their factors.
+        token_mask: bool [...], the shape of x without D: which positions are tokens. The others, padding, are left
+            out of selection and losses. None, or another shape than the batch's: all are tokens.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._last_z: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
-        # Which positions of the batch are tokens, bool [...]; the rest, padding, is left out.
         self.token_mask: Tensor | None = None
 
     def _forward_training(self, x: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ class TrainingPath(nn.Module):
         z = x_scaled if self.autoencoder is None else self.autoencoder.encode(x_scaled)
         ids, weights = self._select_training(z)
         q, used = self._sums(ids, weights)
-        # Straight-through: the value is q's; z receives q's gradient, and so do the codes that make it up.
+        # Straight-through: the value is that of q; z receives the gradient of q, and so do the codes that sum to it.
         through = used + (z - z.detach())
         y = through if self.autoencoder is None else self.autoencoder.decode(through)
         x_scale, z_scale = _variance(x_scaled), _variance(z)
@@ -67,13 +71,13 @@ class TrainingPath(nn.Module):
         return ids, weights
 
     def _sums(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of a token's codes [T, E], and of those that code dropout leaves."""
+        """Two sums of each token's codes, [T, E]: of all, and of those that code dropout leaves."""
         codes = self.codebook.codes
         if not self.config.code_dropout:
             q = gather_sum(ids, weights, codes, self.impl)
             return q, q
         alive = torch.rand(len(codes), device=codes.device) >= self.config.code_dropout
-        # In one call: the gradient of the codes, as large as they are, is made once.
+        # One call for both sums: the gradient of the codes is as large as the codes, and so is made once.
         weights = torch.cat([weights, weights * alive[ids.clamp(min=0)]])
         return gather_sum(ids.repeat(2, 1), weights, codes, self.impl).chunk(2)
 
@@ -100,14 +104,19 @@ class TrainingPath(nn.Module):
         return sum(terms, self.losses["l1"].new_zeros(()))
 
     def usage(self) -> dict[str, float]:
+        """:meth:`Codebook.usage` of the codebook."""
         return self.codebook.usage()
 
     @torch.no_grad()
     def seed_codes(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the scale, the encoder and the codes from data: x [..., D] is a sample of the layer's output.
+        """Start the scale, the encoder and the codes from data, in place.
 
         An encoder narrower than the model starts at the sample's first right singular vectors, and the decoder at
         their transpose. Each code becomes the z of a random token, divided by k where k codes are summed.
+
+        Args:
+            x: [..., D], a sample of the layer's output.
+            generator: on the CPU, for the draws; None = torch's global one.
         """
         flat = x.detach().reshape(-1, self.config.d_model).float()
         if self.config.normalize:
@@ -125,7 +134,17 @@ class TrainingPath(nn.Module):
         self.codebook.codes.copy_(z[rows] / share)
 
     def reseed_dead(self, generator: torch.Generator | None = None) -> int:
-        """Move the codes not kept since the last call onto tokens of the last batch; returns how many."""
+        """Move the codes not kept since the last call onto tokens of the last training batch, and count anew.
+
+        Args:
+            generator: on the CPU, for the draws; None = torch's global one.
+
+        Returns:
+            How many codes were moved.
+
+        Raises:
+            RuntimeError: no training forward has run.
+        """
         if self._last_z is None:
             raise RuntimeError("no tokens to seed from yet; run a forward pass in training mode first")
         moved = self.codebook.reseed_dead(self._last_z, generator)

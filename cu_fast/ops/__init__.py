@@ -4,24 +4,24 @@
     codebook_quantize  ids = the k best codes by score(z, j), not deleted    z [T, E] -> scores, ids [T, k]
     masked_decode      y   = reduce_i(w_i table[ids_i]) + bias + residual    ids [T, k] -> y [T, D]
 
-T tokens, D model width, E code width, C codes, k codes kept a token, U masks in a table. Scores are defined
+T tokens, D model width, E code width, C codes, k codes kept per token, U masks in a table. Scores are defined
 numbers and selection is a total order (score descending, then id ascending), so every implementation returns
 the same bits: see ``docs/contract.md``. Inputs are fp32, bf16 or fp16; a last dimension that is not
-contiguous is copied; outputs never alias inputs, and inputs are never written to.
+contiguous is copied; outputs never alias inputs, and inputs are never written to (but for a ``receipt``).
 
 A mask is ``mask_table``, int32 [U, ceil(C/32)] (bit j % 32 of word j // 32 set = code j deleted), with
-``mask_row``, int32 [T]: the row that holds for each token, -1 = nothing deleted. Give both or neither.
+``mask_row``, int32 [T]: per token the row of the table that holds, -1 = nothing deleted. Give both or neither.
 
 ``impl`` is "reference" (plain PyTorch), "cpu" or "cuda" (the native library's kernels), "triton", or "auto": the kernels
 for the device, on a GPU "cuda" before "triton", and "reference" where none can run. An explicit choice never falls back.
-On a GPU nothing waits for the device, so values in tensors are not looked at before a kernel runs: a mask_row that is no
-row of the table, or an id beyond it, makes the token's row NaN instead of raising. All operators are for inference: an
-input that requires grad raises; ``cu_fast.nn`` holds the training path.
+On a GPU nothing waits for the device, so values in tensors are not checked before a kernel runs: a mask_row that is no
+row of the table, or an id beyond the last code, makes the token's row NaN instead of raising. All operators are for
+inference: an input that requires grad raises; ``cu_fast.nn`` holds the training path.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 from cu_fast.kernels import reference
 from cu_fast.ops.checks import (
     INTS,
+    check_choice,
     check_device,
     check_k,
     check_mask,
@@ -38,12 +39,22 @@ from cu_fast.ops.checks import (
     refuse_grad,
     shape,
 )
+from cu_fast.ops.choice import Impl as Impl
+from cu_fast.ops.choice import auto_kernels, choose
 from cu_fast.ops.choice import available_impls as available_impls
-from cu_fast.ops.choice import choose, kernels
 from cu_fast.ops.choice import resolve as resolve
 
 Similarity = Literal["cosine", "dot", "l2"]
 Scan = Literal["auto", "int8", "fp32"]
+Activation = Literal["relu", "none"]
+MaskMode = Literal["ablate", "reselect"]
+Weight = Literal["one", "mean", "score"]
+Reduce = Literal["sum", "mean"]
+# Read once: the checks run in every call, and torch.compile traces them.
+SIMILARITIES, SCANS, ACTIVATIONS = get_args(Similarity), get_args(Scan), get_args(Activation)
+MASK_MODES, WEIGHTS, REDUCES = get_args(MaskMode), get_args(Weight), get_args(Reduce)
+
+# scan="auto" takes the int8 plane from this many codes on, and between these widths: see choose_scan.
 SCAN_CODES = 512
 SCAN_WIDTHS = (32, 32768)
 
@@ -51,8 +62,12 @@ SCAN_WIDTHS = (32, 32768)
 class ScanPlane(NamedTuple):
     """Codes in int8 for the certified scan of the kernels, with what bounds its error (``csrc/core/scan.h``).
 
-    plane uint8 [ceil(C/64), ceil(E/4), 64, 4]; terms fp32 [ceil(C/64), 196]; mean fp32 [E], 0: not centred.
     About C * E bytes: a quarter of fp32 codes.
+
+    Attributes:
+        plane: uint8 [ceil(C/64), ceil(E/4), 64, 4], the quantized codes.
+        terms: fp32 [ceil(C/64), 196], scale and error bounds of each code, and the largest of each 64 codes.
+        mean: fp32 [E], subtracted from every code before it is rounded; 0 = not centred.
     """
 
     plane: Tensor
@@ -63,22 +78,31 @@ class ScanPlane(NamedTuple):
 class PackedCodes(NamedTuple):
     """A codebook with what is computed once for it. Made by :func:`pack_codes`; shares memory with its input.
 
-    codes [C, E]; inv_norm fp32 [C] (cosine) or None; bias fp32 [C] or None (for l2: -0.5 ||c||^2); scan: the int8
-    plane, or None where every code is scored as it is. Results are the same with and without it.
+    Attributes:
+        codes: [C, E], fp32, bf16 or fp16.
+        similarity: "cosine", "dot" or "l2".
+        inv_norm: fp32 [C], 1 / ||c|| for "cosine"; else None.
+        bias: fp32 [C], added to each score; for "l2" it is -0.5 ||c||^2. None = 0.
+        scan: the int8 plane, or None = every code is scored as it is. The results do not depend on it.
     """
 
     codes: Tensor
-    similarity: str
+    similarity: Similarity
     inv_norm: Tensor | None
     bias: Tensor | None
     scan: ScanPlane | None = None
 
 
 class Selection(NamedTuple):
-    """What a selection returns: scores fp32 [T, k] and ids int32 [T, k], best first; hits int32 [T] or None.
+    """What a selection returns, best first.
 
     Where fewer than k codes are left the slot holds id -1 and score 0. A row with NaN or Inf holds id -1 and
     score NaN, which :func:`masked_decode` turns into a NaN row.
+
+    Attributes:
+        scores: fp32 [T, k].
+        ids: int32 [T, k].
+        hits: int32 [T], how many deleted codes would have been among the token's k; None = not counted.
     """
 
     scores: Tensor
@@ -100,14 +124,15 @@ def pack_codes(
             as exact; "fp32" leaves it out; "auto" decides by :func:`choose_scan`.
 
     Returns:
-        PackedCodes.
+        PackedCodes, on the device of codes.
 
     Raises:
-        ValueError, TypeError: an argument with a wrong shape, dtype or value, named in the message.
+        ValueError: an argument with a wrong shape, device or value.
+        TypeError: an argument with a wrong dtype.
+        RuntimeError: codes or bias requires grad, or scan is "int8" and no kernels can run on the device.
     """
     check_matrix("codes", codes)
-    if similarity not in ("cosine", "dot", "l2"):
-        raise ValueError(f"similarity is {similarity!r}; it should be 'cosine', 'dot' or 'l2'")
+    check_choice("similarity", similarity, SIMILARITIES)
     if codes.shape[0] == 0 or codes.shape[1] == 0:
         raise ValueError(f"codes has shape {shape(codes)}; it should hold at least one code of width >= 1")
     if codes.shape[0] > 2**31 - 1:
@@ -125,20 +150,28 @@ def pack_codes(
     return PackedCodes(codes, similarity, inv_norm, bias, _pack_scan(codes, inv_norm, scan))
 
 
-def choose_scan(C: int, E: int) -> str:
-    """What scan="auto" means for [C, E] codes: "int8" or "fp32".
+def choose_scan(C: int, E: int) -> Literal["int8", "fp32"]:
+    """What scan="auto" means for C codes of width E.
 
-    The bound on an int8 score grows with sqrt(E) against the scores' spread, so that for very wide codes most
-    would be scored twice; and narrow ones have no products to save.
+    The error bound of an int8 score grows with sqrt(E) relative to the spread of the scores, so that most of very wide
+    codes would be scored twice. For narrow or few codes the scan saves too few products to pay for itself.
     """
     return "int8" if C >= SCAN_CODES and SCAN_WIDTHS[0] <= E <= SCAN_WIDTHS[1] else "fp32"
 
 
 def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
-    """How the native kernels would select for T tokens where the codes are: scan or not, and how the work is cut.
+    """How the native kernels would select on the device of the codes: scan or not, and how the work is cut.
 
-    On a CPU with the threads that torch has now. A text for people; results never depend on it. Raises RuntimeError
-    where the native kernels cannot run.
+    Args:
+        T: tokens.
+        packed: from :func:`pack_codes`.
+        k: codes kept per token.
+
+    Returns:
+        A text for people; results never depend on the plan. On a CPU it is for the threads that torch has now.
+
+    Raises:
+        RuntimeError: the native kernels cannot run.
     """
     C, E = packed.codes.shape
     device, scan = packed.codes.device, packed.scan is not None
@@ -150,12 +183,11 @@ def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
     return torch.ops.cu_fast.selection_plan(T, C, E, k, torch.get_num_threads(), scan)
 
 
-def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: str) -> ScanPlane | None:
-    if scan not in ("auto", "int8", "fp32"):
-        raise ValueError(f"scan is {scan!r}; it should be 'auto', 'int8' or 'fp32'")
+def _pack_scan(codes: Tensor, inv_norm: Tensor | None, scan: Scan) -> ScanPlane | None:
+    check_choice("scan", scan, SCANS)
     if scan == "fp32" or (scan == "auto" and choose_scan(*codes.shape) == "fp32"):
         return None
-    impl, reason = kernels(codes.device)
+    impl, reason = auto_kernels(codes.device)
     if impl == "cpu" and codes.device.type == "cpu":
         return ScanPlane(*torch.ops.cu_fast.pack_scan(codes, inv_norm))
     if impl in ("cuda", "triton"):
@@ -173,24 +205,27 @@ def codebook_quantize(
     mask_table: Tensor | None = None,
     mask_row: Tensor | None = None,
     return_hits: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Selection:
     """The k best codes of every row of z that are not deleted (contract, sections 2 to 4: mode "reselect").
 
     Args:
-        z: [T, E].
+        z: [T, E], fp32, bf16 or fp16.
         packed: from :func:`pack_codes`.
-        k: codes kept a token, 1 <= k <= C.
-        mask_table, mask_row: see the module's docstring. A deleted code cannot come out.
-        return_hits: also count, for each token, the deleted codes that would have been among its k.
+        k: codes kept per token, 1 <= k <= C.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted; see the module's docstring.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        return_hits: also count, per token, the deleted codes that would have been among its k.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        Selection(scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or None).
+        Selection(scores fp32 [T, k], ids int32 [T, k], hits int32 [T], None without return_hits). No id is a deleted
+        code's.
 
     Raises:
-        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
-        RuntimeError: z or the codes require grad, or the implementation asked for is not available.
+        ValueError: an argument with a wrong shape, device or value.
+        TypeError: an argument with a wrong dtype.
+        RuntimeError: z or packed.codes requires grad, or the implementation asked for cannot run.
     """
     C, E = packed.codes.shape
     check_matrix("z", z, width=E, of="packed.codes")
@@ -209,34 +244,36 @@ def sae_encode(
     b_enc: Tensor | None = None,
     b_pre: Tensor | None = None,
     *,
-    activation: Literal["relu", "none"] = "relu",
+    activation: Activation = "relu",
     k: int | None = None,
     mask_table: Tensor | None = None,
     mask_row: Tensor | None = None,
     scan: ScanPlane | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | Selection:
     """A sparse autoencoder's encoder: dense, or with ``k`` the TopK-SAE's fused selection (arXiv 2406.04093).
 
     Args:
-        x: [T, D].
-        W_enc: [E, D]; with k its rows are the codes, so E is C.
-        b_enc: [E] or None (= 0).
-        b_pre: [D], subtracted from x first, or None (= 0).
+        x: [T, D], fp32, bf16 or fp16.
+        W_enc: [E, D], fp32, bf16 or fp16. With k its rows are the codes, so C is E.
+        b_enc: [E], or None = 0.
+        b_pre: [D], subtracted from x first, or None = 0.
         activation: "relu" or "none".
-        k: None for dense z; else the latents kept a token, 1 <= k <= E.
-        mask_table, mask_row: only with k; see the module's docstring.
+        k: latents kept per token, 1 <= k <= E; None = all, a dense z.
+        mask_table: only with k: int32 [U, ceil(E/32)], or None = nothing deleted; see the module's docstring.
+        mask_row: only with k: int32 [T], -1 = nothing deleted; None where mask_table is.
         scan: only with k: ``pack_codes(W_enc, "dot").scan``, or None. The results do not depend on it.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that what is selected from it does
-        not depend on machine or batch; a row with NaN or Inf in x - b_pre is NaN.
-        With k: Selection; ordered by the pre-activation, its scores are activation(score), the decode weights.
+        Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that a selection from it does not
+        depend on machine or batch; a row with NaN or Inf in x - b_pre is NaN.
+        With k: Selection, ordered by the pre-activation; its scores are activation(score), the decode weights.
 
     Raises:
-        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
-        RuntimeError: an input requires grad, or the implementation asked for is not available.
+        ValueError: an argument with a wrong shape, device or value.
+        TypeError: an argument with a wrong dtype.
+        RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
     check_matrix("W_enc", W_enc)
     E, D = W_enc.shape
@@ -244,8 +281,7 @@ def sae_encode(
     check_device("W_enc", W_enc, "x", x)
     check_vector("b_enc", b_enc, E, "W_enc's rows", x.device)
     check_vector("b_pre", b_pre, D, "D", x.device)
-    if activation not in ("relu", "none"):
-        raise ValueError(f"activation is {activation!r}; it should be 'relu' or 'none'")
+    check_choice("activation", activation, ACTIVATIONS)
     refuse_grad("sae_encode", x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
     relu = activation == "relu"
     if k is None:
@@ -269,8 +305,8 @@ def masked_decode(
     mask_table: Tensor | None = None,
     mask_row: Tensor | None = None,
     *,
-    reduce: Literal["sum", "mean"] = "sum",
-    impl: str = "auto",
+    reduce: Reduce = "sum",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Gather and sum: y = reduce_i(w_i table[ids_i]) + bias + residual (contract, section 4: mode "ablate").
 
@@ -278,19 +314,22 @@ def masked_decode(
 
     Args:
         ids: int32 or int64 [T, k], -1 <= id < C; -1 adds nothing.
-        weights: [T, k], or None (= 1). NaN beside id -1 makes the row NaN (see :class:`Selection`).
-        table: [C, D].
-        bias: [D] or None. residual: [T, D] or None.
-        mask_table, mask_row: see the module's docstring. A deleted code's weight becomes 0.
-        reduce: "sum", or "mean", which divides by k whatever was deleted.
+        weights: [T, k], or None = 1. NaN beside id -1 makes the row NaN (see :class:`Selection`).
+        table: [C, D], fp32, bf16 or fp16.
+        bias: [D], or None = 0.
+        residual: [T, D], or None = 0.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted; see the module's docstring.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        reduce: "sum", or "mean", which divides by k however many codes are deleted.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        y [T, D] in table's dtype.
+        y, [T, D] in table's dtype. The weight of a deleted code counts as 0.
 
     Raises:
-        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
-        RuntimeError: an input requires grad, or the implementation asked for is not available.
+        ValueError: an argument with a wrong shape, device or value.
+        TypeError: an argument with a wrong dtype.
+        RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
     check_matrix("table", table)
     C, D = table.shape
@@ -306,8 +345,7 @@ def masked_decode(
                 raise ValueError(f"{name} has shape {shape(tensor)}; it should be {list(wanted)}")
     check_vector("bias", bias, D, "D", table.device)
     check_mask(mask_table, mask_row, T, C, table.device)
-    if reduce not in ("sum", "mean"):
-        raise ValueError(f"reduce is {reduce!r}; it should be 'sum' or 'mean'")
+    check_choice("reduce", reduce, REDUCES)
     refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
     op = choose("masked_decode", impl, table.device)
     check_values("ids", ids, C)
@@ -324,33 +362,36 @@ def codebook_bottleneck(
     mask_row: Tensor | None = None,
     *,
     k: int,
-    activation: Literal["relu", "none"] = "relu",
-    mask_mode: Literal["ablate", "reselect"] = "ablate",
-    weight: Literal["one", "mean", "score"] = "one",
+    activation: Activation = "relu",
+    mask_mode: MaskMode = "ablate",
+    weight: Weight = "one",
     receipt: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """The three operators in one call: sae_encode, codebook_quantize, masked_decode. For latency at small T.
 
     Args:
-        x: [T, D].
-        encoder: (W_enc [E, D], b_enc [E] or None, b_pre [D] or None), or None: x is z, and D is E.
+        x: [T, D], fp32, bf16 or fp16.
+        encoder: (W_enc [E, D], b_enc [E] or None = 0, b_pre [D] or None = 0); None = x is z, and E is D.
         packed: from :func:`pack_codes`.
-        table: [C, D], what a code adds to y: its decoded row.
-        b_dec: [D] or None.
-        mask_table, mask_row: see the module's docstring. With mask_mode "reselect" a deleted code is not selected;
-            with "ablate" it is, and adds nothing.
-        k: codes kept a token.
-        weight: of a selected code: 1, 1 / k ("mean"), or relu(score).
-        receipt: int64 [2], added to in place: T, and the codes that the mask took from these tokens; or None.
+        table: [C, D], the decoded row of each code, which it adds to y.
+        b_dec: [D], or None = 0.
+        mask_table: int32 [U, ceil(C/32)], or None = nothing deleted; see the module's docstring.
+        mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
+        k: codes kept per token, 1 <= k <= C.
+        activation: of the encoder: "relu" or "none".
+        mask_mode: "reselect" = a deleted code is not selected; "ablate" = it is selected, and adds nothing.
+        weight: of a selected code: "one" = 1, "mean" = 1 / k, "score" = relu(score).
+        receipt: int64 [2], added to in place: T, and the codes that the mask took away; None = not counted.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        y [T, D] in table's dtype.
+        y, [T, D] in table's dtype.
 
     Raises:
-        ValueError, TypeError: an argument with a wrong shape, dtype, device or value.
-        RuntimeError: an input requires grad, or the implementation asked for is not available.
+        ValueError: an argument with a wrong shape, device or value.
+        TypeError: an argument with a wrong dtype.
+        RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
     C, E = packed.codes.shape
     W_enc, b_enc, b_pre = encoder or (None, None, None)
@@ -366,19 +407,15 @@ def codebook_bottleneck(
         check_vector("b_pre", b_pre, W_enc.shape[1], "D", x.device)
     check_matrix("table", table)
     if table.shape[0] != C:
-        raise ValueError(f"table has shape {shape(table)}; it should have {C} rows, one a code")
+        raise ValueError(f"table has shape {shape(table)}; it should have {C} rows, one per code")
     check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
     check_device("packed.codes", packed.codes, "x", x)
     check_device("table", table, "x", x)
     check_k(k, C)
     check_mask(mask_table, mask_row, x.shape[0], C, x.device)
-    for name, value, choices in (
-        ("activation", activation, ("relu", "none")),
-        ("mask_mode", mask_mode, ("ablate", "reselect")),
-        ("weight", weight, ("one", "mean", "score")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, choices))}")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("mask_mode", mask_mode, MASK_MODES)
+    check_choice("weight", weight, WEIGHTS)
     if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
         raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
     refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)

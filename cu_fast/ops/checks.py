@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,10 +13,31 @@ INTS = (torch.int32, torch.int64)
 
 
 def shape(tensor: Tensor) -> list[int]:
+    """The shape as messages write it."""
     return list(tensor.shape)
 
 
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError, with the argument's name, for a value that is not one of those allowed."""
+    if value not in allowed:
+        *most, last = map(repr, allowed)
+        listed = f"{', '.join(most)} or {last}" if most else last
+        raise ValueError(f"{name} is {value!r}; it should be {listed}")
+
+
 def check_matrix(name: str, tensor: Tensor, width: int | None = None, of: str = "") -> None:
+    """Raises for anything but a floating tensor of two dimensions.
+
+    Args:
+        name: the argument's.
+        tensor: its value.
+        width: of the last dimension; None = any.
+        of: the argument that has that width.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor")
     if tensor.dtype not in FLOATS:
@@ -25,6 +49,19 @@ def check_matrix(name: str, tensor: Tensor, width: int | None = None, of: str = 
 
 
 def check_vector(name: str, tensor: Tensor | None, size: int, letter: str, device: torch.device) -> None:
+    """Raises for anything but None or a floating vector.
+
+    Args:
+        name: the argument's.
+        tensor: its value; None passes.
+        size: of the vector.
+        letter: what messages call the size.
+        device: of the other arguments.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
     if tensor is None:
         return
     if tensor.dtype not in FLOATS:
@@ -36,11 +73,13 @@ def check_vector(name: str, tensor: Tensor | None, size: int, letter: str, devic
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises ValueError, with both names, where two tensors are on different devices."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move one of them")
 
 
 def check_k(k: int, C: int) -> None:
+    """Raises TypeError where k is not an int, ValueError where it is not between 1 and C."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k is {k!r}; it should be an int")
     if not 1 <= k <= C:
@@ -48,6 +87,19 @@ def check_k(k: int, C: int) -> None:
 
 
 def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device: torch.device) -> None:
+    """Raises for anything but a mask, or None twice.
+
+    Args:
+        table: mask_table, int32 [U, ceil(C/32)], or None.
+        row: mask_row, int32 [T], or None.
+        T: tokens.
+        C: codes.
+        device: of the other arguments.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device, only one of the two, or, on a CPU, a row beyond the table.
+    """
     if table is None and row is None:
         return
     if table is None or row is None:
@@ -62,12 +114,13 @@ def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device:
     if table.dim() != 2 or table.shape[1] != words:
         raise ValueError(f"mask_table has shape {shape(table)}; it should be [U, {words}], a bit for each of {C} codes")
     if tuple(row.shape) != (T,):
-        raise ValueError(f"mask_row has shape {shape(row)}; it should be [{T}], a row of the table a token")
+        raise ValueError(f"mask_row has shape {shape(row)}; it should be [{T}], a row of the table per token")
     check_values("mask_row", row, table.shape[0])
 
 
 def check_values(name: str, tensor: Tensor, limit: int) -> None:
-    # Values are looked at where that costs no device synchronisation; a trace has none to look at.
+    """Raises ValueError where a CPU tensor of ints holds one below -1 or from ``limit`` on."""
+    # Values are read only on a CPU, where it costs no synchronisation; while torch.compile traces there are none.
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
     low, high = (int(v) for v in tensor.aminmax())
@@ -77,6 +130,7 @@ def check_values(name: str, tensor: Tensor, limit: int) -> None:
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    """Raises RuntimeError, with the operator's and the argument's name, where gradients are on and one is required."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():

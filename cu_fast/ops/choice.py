@@ -5,20 +5,24 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from cu_fast.kernels import native, reference, triton
+from cu_fast.ops.checks import check_choice
 
 logger = logging.getLogger("cu_fast")
 
-# The kernels that "auto" takes, by device, the first that can run. Not Triton's on a CPU, where they are interpreted.
+Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
+IMPLS = get_args(Impl)
+
+# Per device the kernels that "auto" tries, in order. Not Triton's on a CPU, where they are interpreted.
 BY_DEVICE = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def available_impls() -> dict[str, str | None]:
-    """Every implementation and why it cannot run here, None where it can."""
+    """Every implementation's name, with the reason why it cannot run on this machine, None where it can."""
     return {
         "reference": None,
         "cpu": native.failure(),
@@ -27,18 +31,25 @@ def available_impls() -> dict[str, str | None]:
     }
 
 
-def resolve(impl: str, device: torch.device) -> str:
+def resolve(impl: Impl, device: torch.device) -> str:
     """The implementation that ``impl`` means for tensors on ``device``.
 
+    Args:
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
+        device: of the tensors.
+
+    Returns:
+        "reference", "cpu", "cuda" or "triton".
+
     Raises:
-        ValueError: an unknown name. RuntimeError: an explicit choice that cannot run, with the reason.
+        ValueError: an unknown name.
+        RuntimeError: an explicit choice that cannot run, with the reason.
     """
     if impl == "auto":
         return _auto(device.type, device.index)
     if impl == "reference":
         return impl
-    if impl not in ("cpu", "cuda", "triton"):
-        raise ValueError(f"impl is {impl!r}; it should be 'auto', 'reference', 'cpu', 'cuda' or 'triton'")
+    check_choice("impl", impl, IMPLS)
     reason = _explicit_failure(impl, device.type, device.index)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} is not available: {reason}")
@@ -50,8 +61,8 @@ def resolve(impl: str, device: torch.device) -> str:
 
 
 @functools.cache
-def failure(impl: str, device: torch.device) -> str | None:
-    """Why the kernels of "cpu", "cuda" or "triton" cannot run, None where they can. Asked once a device."""
+def failure(impl: Literal["cpu", "cuda", "triton"], device: torch.device) -> str | None:
+    """Why the kernels of "cpu", "cuda" or "triton" cannot run on a device, None where they can. Cached per device."""
     if impl == "triton":
         return triton.failure(device)
     if impl == "cpu":
@@ -59,7 +70,7 @@ def failure(impl: str, device: torch.device) -> str | None:
     return native.cuda_failure(device if device.type == "cuda" else None)
 
 
-# torch.compile takes the answers as constants.
+# torch.compile takes the answers of this function and the next as constants: it cannot trace what they call.
 @torch.compiler.assume_constant_result
 def _explicit_failure(impl: str, device_type: str, index: int | None) -> str | None:
     return failure(impl, torch.device(device_type, index))
@@ -72,7 +83,7 @@ def _auto(device_type: str, index: int | None) -> str:
 
 @functools.cache
 def _announced(device_type: str, index: int | None) -> str:
-    impl, reason = kernels(torch.device(device_type, index))
+    impl, reason = auto_kernels(torch.device(device_type, index))
     if impl is None:
         why = reason or "there are no kernels for it"
         logger.warning("on %s: impl 'reference', exact but slow, because %s", device_type, why)
@@ -82,8 +93,12 @@ def _announced(device_type: str, index: int | None) -> str:
     return impl
 
 
-def kernels(device: torch.device) -> tuple[str | None, str]:
-    """The kernels that "auto" takes on a device, None where it takes none; and why those before them cannot run, or ""."""
+def auto_kernels(device: torch.device) -> tuple[str | None, str]:
+    """The kernels that "auto" takes on a device, and why those it tries before them cannot run.
+
+    Returns:
+        ("cpu", "cuda" or "triton"; None where none can run, the reasons; "" where the first can run).
+    """
     reasons = []
     for impl in BY_DEVICE.get(device.type, ()):
         reason = failure(impl, device)
@@ -93,8 +108,12 @@ def kernels(device: torch.device) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
-def choose(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
-    """What runs an operator of ``kernels/operators.py``: each implementation takes the same arguments."""
+def choose(op: str, impl: Impl, device: torch.device) -> Callable[..., Any]:
+    """The function that runs an operator of ``kernels/operators.py``. Every implementation takes the same arguments.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`resolve`.
+    """
     chosen = resolve(impl, device)
     if chosen == "reference":
         return getattr(reference, op)

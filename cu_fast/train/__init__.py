@@ -3,11 +3,13 @@
 Two recipes:
 
 ``joint``         model and bottleneck together (CodeUnlearn, arXiv 2410.10866): the model comes to rely on codes.
-``frozen_below``  everything that runs before the bottleneck is frozen; the bottleneck and what follows it learn.
-                  For a model that already knows its task: what was found to work on small models.
+``frozen_below``  the layers that run before the bottleneck are frozen; the bottleneck and the layers after it learn.
+                  For a model that already knows its task; it was found to work on small models.
 
 Data sets are sequences of dicts with one of three key sets: {"text"}; {"prompt", "completion"} (causal: the
-prompt's tokens count ``prompt_weight``); {"source", "target"} (sequence to sequence).
+prompt's tokens have the weight ``prompt_weight``); {"source", "target"} (sequence to sequence).
+
+In a batch: B sequences of S tokens, V words in the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cu_fast.hf import Attachment, attach
-from cu_fast.nn import BottleneckConfig
+from cu_fast.hf import Attachment, Tokenizer, attach
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.ops.checks import check_choice
 from cu_fast.rows import Collator, encode_row
 from cu_fast.train.resume import SETTINGS, USAGE, checkpoint_to_resume, no_checkpoint, settings_of
 
@@ -37,7 +40,7 @@ Recipe = Literal["joint", "frozen_below"]
 
 def train(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     dataset: Sequence[Mapping[str, str]],
     bottlenecks: Mapping[str, BottleneckConfig] | None,
     arguments: TrainingArguments,
@@ -54,31 +57,32 @@ def train(
     """Put bottlenecks into a model and train it.
 
     Args:
-        model, tokenizer: changed in place; the tokenizer needs a pad token.
-        dataset: see the module's docstring.
-        bottlenecks: layer name -> config, put in fresh with codes from data; None: train the model as it is.
-        arguments: transformers' own; its folder takes the checkpoints. ``seed`` also seeds codes.
+        model: changed in place; in evaluation mode afterwards.
+        tokenizer: the model's; it needs a pad token.
+        dataset: rows; see the module's docstring for their keys.
+        bottlenecks: layer name -> config, put in fresh with codes from data; None = train the model as it is.
+        arguments: transformers' own, not changed. ``output_dir`` takes the checkpoints; ``seed`` also seeds codes.
         recipe: "joint" or "frozen_below".
-        codebook_learning_rate: of the codes; None: the same as the rest. Codes have no weight decay.
-        embedding_learning_rate: of the input embedding, and of an output that is tied to it; None: the same as the rest.
-            For models whose embedding starts with entries of size 1, as T5's does: at a rate that suits the other
+        codebook_learning_rate: of the codes; None = the same as the rest. Codes have no weight decay.
+        embedding_learning_rate: of the input embedding, and of an output that is tied to it; None = the same as the
+            rest. For models whose embedding starts with entries of size 1, as T5's does: at a rate that suits the other
             weights it hardly moves.
-        prompt_weight: weight of a prompt's tokens in the loss, 0 = only completions count.
-        max_length: tokens a row is cut to.
-        reseed_every: steps after which codes that nobody used move to a token of the last batch; 0 = never.
-        reseed_until: share of the training after which none is moved any more.
-        resume: go on from the newest checkpoint in the arguments' folder, to the same weights as a run that was not
-            stopped. Epochs, logging and saving may differ from then; all other settings, and the data, may not.
+        prompt_weight: weight of a prompt's tokens in the loss, at least 0; 0 = only completions count.
+        max_length: tokens that a row is cut to.
+        reseed_every: steps after which codes that were not kept move to a token of the last batch; 0 = never.
+        reseed_until: share of the training after which no code is moved any more.
+        resume: go on from the newest checkpoint in ``output_dir``, to the same weights as a run that was not stopped.
+            Epochs, logging and saving may differ from those of before; all other settings, and the data, may not.
 
     Returns:
         (attachment, figures): the attachment, None without bottlenecks, and the last training figures.
 
     Raises:
-        ValueError: an empty data set, rows with other keys, an unknown recipe or layer; with ``resume``, no
-            checkpoint, a damaged one, or one of other settings; without, a folder that holds checkpoints already.
+        ValueError: an empty data set, rows with other keys, a number out of range, an unknown recipe or layer; with
+            ``resume``, no checkpoint, a damaged one, or one of other settings; without, a folder that holds checkpoints
+            already.
     """
-    if recipe not in ("joint", "frozen_below"):
-        raise ValueError(f"recipe is {recipe!r}; it should be 'joint' or 'frozen_below'")
+    check_choice("recipe", recipe, get_args(Recipe))
     if len(dataset) == 0:
         raise ValueError("dataset is empty; it should hold at least one row")
     _check_numbers(
@@ -89,7 +93,7 @@ def train(
     rows = [encode_row(tokenizer, row, prompt_weight, max_length) for row in dataset]
     collate = Collator(tokenizer.pad_token_id)
     arguments = copy.copy(arguments)
-    arguments.remove_unused_columns = False  # the loss's weights are no argument of the model's
+    arguments.remove_unused_columns = False  # loss_weights is no argument of the model, and must reach compute_loss
     settings = settings_of(
         model, rows, bottlenecks or {}, arguments, recipe=recipe, codebook_learning_rate=codebook_learning_rate,
         embedding_learning_rate=embedding_learning_rate, reseed_every=reseed_every, reseed_until=reseed_until,
@@ -115,7 +119,7 @@ def train(
     trainer.settings = settings
     if attachment is not None:
         trainer.add_callback(UsageCallback(trainer, reseed_every, reseed_until, arguments.seed))
-        if checkpoint is not None and arguments.process_index == 0:  # the sum of all processes' counts
+        if checkpoint is not None and arguments.process_index == 0:  # the file has the sum over all processes
             usage = safetensors.torch.load_file(checkpoint / USAGE)
             for name, bottleneck in attachment.bottlenecks.items():
                 bottleneck.codebook.counts.copy_(usage[name])
@@ -128,9 +132,19 @@ def train(
 
 
 class CodebookTrainer(Trainer):
-    """Trainer whose loss is the task's, token by token weighted, plus the bottlenecks' auxiliary loss.
+    """Trainer whose loss is the task's, with a weight per token, plus the bottlenecks' auxiliary loss.
 
-    No mask holds in its forward passes. settings: what :func:`train` writes into every checkpoint; None: nothing.
+    No mask holds in its forward passes.
+
+    Args:
+        attachment: of the model; None = no bottlenecks.
+        codebook_learning_rate: of the codes; None = the same as the rest.
+        embedding_learning_rate: of the input embedding; None = the same as the rest.
+        arguments: of ``transformers.Trainer``, by name.
+
+    Attributes:
+        settings: written into every checkpoint; None = nothing is.
+        terms: name -> values since the last log, which reports their means.
     """
 
     settings: dict[str, Any] | None = None
@@ -149,13 +163,20 @@ class CodebookTrainer(Trainer):
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # the loss below is a mean already
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch that a ``Collator`` made, a scalar; with ``return_outputs`` the model's output too."""
         inputs = dict(inputs)
         weights = inputs.pop("loss_weights")
         labels = inputs["labels"] if self.model.config.is_encoder_decoder else inputs.pop("labels")
         if self.attachment is not None:
             for name, bottleneck in self.attachment.bottlenecks.items():
-                # The mask is an encoder's where there is one; a decoder's positions are not its.
+                # In an encoder-decoder the attention mask is the encoder's; a decoder has other positions.
                 of_mask = "decoder" not in name or not self.model.config.is_encoder_decoder
                 bottleneck.token_mask = inputs["attention_mask"].bool() if of_mask else None
         with self.attachment.unlearn(None) if self.attachment is not None else contextlib.nullcontext():
@@ -170,11 +191,13 @@ class CodebookTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Logs the means of ``terms`` too, and starts them anew."""
         logs |= {name: sum(values) / len(values) for name, values in self.terms.items()}
         self.terms.clear()
         super().log(logs, *arguments, **options)
 
-    def create_optimizer(self, *arguments: Any, **options: Any):
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        """An optimizer with parameter groups of their own for the codes and the embedding."""
         if self.optimizer is None and (self.attachment is not None or self.embedding_learning_rate):
             bottlenecks = self.attachment.bottlenecks.values() if self.attachment is not None else ()
             codes = [bottleneck.codebook.codes for bottleneck in bottlenecks]
@@ -193,9 +216,10 @@ class CodebookTrainer(Trainer):
         return super().create_optimizer(*arguments, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Into a checkpoint it also writes the settings and the codes' use."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call or self.settings is None:
-            return  # no checkpoint, or nobody will ask what it was trained with
+            return  # not a checkpoint, or a trainer that :func:`train` did not make and cannot resume
         bottlenecks = self.attachment.bottlenecks if self.attachment is not None else {}
         usage = {name: bottleneck.codebook.counts.clone() for name, bottleneck in bottlenecks.items()}
         for counts in usage.values():
@@ -206,12 +230,22 @@ class CodebookTrainer(Trainer):
 
 
 class UsageCallback(TrainerCallback):
-    """Reports how many codes are used and moves dead ones onto tokens of the last batch."""
+    """Reports how many codes are used, and moves codes that were not kept onto tokens of the last batch.
+
+    Args:
+        trainer: with an attachment.
+        every: steps between reports; 0 = never.
+        until: share of the training after which no code is moved any more.
+        seed: of the draws, with the step added.
+    """
 
     def __init__(self, trainer: CodebookTrainer, every: int, until: float, seed: int) -> None:
         self.trainer, self.every, self.until, self.seed = trainer, every, until, seed
 
-    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Called by the trainer after each optimizer step."""
         step = state.global_step + 1
         if not self.every or step % self.every:
             return
@@ -222,14 +256,14 @@ class UsageCallback(TrainerCallback):
             self.trainer.terms["code_perplexity"].append(usage["perplexity"])
             if step < self.until * state.max_steps:
                 dead = bottleneck.codebook.counts == 0
-                # Of the step alone, so that a resumed run draws what the whole one would have drawn.
+                # Seeded by the step alone, so that a resumed run draws the same as a run that was not stopped.
                 bottleneck.reseed_dead(torch.Generator().manual_seed(self.seed + step))
                 self._settle(bottleneck.codebook.codes, dead)
             else:
                 bottleneck.codebook.reset_usage()
 
     def _settle(self, codes: nn.Parameter, moved: Tensor) -> None:
-        # A moved code must not carry the momentum of the old one; and every process must hold the same codes.
+        # A moved code must not keep the old code's momentum, and every process must hold the same codes.
         for value in self.trainer.optimizer.state.get(codes, {}).values():
             if torch.is_tensor(value) and value.shape == codes.shape:
                 value[moved] = 0
@@ -238,7 +272,17 @@ class UsageCallback(TrainerCallback):
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, shift: bool) -> Tensor:
-    """Cross-entropy, averaged over tokens with their weights. logits [B, S, V]; labels, weights [B, S]."""
+    """Cross-entropy, averaged over tokens with their weights.
+
+    Args:
+        logits: [B, S, V].
+        labels: int64 [B, S], -100 = not counted.
+        weights: [B, S], of each label.
+        shift: logits at a position predict the next label, as in a causal model; else the label at the position.
+
+    Returns:
+        A scalar.
+    """
     if shift:
         logits, labels, weights = logits[:, :-1], labels[:, 1:], weights[:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100)
@@ -247,12 +291,26 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, shift: bool) 
 
 
 @torch.no_grad()
-def seed_codes(attachment: Attachment, rows: Sequence[Mapping], collate, batch_size: int, generator) -> None:
-    """Start codes, and scales, from the layers' outputs on a sample of rows."""
+def seed_codes(
+    attachment: Attachment,
+    rows: Sequence[Mapping[str, list]],
+    collate: Callable[[Sequence[Mapping[str, list]]], dict[str, Tensor]],
+    batch_size: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Start codes, and scales, from the layers' outputs on a sample of rows.
+
+    Args:
+        attachment: whose bottlenecks are changed in place.
+        rows: encoded, as :func:`cu_fast.rows.encode_row` gives them.
+        collate: makes a batch of rows.
+        batch_size: rows per forward pass.
+        generator: on the CPU, for the draws; None = torch's global one.
+    """
     model = attachment.model
     samples: dict[int, list[Tensor]] = collections.defaultdict(list)
 
-    def observe(x: Tensor, bottleneck) -> None:
+    def observe(x: Tensor, bottleneck: CodebookBottleneck) -> None:
         samples[id(bottleneck)].append(x[attention.bool()] if x.shape[:2] == attention.shape else x.flatten(0, 1))
 
     was_training = model.training
@@ -269,15 +327,22 @@ def seed_codes(attachment: Attachment, rows: Sequence[Mapping], collate, batch_s
 
 
 def freeze_below(attachment: Attachment, batch: Mapping[str, Tensor]) -> list[str]:
-    """Freeze every parameter that is read before the first bottleneck runs; returns their names.
+    """Freeze every parameter that is read before the first bottleneck runs.
 
-    Found by running a batch and watching which modules are called, so no model's layout needs to be known. A
-    parameter that is also used above, as a tied output embedding is, is frozen too: it would change what is below.
+    A batch is run to see which modules are called before it, so no model's layout needs to be known. A parameter that
+    is used above as well, as a tied output embedding is, is frozen too: training it would change the layers below.
+
+    Args:
+        attachment: of the model, whose parameters are frozen in place.
+        batch: as a ``Collator`` makes it.
+
+    Returns:
+        The names of the frozen parameters.
     """
     model, below, reached = attachment.model, set(), False
     inside = {id(m) for b in attachment.bottlenecks.values() for m in b.modules()}
 
-    def before(module: nn.Module, _) -> None:
+    def before(module: nn.Module, _: Any) -> None:
         nonlocal reached
         if id(module) in inside:
             reached = True

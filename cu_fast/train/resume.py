@@ -1,4 +1,4 @@
-"""What a training's checkpoint was made with, and whether a run may go on from it. Part of ``cu_fast.train``."""
+"""The settings that a checkpoint was trained with, and whether a run may go on from it. Part of ``cu_fast.train``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cu_fast.nn import BottleneckConfig
 
 # What a checkpoint holds beside transformers' own files.
 SETTINGS = "cu_fast.json"  # the settings that it was trained with
-USAGE = "cu_fast.safetensors"  # layer -> how often each code was kept since dead ones were last moved
+USAGE = "cu_fast.safetensors"  # layer -> int64 [C], how often each code was kept since codes were last moved
 
-# Of TrainingArguments, what decides a step. How long a run lasts, and what it logs and saves, may change on the way.
+# The TrainingArguments that a step depends on. A run's length, and what it logs and saves, may change when it resumes.
 STEP_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -37,7 +37,18 @@ def settings_of(
     arguments: TrainingArguments,
     **given: Any,
 ) -> dict[str, Any]:
-    """All that a checkpoint's weights and optimizer depend on, as JSON values. rows: encoded."""
+    """All that a checkpoint's weights and optimizer depend on.
+
+    Args:
+        model: before training.
+        rows: encoded, as :func:`cu_fast.rows.encode_row` gives them.
+        bottlenecks: layer name -> config.
+        arguments: transformers' own.
+        given: further settings, JSON values.
+
+    Returns:
+        Name -> JSON value.
+    """
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     chosen = {name: getattr(arguments, name) for name in STEP_ARGUMENTS}
     return {
@@ -45,7 +56,7 @@ def settings_of(
         "dataset": f"{len(rows)} rows {_sha256(rows)}",
         **{f"layer {name}": dataclasses.asdict(config) for name, config in bottlenecks.items()},
         **given,
-        **{name: getattr(value, "value", value) for name, value in chosen.items()},  # of an enum its name
+        **{name: getattr(value, "value", value) for name, value in chosen.items()},  # enums as their values
     }
 
 
@@ -57,13 +68,21 @@ def _sha256(items: Iterable[Any]) -> str:
 
 
 def no_checkpoint(arguments: TrainingArguments) -> None:
-    """A fresh run's: what lies in its folder would be resumed instead of what it writes."""
+    """For a fresh run: raises ValueError where its folder holds a checkpoint, which could be resumed in its place."""
     if (found := _newest_checkpoint(arguments)) is not None:
         raise ValueError(f"{found} is an earlier run's; resume that run, or give another output folder")
 
 
 def checkpoint_to_resume(arguments: TrainingArguments, settings: Mapping[str, Any]) -> Path:
-    """The newest checkpoint, whole, and made with these settings. Nothing of it has been put anywhere yet."""
+    """The newest checkpoint of a folder, checked but not loaded.
+
+    Args:
+        arguments: transformers' own, with the folder.
+        settings: of the run that resumes, from :func:`settings_of`.
+
+    Raises:
+        ValueError: there is none, a file of it is missing or damaged, or it was made with other settings.
+    """
     found = _newest_checkpoint(arguments)
     if found is None:
         raise ValueError(f"there is no checkpoint in {arguments.output_dir} to resume from; train without resume")
@@ -79,7 +98,7 @@ def checkpoint_to_resume(arguments: TrainingArguments, settings: Mapping[str, An
         for file in (found / USAGE, *(sorted(found.glob("model*.safetensors")) or [found / "model.safetensors"])):
             with safetensors.safe_open(file, framework="pt"):
                 pass
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # a damaged file makes its reader raise errors of any kind
         raise ValueError(
             f"{file} cannot be read ({type(error).__name__}), so {found} cannot be resumed from: it was not written by "
             "this training, or not to its end; delete it to go on from the checkpoint before it"

@@ -1,4 +1,4 @@
-"""Which codes belong to a topic (find), how strong a deletion may be (strength), and which requests it is for (gate)."""
+"""Which codes belong to a topic (find), how strong a deletion may be (strength), for which prompts it holds (gate)."""
 
 from cu_fast.unlearn.find import (
     CodeCounts,

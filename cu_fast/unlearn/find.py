@@ -19,34 +19,45 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cu_fast.masks import Mask
+from cu_fast.ops.checks import check_choice
+
+if TYPE_CHECKING:
+    from cu_fast.hf import Attachment, Tokenizer
+    from cu_fast.nn import CodebookBottleneck
 
 logger = logging.getLogger("cu_fast")
 
-TESTS = ("auto", "chi2", "fisher")
+Test = Literal["auto", "chi2", "fisher"]
+Correction = Literal["bh", "none"]
+Grow = Literal["significance", "enrichment"]
 
-# The strengths that ``choose`` is offered: beyond significance, or from the most enriched codes on.
+# The strengths that ``choose`` may pick from: bounds of p for grow="significance", of R in bits for "enrichment".
 P_LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)
 R_LEVELS = (8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5)
 
 
 class _Counted(Exception):
-    """Ends a forward pass at the layer that is counted: nothing above it is needed."""
+    """Ends a forward pass at the layer whose codes are counted: the layers above are not needed."""
 
 
 @dataclasses.dataclass
 class CodeCounts:
-    """How often each code was among the ``depth`` best: counts int64 [C] over ``tokens`` positions.
+    """How often each code was among the ``depth`` best of a token.
 
-    contexts: for each code at most ``examples`` windows of token ids, int32 [C, examples, window], -1 = none.
+    Attributes:
+        counts: int64 [C].
+        tokens: how many were looked at.
+        contexts: int32 [C, examples, 2 window + 1], per code windows of token ids around the first places where it was
+            among the k best; -1 = beyond the text, or no such place.
     """
 
     counts: Tensor
@@ -54,13 +65,23 @@ class CodeCounts:
     contexts: Tensor
 
     def __sub__(self, other: CodeCounts) -> CodeCounts:
-        """The counts of what is left of a corpus without a part of it; no contexts."""
+        """The counts of a corpus without a part of it, ``other``; no contexts."""
         return CodeCounts(self.counts - other.counts, self.tokens - other.tokens, self.contexts[:, :0])
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeEvidence:
-    """One chosen code: enrichment R in bits, p and q (corrected p), counts, and where it fired."""
+    """One chosen code.
+
+    Attributes:
+        code: its id.
+        enrichment: R, in bits.
+        p: p-value.
+        q: p-value corrected for the many codes.
+        target_count: tokens of the target texts at which it was among the ``depth`` best.
+        control_count: the same of the control texts.
+        examples: target texts around the first places where it fired.
+    """
 
     code: int
     enrichment: float
@@ -73,9 +94,16 @@ class CodeEvidence:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What :func:`find_mask` found: the mask, and the evidence for each deleted code, most enriched first.
+    """What :func:`find_mask` found.
 
     The evidence quotes the target texts; the mask does not. Keep the mask, and show or drop the evidence.
+
+    Attributes:
+        mask: deletes the codes.
+        codes: the evidence for each deleted code, most enriched first.
+        target_tokens: tokens counted in the target texts.
+        control_tokens: tokens counted in the control texts.
+        seconds: that it took.
     """
 
     mask: Mask
@@ -93,8 +121,8 @@ class Finding:
 
 
 def find_mask(
-    attachment,
-    tokenizer,
+    attachment: Attachment,
+    tokenizer: Tokenizer,
     target: Iterable[str] | CodeCounts,
     control: Iterable[str] | CodeCounts,
     *,
@@ -103,10 +131,10 @@ def find_mask(
     depth: int | None = None,
     min_enrichment: float = 2.0,
     alpha: float = 0.05,
-    test: Literal["auto", "chi2", "fisher"] = "auto",
-    correction: Literal["bh", "none"] = "bh",
+    test: Test = "auto",
+    correction: Correction = "bh",
     choose: Callable[[list[Mask]], int] | None = None,
-    grow: Literal["significance", "enrichment"] = "significance",
+    grow: Grow = "significance",
     batch_size: int = 16,
     max_length: int = 512,
     progress: bool = True,
@@ -114,28 +142,34 @@ def find_mask(
     """Find the codes that a topic uses and others do not, and make them a mask.
 
     Args:
-        attachment: from ``cu_fast.attach``. tokenizer: the model's.
-        target: texts that hold the topic, as the model sees them. control: texts that do not. Iterated once. Either
-            may be counted already (:func:`count_codes`, to the same depth): a corpus once for many topics.
-        topic: the mask's name.
-        layer: which bottleneck; None where there is one.
-        depth: codes counted at each token (S'), None = k. Deeper deletes more, also of what others use.
-        min_enrichment: delete codes with R > min_enrichment, in bits: 2 = at least four times as frequent.
-        alpha: and with q < alpha. test: "chi2", "fisher" (exact, one-sided), or "auto": Fisher where an expected
-            count is below 5. correction: "bh" (Benjamini-Hochberg over the codes seen) or "none" (the paper's).
-        choose: the strength, by its effect. It is given masks that grow and returns the index of the one to use; with
-            a mask for each sequence, one batch can try them all. None: the significant codes.
-        grow: which masks. "significance": the significant codes, then all with p below each of P_LEVELS, to forget
-            more. "enrichment": of the significant codes those with R above each of R_LEVELS, then all, to spare
-            others: the more enriched a code, the less they use it.
-        batch_size: texts a forward pass. max_length: tokens a text is cut to.
-        progress: a progress bar, on a terminal.
+        attachment: from ``cu_fast.attach``.
+        tokenizer: the model's.
+        target: texts that hold the topic, as the model sees them, iterated once; or their :class:`CodeCounts`.
+        control: texts that do not, iterated once; or their :class:`CodeCounts` to the same depth, so that a corpus is
+            counted once for many topics.
+        topic: the mask's topic, and its name.
+        layer: name of the layer whose codes are counted; None = the only one that has a bottleneck.
+        depth: codes counted per token (S'), at least k; None = k. Deeper deletes more, also of what other topics use.
+        min_enrichment: in bits: delete codes with R above it. 2 = at least four times as frequent.
+        alpha: delete codes with q below it, in (0, 1].
+        test: "chi2", "fisher" (exact, one-sided), or "auto" = Fisher's where an expected count is below 5.
+        correction: "bh" (Benjamini-Hochberg over the codes that occur) or "none" (the paper's).
+        choose: picks the strength by its effect: it is given masks that grow and returns the index of the one to use.
+            With a mask per sequence, one batch can try them all. None = the mask of the significant codes.
+        grow: which masks ``choose`` is given. "significance" = the significant codes, then all with p below each of
+            P_LEVELS, to forget more. "enrichment" = of the significant codes those with R above each of R_LEVELS, then
+            all, to spare other topics, which use a code the less the more enriched it is.
+        batch_size: texts per forward pass.
+        max_length: tokens that a text is cut to.
+        progress: show a progress bar, on a terminal.
 
     Returns:
         Finding. Where no code is significant its mask deletes nothing, and a warning says so: ``add_mask`` refuses it.
 
     Raises:
-        ValueError: an empty target or control, an unknown layer, a threshold out of range, counts of another codebook.
+        ValueError: an empty target or control, an unknown layer or choice, a number out of range, counts of another
+            codebook.
+        TypeError: target or control is one text, or holds anything but texts.
     """
     started = time.perf_counter()
     layer = _only_layer(attachment, layer)
@@ -147,12 +181,9 @@ def find_mask(
         raise ValueError(f"min_enrichment is {min_enrichment}; it should be a finite number of bits")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it should be in (0, 1]")
-    for name, value, allowed in (
-        ("grow", grow, ("significance", "enrichment")),
-        ("test", test, TESTS),
-        ("correction", correction, ("bh", "none")),
-    ):
-        _check_choice(name, value, allowed)
+    check_choice("grow", grow, get_args(Grow))
+    check_choice("test", test, get_args(Test))
+    check_choice("correction", correction, get_args(Correction))
     options = dict(layer=layer, depth=depth, batch_size=batch_size, max_length=max_length, progress=progress)
     found, control = (
         texts if isinstance(texts, CodeCounts) else count_codes(attachment, tokenizer, texts, name=name, **options)
@@ -168,7 +199,8 @@ def find_mask(
     q = _correct(p, (found.counts + control.counts).numpy() > 0, correction)
     candidates = np.flatnonzero(R > min_enrichment)
     candidates = candidates[np.lexsort((-R[candidates], p[candidates]))]
-    size = significant = int((q[candidates] < alpha).sum())  # the first ones: q grows with p
+    # The significant codes are the first of the candidates, which are sorted by p: q grows with p.
+    size = significant = int((q[candidates] < alpha).sum())
     if significant == 0:
         logger.warning(
             "topic %r: no code has enrichment above %g and q below %g, so the mask deletes nothing and add_mask would "
@@ -219,11 +251,11 @@ def find_mask(
 
 @torch.no_grad()
 def count_codes(
-    attachment,
-    tokenizer,
+    attachment: Attachment,
+    tokenizer: Tokenizer,
     texts: Iterable[str],
     *,
-    layer: str,
+    layer: str | None,
     depth: int,
     name: str = "texts",
     examples: int = 3,
@@ -234,11 +266,25 @@ def count_codes(
 ) -> CodeCounts:
     """Run texts through the model, unmasked, and count at each token the ``depth`` best codes of a layer.
 
-    examples: contexts kept for each code, the first seen: ``window`` tokens to each side.
+    Args:
+        attachment: from ``cu_fast.attach``.
+        tokenizer: the model's.
+        texts: iterated once.
+        layer: name of the layer whose codes are counted; None = the only one that has a bottleneck.
+        depth: codes counted per token, k <= depth <= C.
+        name: of the texts, for the progress bar and messages.
+        examples: contexts kept per code, the first that are seen; 0 = none.
+        window: tokens of a context on each side.
+        batch_size: texts per forward pass.
+        max_length: tokens that a text is cut to.
+        progress: show a progress bar, on a terminal.
+
+    Returns:
+        CodeCounts, on the CPU.
 
     Raises:
-        ValueError: there are no texts, or they hold no token; an unknown layer, a number out of range.
-        TypeError: texts is one text, or holds something else than texts.
+        ValueError: there are no texts, or they hold no token; an unknown layer; a number out of range.
+        TypeError: texts is one text, or holds anything but texts.
     """
     layer = _only_layer(attachment, layer)
     model, bottleneck = attachment.model, attachment.bottlenecks[layer]
@@ -257,9 +303,9 @@ def count_codes(
     )
     seen = torch.zeros(C, dtype=torch.int64)
 
-    def observe(x: Tensor, observed) -> None:
+    def observe(x: Tensor, observed: CodebookBottleneck) -> None:
         if observed is not bottleneck:
-            return  # an earlier one, whose output this one's input depends on
+            return  # that of an earlier layer, which has to run first
         valid = attention.flatten().bool()
         ids = bottleneck.select(x, depth).ids[valid.to(x.device)].cpu().long()
         counts.counts += torch.bincount(ids[ids >= 0], minlength=C)
@@ -268,8 +314,7 @@ def count_codes(
             _keep_contexts(counts.contexts, seen, ids[:, :k], tokens, valid, window)
         raise _Counted
 
-    # An encoder is run alone: what a decoder would answer is not part of the texts.
-    runner = model.get_encoder() if model.config.is_encoder_decoder else model
+    reader = reader_of(model)
     training = model.training
     model.eval()
     try:
@@ -282,7 +327,7 @@ def count_codes(
                 if tokens.numel() == 0:  # every text of the batch is empty
                     continue
                 with contextlib.suppress(_Counted):
-                    runner(input_ids=tokens.to(model.device), attention_mask=attention.to(model.device))
+                    reader(input_ids=tokens.to(model.device), attention_mask=attention.to(model.device))
     finally:
         model.train(training)
     if counts.tokens == 0:
@@ -290,23 +335,47 @@ def count_codes(
     return counts
 
 
-def enrichment(target: CodeCounts, control: CodeCounts) -> np.ndarray:
-    """R = log2 of the smoothed frequency in target over that in control, for every code: float64 [C].
+def reader_of(model: nn.Module) -> nn.Module:
+    """The part of a model that reads texts: an encoder-decoder's encoder, else the whole model.
 
-    Smoothing adds half an occurrence to each count and one position to each total.
+    The encoder is run alone because what a decoder would answer is not part of the texts.
+    """
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def enrichment(target: CodeCounts, control: CodeCounts) -> np.ndarray:
+    """R = log2 of the smoothed frequency in target over that in control.
+
+    Smoothing adds half an occurrence to each count and one token to each total.
+
+    Args:
+        target: of the texts that hold the topic.
+        control: of texts that do not, for the same codebook and depth.
+
+    Returns:
+        R in bits, float64 [C].
     """
     a = (target.counts.numpy() + 0.5) / (target.tokens + 1)
     b = (control.counts.numpy() + 0.5) / (control.tokens + 1)
     return np.log2(a / b)
 
 
-def p_values(target: CodeCounts, control: CodeCounts, test: str = "auto") -> np.ndarray:
-    """The p-value that a code's occurrence is independent of the set, for every code: float64 [C].
+def p_values(target: CodeCounts, control: CodeCounts, test: Test = "auto") -> np.ndarray:
+    """The p-values of each code's occurrence being independent of the set, target or control.
 
-    "chi2": Pearson's chi-squared on the 2 x 2 table, 1 degree of freedom. "fisher": the exact one-sided test
-    (more in target). "auto": Fisher where an expected count is below 5, else chi-squared. 1 for an unseen code.
+    Args:
+        target: of the texts that hold the topic.
+        control: of texts that do not, for the same codebook and depth.
+        test: "chi2" = Pearson's chi-squared on the 2 x 2 table, 1 degree of freedom. "fisher" = the exact one-sided
+            test (more in target). "auto" = Fisher's where an expected count is below 5, else chi-squared.
+
+    Returns:
+        float64 [C]; 1 for a code that occurs in neither.
+
+    Raises:
+        ValueError: an unknown test.
     """
-    _check_choice("test", test, TESTS)
+    check_choice("test", test, get_args(Test))
     a, b = target.counts.numpy().astype(float), control.counts.numpy().astype(float)
     n, m = target.tokens, control.tokens
     seen = np.flatnonzero((a + b > 0) & (a + b < n + m))
@@ -317,7 +386,7 @@ def p_values(target: CodeCounts, control: CodeCounts, test: str = "auto") -> np.
     expected = np.stack([n * share, m * share, n * (1 - share), m * (1 - share)])
     exact = np.full(len(seen), test == "fisher") if test != "auto" else expected.min(0) < 5
     p[seen[~exact]] = stats.chisquare(observed[:, ~exact], expected[:, ~exact], ddof=2).pvalue
-    exact &= a > 0  # P(X >= 0) = 1, which p holds already
+    exact &= a > 0  # for a = 0 the one-sided p is P(X >= 0) = 1, the value that p starts with
     p[seen[exact]] = stats.hypergeom.sf(a[exact] - 1, n + m, a[exact] + b[exact], n)
     return p
 
@@ -325,8 +394,16 @@ def p_values(target: CodeCounts, control: CodeCounts, test: str = "auto") -> np.
 def replace_words(texts: Iterable[str], words: Sequence[str], vocabulary: Iterable[str]) -> Iterator[str]:
     """Control texts: each of the topic's words becomes an unrelated one of similar length and the same case.
 
-    Deterministic: a word's stand-in depends on the word and the vocabulary alone. Words match whole and whatever
-    their case; a plural or possessive ending (s, 's) is kept.
+    Deterministic: a word's stand-in depends on the word and the vocabulary alone. Only whole words match, in any case;
+    a plural or possessive ending (s, 's) is kept.
+
+    Args:
+        texts: that hold the topic.
+        words: the topic's.
+        vocabulary: texts whose words of two letters or more are the stand-ins.
+
+    Returns:
+        The control texts, one per text, made as they are asked for.
 
     Raises:
         ValueError: no words, an empty one, or no word in the vocabulary that is not one of the topic's.
@@ -358,8 +435,18 @@ def replace_words(texts: Iterable[str], words: Sequence[str], vocabulary: Iterab
 def random_mask(mask: Mask, counts: CodeCounts, seed: int = 0) -> Mask:
     """The control for a mask: as many other codes, drawn at random among those nearest in frequency.
 
-    counts: of a corpus in which both kinds of code occur. Each deleted code is matched with one of the eight
-    free codes whose counts are nearest to its own.
+    Each deleted code is matched with one of the eight codes, of those still free, whose counts are nearest to its own.
+
+    Args:
+        mask: deletes the topic.
+        counts: of a corpus in which both kinds of code occur.
+        seed: of the draws.
+
+    Returns:
+        A mask that deletes as many codes, none of them the mask's.
+
+    Raises:
+        ValueError: the mask deletes more than half of the codes.
     """
     generator = np.random.default_rng(seed)
     count = counts.counts.numpy()
@@ -377,7 +464,7 @@ def random_mask(mask: Mask, counts: CodeCounts, seed: int = 0) -> Mask:
     )  # fmt: skip
 
 
-def _correct(p: np.ndarray, tested: np.ndarray, correction: str) -> np.ndarray:
+def _correct(p: np.ndarray, tested: np.ndarray, correction: Correction) -> np.ndarray:
     if correction == "none":
         return p
     q = np.ones_like(p)
@@ -387,7 +474,16 @@ def _correct(p: np.ndarray, tested: np.ndarray, correction: str) -> np.ndarray:
 
 
 def _keep_contexts(contexts: Tensor, seen: Tensor, ids: Tensor, tokens: Tensor, valid: Tensor, window: int) -> None:
-    """Note where codes fired, until each has its number of contexts. ids [n, k] of the valid positions."""
+    """Keep the contexts of codes that have fewer than ``examples`` of them, in place.
+
+    Args:
+        contexts: int32 [C, examples, 2 window + 1].
+        seen: int64 [C], how many each code has.
+        ids: int64 [T, k], the codes of the valid positions.
+        tokens: token ids [B, S] of the batch.
+        valid: bool [B S], which positions hold a token.
+        window: tokens on each side.
+    """
     examples = contexts.shape[1]
     padded = torch.nn.functional.pad(torch.where(valid.reshape(tokens.shape), tokens, -1), (window, window), value=-1)
     windows = padded.unfold(1, 2 * window + 1, 1).reshape(-1, 2 * window + 1)[valid]
@@ -414,15 +510,9 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
-
-
-def _only_layer(attachment, layer: str | None) -> str:
+def _only_layer(attachment: Attachment, layer: str | None) -> str:
     layers = list(attachment.bottlenecks)
     if layer is None and len(layers) == 1:
         return layers[0]
-    if layer not in layers:
-        raise ValueError(f"layer is {layer!r}; it should be one of {', '.join(layers)}")
+    check_choice("layer", layer, layers)
     return layer

@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cu_fast.evaluate import score_answers
 from cu_fast.masks import Mask
+from cu_fast.ops.checks import check_choice
+
+if TYPE_CHECKING:
+    from cu_fast.hf import Attachment, Tokenizer
+
+Figure = Literal["probability", "kept_share"]
 
 
 def within_loss(
-    attachment,
-    tokenizer,
+    attachment: Attachment,
+    tokenizer: Tokenizer,
     rows: Sequence[Mapping[str, str]],
     max_loss: float = 0.01,
-    figure: Literal["probability", "kept_share"] = "probability",
+    figure: Figure = "probability",
 ) -> Callable[[Sequence[Mask]], int]:
-    """The strongest deletion under which answers that should stay lose at most a share of what they were.
+    """A rule for the strongest deletion under which answers that should stay lose at most a share of their figure.
 
     Args:
-        attachment, tokenizer: the model's.
-        rows: questions and answers without the topic, as in training; not those that the control was counted from, where
-            there are others. A hundred measure a loss of 1 % to about half its size.
-        max_loss: the share of the figure, its mean over the rows, that may go: 0.01 = 1 %.
+        attachment: from ``cu_fast.attach``.
+        tokenizer: the model's.
+        rows: questions and answers without the topic, with the keys of training rows. Not those that the control was
+            counted from, where there are others. A hundred rows measure a loss of 1 % to about half its size.
+        max_loss: the share of the figure, its mean over the rows, that may be lost, at least 0 and below 1: 0.01 = 1 %.
         figure: of ``AnswerScores``. "probability" falls about as TOFU's model utility does; "kept_share", what greedy
             generation gets right before its first mistake, falls several times as fast.
 
     Returns:
-        A function for ``find_mask``, best with ``grow="enrichment"``: of masks that grow, the index of the strongest
-        within the loss. It takes the loss to grow with the mask and looks for the bound by halves: one pass over the
-        rows for the model as it is, and about log2 of the number of masks more.
+        A function for ``find_mask(choose=...)``, best with ``grow="enrichment"``: of masks that grow, the index of the
+        strongest within the loss. It assumes that the loss grows with the mask and searches by halves: one pass over
+        the rows for the model without masks, and one for each of about log2(number of masks) masks.
 
     Raises:
-        ValueError, from the function too: max_loss out of range, or even the weakest mask costs more.
+        ValueError: max_loss out of range, or an unknown figure. From the function: even the weakest mask costs more, or
+            the model does not know the answers.
     """
     if not 0 <= max_loss < 1:
         raise ValueError(f"max_loss is {max_loss}; it should be a share, at least 0 and below 1")
-    if figure not in ("probability", "kept_share"):
-        raise ValueError(f"figure is {figure!r}; it should be 'probability' or 'kept_share'")
+    check_choice("figure", figure, get_args(Figure))
 
     def kept(topics: str | None) -> float:
         with attachment.unlearn(topics):

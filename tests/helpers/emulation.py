@@ -29,10 +29,7 @@ SANITIZERS = {
     "address": "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow"
     " -fno-omit-frame-pointer",
 }
-FLAGS = (
-    "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fvisibility=hidden"
-    " -DCU_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc"
-)
+FLAGS = "-O2 -g1 -fPIC -DCU_FAST_EMULATED -Icsrc"
 # The variant that load() takes unless told; a subprocess under the address sanitizer finds "address" here.
 VARIANT = "CU_FAST_EMULATION_SANITIZER"
 
@@ -56,6 +53,14 @@ needed = pytest.mark.skipif(
 )
 
 
+def _sources():
+    """The module sources.py at the top, which setup.py reads too."""
+    spec = importlib.util.spec_from_file_location("sources", ROOT / "sources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)  # without importing it
     return Path(next(iter(spec.submodule_search_locations)))
@@ -63,31 +68,31 @@ def _package(name: str) -> Path:
 
 def _build_file(sanitize: str) -> str:
     """The operators, with the LibTorch stable ABI only; and the emulation's own tests, without torch."""
-    folder, torch = FOLDERS[sanitize], _package("torch")
-    emulation = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/emulation/*.cpp"))
+    folder, torch, sources = FOLDERS[sanitize], _package("torch"), _sources()
     alone = {
         "csrc/emulation/ops.cpp": "_emulated",
         "csrc/emulation/selection.cpp": "_emulated",
         "csrc/emulation/selftest.cpp": "_selftest",
         "csrc/emulation/selftest_hopper.cpp": "_selftest_hopper",
     }
-    cuda = sorted(str(path.relative_to(ROOT)) for kind in ("cpp", "cu") for path in ROOT.glob(f"csrc/cuda/*.{kind}"))
+    flags = f"{' '.join(sources.FLAGS)} {FLAGS} {SANITIZERS[sanitize]}"
     python = f"-isystem {sysconfig.get_path('include')} -isystem {_package('pybind11') / 'include'}"
     lines = [
         f"builddir = {folder}",
         "rule compile",
-        f"  command = {_compiler()} {FLAGS} {SANITIZERS[sanitize]} $include -MD -MF $out.d -x c++ -c $in -o $out",
+        f"  command = {_compiler()} {flags} $include -MD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {_compiler()} -shared {SANITIZERS[sanitize]} $in -o $out $libraries",
     ]
     libraries: dict[str, list[str]] = {"_emulated": [], "_selftest": [], "_selftest_hopper": []}
-    for source in [*emulation, "csrc/ops.cpp", *cuda]:
+    for source in sources.EMULATION + sources.HOST + sources.CUDA:
         made = f"{folder}/{source.removeprefix('csrc/').replace('/', '_')}.o"
         include = python if alone.get(source, "").startswith("_selftest") else f"-isystem {torch / 'include'}"
         lines += [f"build {made}: compile {source}", f"  include = {include}"]
-        for library in [alone[source]] if source in alone else libraries if source in emulation else ["_emulated"]:
+        everywhere = source in sources.EMULATION and source not in alone
+        for library in libraries if everywhere else [alone.get(source, "_emulated")]:
             libraries[library].append(made)
     for library, objects in libraries.items():
         lines.append(f"build {folder}/{library}.so: link {' '.join(objects)}")

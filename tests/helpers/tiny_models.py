@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import threading
 from typing import NamedTuple
 
@@ -14,8 +13,6 @@ from cu_fast import BottleneckConfig, attach
 from cu_fast.masks import Mask
 
 VOCABULARY, D, C, K = 64, 32, 150, 4
-# `make test-all`: what is too heavy for every check.
-TEST_ALL = os.environ.get("CU_FAST_TEST_ALL") == "1"
 _LLAMA = {
     "vocab_size": VOCABULARY, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,

@@ -9,7 +9,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TEST_ALL, D, add_masks, attach_to, build, in_thread, inputs, logits
+from tiers import heavy
+from tiny_models import FAMILIES, D, add_masks, attach_to, build, in_thread, inputs, logits
 
 from cu_fast.hf import StaleCacheError
 
@@ -106,7 +107,8 @@ def test_compiled_without_a_swapped_layer_raises(attachment, given):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
-@pytest.mark.parametrize("mode", ["reduce-overhead", *(["default", "max-autotune-no-cudagraphs"] if TEST_ALL else [])])
+@heavy
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default", "max-autotune-no-cudagraphs"])
 def test_compiled_by_inductor(given, mode):
     """reduce-overhead, generate's own choice for static caches, splits the graph round our operators, here too."""
     model = shortened(build("llama"), 1)

@@ -1,13 +1,12 @@
 """Every way of ``generate`` that runs on a CPU, in every family, under masks that change every logit.
 
 What the forwards gave is compared with whole forwards by hand (see ``canary``): each row was masked, or not, as asked.
-CU_FAST_TEST_ALL=1 in the environment runs the whole matrix; else each variant meets two families.
+`make test-all` runs the whole matrix; else each variant meets two families.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,13 +38,13 @@ from canary import (
     streamed,
     streamed_by_a_thread,
 )
+from tiers import TEST_ALL
 from tiny_models import FAMILIES, VOCABULARY
 from transformers.generation import CompileConfig, ContinuousBatchingConfig
 
 from cu_fast.hf import StaleCacheError
 
-EVERYTHING = bool(os.environ.get("CU_FAST_TEST_ALL"))
-FEW = 2 if EVERYTHING else 1  # tokens where each shape is compiled; "compiled static" always has steps too
+FEW = 2 if TEST_ALL else 1  # tokens where each shape is compiled; "compiled static" always has steps too
 ALL = tuple(FAMILIES)
 T5 = ("t5_encoder", "t5_decoder")
 DECODERS = tuple(name for name in ALL if name not in T5)
@@ -334,7 +333,7 @@ ELSEWHERE = {
     "offloaded static cache": torch.cuda.is_available(),
     "quantized cache": importlib.util.find_spec("optimum") is not None,
 }
-HERE = pairs(EVERYTHING)
+HERE = pairs(TEST_ALL)
 
 
 @pytest.mark.parametrize("variant, name", HERE, ids=[f"{variant}-{name}" for variant, name in HERE])

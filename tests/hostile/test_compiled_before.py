@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TEST_ALL, add_masks, attach_to, build, inputs, under
+from tiers import TEST_ALL
+from tiny_models import FAMILIES, add_masks, attach_to, build, inputs, under
 
 import cu_fast
 from cu_fast.hf import hooks

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tiers import TEST_ALL
 from tiny_models import add_masks, attach_to, build, inputs, under
 
 import cu_fast
@@ -24,7 +25,7 @@ from cu_fast.masks import Mask
 LAYERS = ("model.layers.0", "model.layers.1")
 REFUSALS = (ValueError, FileNotFoundError, FileExistsError)
 NOT_VALUE_ERRORS = (UnicodeError, json.JSONDecodeError)  # they are, but say nothing of the file
-DAMAGES = 10_000 if os.environ.get("CU_FAST_TEST_ALL") else 200
+DAMAGES = 10_000 if TEST_ALL else 200
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tiny_models import TEST_ALL, C, K, attach_to, build, inputs
+from tiers import TEST_ALL
+from tiny_models import C, K, attach_to, build, inputs
 
 from cu_fast.hf import StaleCacheError
 from cu_fast.masks import Mask

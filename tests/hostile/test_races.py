@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import TEST_ALL
+from tiers import TEST_ALL
 
 RACE = """
 import sys, threading, time

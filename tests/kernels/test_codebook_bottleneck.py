@@ -134,7 +134,7 @@ class TestMeaning:
         (dict(b_dec=torch.ones(3)), ValueError, ["b_dec", "[24]"]),
         (dict(k=0), ValueError, ["k is 0"]),
         (dict(mask_row=torch.zeros(2, dtype=torch.int32)), ValueError, ["mask_table is None"]),
-        (dict(mask_mode="zero"), ValueError, ["mask_mode is 'zero'", "'ablate', 'reselect'"]),
+        (dict(mask_mode="zero"), ValueError, ["mask_mode is 'zero'", "'ablate' or 'reselect'"]),
         (dict(weight="two"), ValueError, ["weight is 'two'", "'score'"]),
         (dict(activation="gelu"), ValueError, ["activation is 'gelu'"]),
         (dict(receipt=torch.zeros(2)), ValueError, ["receipt", "float32"]),

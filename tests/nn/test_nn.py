@@ -8,7 +8,6 @@ import hurtful
 import pytest
 import torch
 
-from cu_fast import nn as cn
 from cu_fast import ops
 from cu_fast.kernels import reference
 from cu_fast.nn import BottleneckConfig, CodebookBottleneck
@@ -83,7 +82,7 @@ def test_the_unfolded_form_agrees_and_is_chosen_by_size(family, monkeypatch):
     x = 3 * torch.randn(9, 24)
     table, row = hurtful.masks(9, 200, 0.3, 1)
     folded = family(x, table, row)
-    monkeypatch.setattr(cn, "FOLD_LIMIT_BYTES", 0)
+    monkeypatch.setattr("cu_fast.nn.bottleneck.FOLD_LIMIT_BYTES", 0)
     family.fold()
     assert (family.folded_table is None) == (family.config.code_dim < family.config.d_model)
     torch.testing.assert_close(family(x, table, row), folded, rtol=1e-5, atol=1e-5)

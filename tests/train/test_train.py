@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 import transformers
+from tiers import heavy
 from tiny_training import CONFIG, LAYERS, ROWS, arguments
 
 from cu_fast.hf.checkpoint import load_model
@@ -139,6 +140,7 @@ def test_wrong_arguments_are_named(model, tokenizer, tmp_path, change, error, wo
         train(model, tokenizer, **settings)
 
 
+@heavy
 def test_two_processes_hold_the_same_codes(tmp_path):
     """torchrun, gloo: dead codes are moved to the same places on every rank."""
     script = tmp_path / "run.py"

@@ -73,7 +73,7 @@ def test_the_level_is_exceeded_by_a_share_at_most(attachment, tokenizer, masks):
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="max_share is"):
             cu_fast.level_for(attachment, tokenizer, TEXTS, masks["weak"], wrong)
-    with pytest.raises(ValueError, match="the level is 4, and no text fires more than 4 codes a token"):
+    with pytest.raises(ValueError, match="the level is 4, and no text fires more than 4 codes per token"):
         cu_fast.level_for(attachment, tokenizer, TEXTS, masks["Anna"], 0)  # all of the first text's
     with pytest.raises(ValueError, match="texts is empty"):
         cu_fast.level_for(attachment, tokenizer, [], masks["weak"])

@@ -1,9 +1,10 @@
 """The operators as Triton kernels: the same bits on GPUs that the native library holds no code for, AMD's too.
 
-Declared in ``operators.py``, they are registered as ``torch.ops.cu_fast_triton.*`` when this package is imported; each
-file's function takes the arguments by name. gather_dot and scatter_sum, which training alone needs and the native library lacks, take
-those of ``nn/autograd.py``, where they are registered. Triton itself is imported by the first call; :func:`failure` says
-why the kernels cannot run on a device. Which tiles a kernel is cut into: ``launch.py``.
+The operators are declared in ``operators.py`` and registered as ``torch.ops.cu_fast_triton.*`` when this package is
+imported; each file's function takes one argument, which has the operator's arguments by name. gather_dot and
+scatter_sum are needed in training alone: the native library lacks them, ``nn/autograd.py`` registers them, and their
+functions take its arguments. Triton itself is imported by the first call; :func:`failure` says why the kernels cannot
+run on a device. Which tiles a kernel is cut into: ``launch.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from cu_fast.kernels.operators import OPERATORS
 
-HOME = {  # of what is registered, the file
+HOME = {  # operator -> its file
     "codebook_quantize": "codebook_quantize",
     "sae_encode": "sae_encode",
     "sae_encode_topk": "sae_encode",
@@ -27,13 +28,13 @@ HOME = {  # of what is registered, the file
 
 
 def operator(name: str) -> torch._ops.OpOverload:
-    """An operator by its name. Its first call imports Triton: ask :func:`failure` before."""
+    """A registered operator by its name. Its first call imports Triton: check :func:`failure` before."""
     return getattr(torch.ops.cu_fast_triton, name).default
 
 
 @functools.cache
-def kernels(name: str) -> Callable:
-    """What runs as an operator (of arguments by name), or as a gradient, not registered; importing it imports Triton."""
+def launcher(name: str) -> Callable:
+    """The function that starts an operator's kernels, or those of gather_dot or scatter_sum; it imports Triton."""
     return getattr(importlib.import_module(f"cu_fast.kernels.triton.{HOME.get(name, name)}"), name)
 
 
@@ -43,13 +44,13 @@ def _register() -> torch.library.Library:
     for name in HOME:
         operator = OPERATORS[name]
         library.define(operator.schema)
-        for device in ("CPU", "CUDA"):  # a CPU's tensors for the interpreter; AMD GPUs are "CUDA" too
-            library.impl(name, operator.takes_named(lambda a, name=name: kernels(name)(a)), device)
+        for device in ("CPU", "CUDA"):  # "CPU" for Triton's interpreter; AMD GPUs are "CUDA" too
+            library.impl(name, operator.takes_named(lambda a, name=name: launcher(name)(a)), device)
         operator.register_fake("cu_fast_triton", library)
     return library
 
 
-_library = _register()  # while it lives, the operators do
+_library = _register()  # torch removes the operators when this object is freed
 
 
 def failure(device: torch.device) -> str | None:
@@ -75,7 +76,7 @@ def failure(device: torch.device) -> str | None:
             name = torch.cuda.get_device_name(device)
             return f"{name} has compute capability {capability[0]}.{capability[1]}, the Triton kernels need 8.0"
         if capability >= (10, 0) and version(triton.__version__) < (3, 7):
-            # Its ptxas, of CUDA 12.9, fuses pairs of products and sums there in spite of --fmad=false.
+            # Its ptxas, of CUDA 12.9, fuses pairs of products and sums there despite --fmad=false.
             return (
                 f"triton {triton.__version__} computes other scores on this GPU; pip install -U triton (3.7 or newer)"
             )
@@ -83,6 +84,6 @@ def failure(device: torch.device) -> str | None:
 
 
 def version(text: str) -> tuple[int, int]:
-    """(3, 9) of "3.9.0+git1234"."""
+    """Major and minor number of a version: (3, 9) for "3.9.0+git1234"."""
     major, minor = text.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()))

@@ -1,14 +1,15 @@
 """What the Triton kernels share: canonical scores, the total order as one integer, which codes are deleted.
 
-    dot(t, j) = 16 partials, l adds z[e] c[e] for e = l, l + 16, ... in order; then l with l + 8, l + 4, l + 2, l + 1
+    dot(t, j) = 16 partial sums; partial l adds z[e] c[e] for e = l, l + 16, ... in order;
+                then a tree: l with l + 8, l + 4, l + 2, l + 1
 
-A product is rounded, then the sum: every kernel is compiled with enable_fp_fusion=False. The tree is made of splits in
-a stated order, never of tl.sum, whose order is Triton's own.
+The product is rounded, then the sum: every kernel is compiled with enable_fp_fusion=False. The tree is made of splits,
+whose order is written down here, and not of tl.sum, whose order is Triton's choice.
 
     key = [ score as a signed number that grows with it : 32 | 2^31 - 1 - id : 32 ], int64
 
 A better code has the larger key: higher score, then smaller id. Scores in keys are finite, and never -0.0. Keys below
-EMPTY + 2^32 are places that no code has taken; a list's may differ from each other.
+EMPTY + 2^32 mark empty places; they need not be equal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 EMPTY = tl.constexpr(-(2**63))
-FIRST_KEY = tl.constexpr(-(2**63) + 2**32)  # every key of a code is above
+FIRST_KEY = tl.constexpr(-(2**63) + 2**32)  # the key of every code is larger
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -47,7 +48,7 @@ def canonical_dots(
     z, z_stride, t, has_t, codes, code_stride, j, has_j, pre, E,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Of rows t [BLOCK_T] of z - pre and codes j [BLOCK_C]: dots [BLOCK_T, BLOCK_C], and which rows hold NaN or Inf."""
+    """Dots [BLOCK_T, BLOCK_C] of rows t [BLOCK_T] of z - pre and codes j [BLOCK_C], and which rows hold NaN or Inf."""
     lane = tl.arange(0, 16)[None, None, :]
     z_rows = z + t.to(tl.int64)[:, None, None] * z_stride
     code_rows = codes + j.to(tl.int64)[None, :, None] * code_stride
@@ -104,7 +105,7 @@ def id_of(key):
 
 @triton.jit
 def mask_rows(mask_row, t, has_t, U):
-    """The mask table's row of tokens t, -1 where nothing is deleted, and whether it exists."""
+    """The mask table's row for tokens t, -1 where nothing is deleted, and whether the table has that row."""
     row, exists = tl.where(has_t, -1, -1), has_t
     if mask_row is not None:
         given = tl.load(mask_row + t, mask=has_t, other=-1)
@@ -115,14 +116,14 @@ def mask_rows(mask_row, t, has_t, U):
 
 @triton.jit
 def is_deleted(mask_table, words, row, j, wanted):
-    """Whether codes j are deleted by rows of the table; row, j and wanted of one shape, or broadcast to it."""
+    """Whether codes j are deleted by rows of the table; False where `wanted` is. row, j and wanted broadcast."""
     word = tl.load(mask_table + row.to(tl.int64) * words + j // 32, mask=wanted & (row >= 0), other=0)
     return ((word >> (j % 32)) & 1) != 0
 
 
 @triton.jit
 def rounded_bf16(x):
-    """fp32 to the bits of bf16, to nearest, ties to even; int16. The interpreter's own conversion truncates."""
+    """fp32 to the bits of bf16, int16: to nearest, ties to even. Written out: Triton's interpreter truncates."""
     bits = x.to(tl.int32, bitcast=True)
     near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x != x, 0x7FC0, near).to(tl.int16)

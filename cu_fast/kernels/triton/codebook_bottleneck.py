@@ -33,7 +33,7 @@ def codebook_bottleneck(a: Any) -> Tensor:
 
 
 def _deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
-    # Which of the ids are deleted. A row that the table does not have has made its ids' y NaN: nothing is counted.
+    # Which of the ids are deleted. Nothing is counted for a mask row beyond the table: masked_decode makes its y NaN.
     if mask_table.shape[0] == 0:
         return torch.zeros_like(ids)
     row, code = mask_row.long().clamp(0, mask_table.shape[0] - 1)[:, None], ids.long().clamp(min=0)

@@ -1,4 +1,4 @@
-"""The selection with Triton: what is started, and its memory. Kernels: select.py, scan.py; how it is cut: launch.py.
+"""The selection with Triton: which kernels are started, and its memory. Kernels: select.py, scan.py; plan: launch.py.
 
     every code scored   score_codes -> finish                                        few tokens, or no plane
     certified scan      scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow -> score_candidates
@@ -21,7 +21,15 @@ from cu_fast.kernels.triton.launch import choose, rows_contiguous, start, vector
 
 
 class Scores(NamedTuple):
-    """Rows and codes before their epilogue: z [T, E], codes [C, E], pre fp32 [E], inv_norm and bias fp32 [C] or None."""
+    """The operands of score(t, j) = canonical(z_t - pre, c_j) inv_norm_j + bias_j.
+
+    Attributes:
+        z: [T, E], rows contiguous.
+        codes: [C, E], rows contiguous.
+        pre: fp32 [E], or None = 0.
+        inv_norm: fp32 [C], or None = 1.
+        bias: fp32 [C], or None = 0.
+    """
 
     z: Tensor
     codes: Tensor
@@ -31,7 +39,7 @@ class Scores(NamedTuple):
 
 
 def codebook_quantize(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.codebook_quantize``: scores fp32 [T, k], ids int32 [T, k], hits int32 [T], or [0] if not wanted."""
+    """As ``reference.codebook_quantize``: scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or [0]."""
     scores = Scores(rows_contiguous(a.z), rows_contiguous(a.codes), None, vector(a.inv_norm), vector(a.bias))
     hits = torch.empty(a.z.shape[0] if a.return_hits else 0, dtype=torch.int32, device=a.z.device)
     best, ids = select(scores, a, hits if a.return_hits else None, relu=False)
@@ -39,7 +47,14 @@ def codebook_quantize(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-    """Scores and ids [T, k] by the k, the mask and the plane of ``a``; writes hits."""
+    """Scores fp32 [T, k] and ids int32 [T, k] of the k best codes.
+
+    Args:
+        scores: the operands.
+        a: an operator's arguments by name, of which k, the mask and the scan plane are used.
+        hits: int32 [T], written to; None = not counted.
+        relu: the scores that are returned are relu(score).
+    """
     z, codes, k = scores.z, scores.codes, a.k
     (T, E), C, device = z.shape, codes.shape[0], z.device
     plane = None if a.scan_plane is None else (a.scan_plane, a.scan_terms, a.scan_mean)
@@ -54,7 +69,7 @@ def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Ten
         plan = launch.plan(T, E, C, k, codes.dtype, plane is not None, launch.multiprocessors_of(device), arch)
         tile = choose("score_codes", arch, plan.chunk, E, C, k, codes.dtype)
         places = plan.parts * tile.block("K") or C
-        work = Work(plan, E, places, device, rides=hits is not None and mask_table is not None)
+        work = Work(plan, E, places, device, counts_hits=hits is not None and mask_table is not None)
         for first in range(0, T, plan.chunk):
             some = slice(first, min(first + plan.chunk, T))
             job = Job(
@@ -68,7 +83,7 @@ def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Ten
 
 
 class Job(NamedTuple):
-    """A chunk of a selection."""
+    """A chunk of a selection: the arguments of :func:`select`, cut to the chunk's tokens, and its results."""
 
     scores: Scores
     k: int
@@ -81,10 +96,12 @@ class Job(NamedTuple):
     arch: str
 
     def choose(self, kernel: str) -> launch.Config:
+        """The tiles of a kernel for this chunk."""
         T, (C, E) = self.scores.z.shape[0], self.scores.codes.shape
         return choose(kernel, self.arch, T, E, C, self.k, self.scores.codes.dtype)
 
-    def rows_and_codes(self) -> dict:
+    def rows_and_codes(self) -> dict[str, Any]:
+        """The operands, as the kernels' arguments name them."""
         z, codes, pre, inv_norm, bias = self.scores
         return {
             "z": z, "z_stride": z.stride(0), "codes": codes, "code_stride": codes.stride(0), "pre": pre, "E": z.shape[1],
@@ -93,16 +110,24 @@ class Job(NamedTuple):
 
 
 class Work:
-    """The memory of a selection, for a chunk. Each array's shape: select.py, scan.py."""
+    """The memory of a selection, for a chunk. Each array's shape: select.py, scan.py.
 
-    def __init__(self, plan: launch.Plan, E: int, places: int, device: torch.device, rides: bool):
+    Args:
+        plan: how the selection is cut.
+        E: width of a code.
+        places: keys per token that score_codes leaves.
+        device: of the memory.
+        counts_hits: deleted codes are kept too.
+    """
+
+    def __init__(self, plan: launch.Plan, E: int, places: int, device: torch.device, counts_hits: bool) -> None:
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         chunk = plan.chunk
         self.places, self.stride = places, max(places, plan.candidates if plan.scans else 0)
         self.kept = new(chunk, self.stride, dtype=torch.int64)
-        self.gone = new(chunk, self.stride, dtype=torch.int64) if rides else None
+        self.deleted = new(chunk, self.stride, dtype=torch.int64) if counts_hits else None
         self.poison = new(chunk)
         self.exact = self.chosen_count = None
         if not plan.scans:
@@ -120,17 +145,18 @@ class Work:
 
 
 def every_code(job: Job, plan: launch.Plan, work: Work, tile: launch.Config) -> None:
-    """score_codes, of all rows or of those that a scan could not do, and finish."""
+    """score_codes, for all rows or, after a scan, for those that it could not do; then finish."""
     T, C, U = job.scores.z.shape[0], job.scores.codes.shape[0], 0 if job.mask_table is None else job.mask_table.shape[0]
     start(
         select_kernels.score_codes, -(-T // tile.block("T")) * plan.parts, tile, **job.rows_and_codes(),
         mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), U=U, wanted=work.exact, poison=work.poison,
-        kept=work.kept, gone=work.gone, T=T, C=C, parts=plan.parts, part_codes=plan.part_codes, stride=work.stride,
+        kept=work.kept, deleted=work.deleted, T=T, C=C, parts=plan.parts, part_codes=plan.part_codes,
+        stride=work.stride,
     )  # fmt: skip
     start(
-        select_kernels.finish, T, job.choose("finish"), kept=work.kept, gone=work.gone, poison=work.poison, exact=work.exact,
-        chosen=work.chosen_count, scores=job.best, ids=job.ids, hits=job.hits, k=job.k, places=work.places,
-        stride=work.stride, relu=job.relu,
+        select_kernels.finish, T, job.choose("finish"), kept=work.kept, deleted=work.deleted, poison=work.poison,
+        exact=work.exact, chosen=work.chosen_count, scores=job.best, ids=job.ids, hits=job.hits, k=job.k,
+        places=work.places, stride=work.stride, relu=job.relu,
     )  # fmt: skip
 
 
@@ -164,7 +190,7 @@ def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, T
             mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), maxima=maxima if sample else None,
             tau=None if sample else work.tau, count=work.count, ids=work.found, lower=work.lower, upper=work.upper,
             T=T, C=C, plane_width=-(-E // 4) * 4, width=work.width, chunk=plan.chunk, capacity=plan.candidates,
-            tiles=tiles, visited=visited, RIDES=work.gone is not None, SAMPLE=sample,
+            tiles=tiles, visited=visited, COUNTS_HITS=work.deleted is not None, SAMPLE=sample,
         )  # fmt: skip
     start(
         scan_kernels.narrow, T, job.choose("narrow"), count=work.count, exact=work.exact, ids=work.found, lower=work.lower,
@@ -172,6 +198,6 @@ def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, T
     )  # fmt: skip
     start(
         scan_kernels.score_candidates, T * plan.score_parts, job.choose("score_candidates"), **job.rows_and_codes(),
-        chosen=work.chosen, chosen_count=work.chosen_count, kept=work.kept, gone=work.gone, capacity=plan.candidates,
-        parts=plan.score_parts, stride=work.stride,
+        chosen=work.chosen, chosen_count=work.chosen_count, kept=work.kept, deleted=work.deleted,
+        capacity=plan.candidates, parts=plan.score_parts, stride=work.stride,
     )  # fmt: skip

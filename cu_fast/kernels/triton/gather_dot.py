@@ -1,11 +1,11 @@
-"""Dot products of tokens with codes they chose, with Triton: w[t, i] = canonical(g[t], codes[ids[t, i]]).
+"""Dot products of tokens with their codes, with Triton: w[t, i] = canonical(g[t], codes[ids[t, i]]).
 
     ids [T, k] int32, -1: no code;  g [T, E], codes [C, E] rows contiguous, fp32, bf16 or fp16;  w [T, k], codes' dtype
 
 The gradient of gather_sum's weights, and the scores of codes in training. A program takes a token and a tile of its
-slots, and reads the codes where they are (canonical.py: 16 partials and a tree; multiply, then add, never fused). A slot
-without a code is 0, whatever its token's row holds. An id that is none of the codes' gives NaN: nobody has looked at it
-before, and the fault has to show.
+slots, and reads the codes in place (canonical.py: 16 partials and a tree; multiply, then add, never fused). A slot
+without a code is 0, whatever its token's row holds. An id beyond the last code gives NaN: on a GPU the host has not
+checked it, and the error has to show.
 """
 
 from __future__ import annotations

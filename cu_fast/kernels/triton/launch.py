@@ -1,16 +1,16 @@
 """How the Triton kernels are cut: pure, printable choices by architecture and shape. No result depends on them.
 
-Nothing is tuned while a program runs: a choice is a row of TABLE, which was compiled for every architecture before it was
-shipped (tests/test_triton_kernels.py), plus the rules of :func:`choose` and :func:`plan`. No row of TABLE was measured.
-``cu-fast tune`` measures rows on a user's GPU and keeps them in a file (tiles.py), which is laid over TABLE when an
-architecture is first asked for.
+Nothing is tuned while a program runs: a choice is a row of TABLE, plus the rules of :func:`choose` and :func:`plan`.
+Every row was compiled for every architecture before it was shipped (tests/kernels/triton_kernels); none was measured.
+``cu-fast tune`` measures rows on a user's GPU and keeps them in a file (tiles.py), which is laid over TABLE at the
+first choice for an architecture.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +19,27 @@ from cu_fast.kernels.triton import tiles
 from cu_fast.kernels.triton.tiles import Config, Table
 from cu_fast.kernels.triton.tiles import config as _config
 
-# The architectures that a row was chosen for, and the shared memory that a program may have there, in bytes. Others take
-# the row of the one before them in this order, AMD's that of gfx942.
+# The architectures that rows were chosen for, and the bytes of shared memory that a program may have there. Another
+# NVIDIA GPU takes the rows of the newest of these that is not newer than itself, an AMD GPU those of gfx942.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 
-# Codes kept in registers by a program of score_codes: the smallest that k fits into; a larger k goes through memory.
+# Keys per token that a program of score_codes keeps in registers: the smallest list that holds k. A larger k goes
+# through memory.
 LISTS = (16, 64, 256)
 MAX_SCAN_K = LISTS[-1]
 
 
 class Tuning(NamedTuple):
-    """Sizes that a GPU should be kept busy with; tests take smaller ones, to walk every path. MEASURED: by `tune`."""
+    """Sizes that keep a GPU busy; smaller in tests, to take every path. `cu-fast tune` measures those of MEASURED."""
 
-    chunk: int = 256  # tokens that go through the scan together
-    candidates: int = 8192  # places for a row's candidates; what does not fit is scored exactly
-    sample_share: int = 16  # one tile of codes in so many gives the first threshold
-    scan_start: float = 60.0  # microseconds that the scan's kernels take to start
-    read_rate: float = 3e6  # bytes a microsecond, from memory; this and the next two are guesses about an H100
-    exact_rate: float = 8e6  # products a microsecond, every code scored
-    scan_rate: float = 300e6  # products a microsecond, scanned
-    keys: int = 1 << 22  # kept in memory at a time where k is too large for a list
+    chunk: int = 256  # tokens per pass of the scan
+    candidates: int = 8192  # a row with more is scored against every code
+    sample_share: int = 16  # one tile of codes in 16 gives the first threshold
+    scan_start: float = 60.0  # microseconds to launch the scan's kernels
+    read_rate: float = 3e6  # bytes per microsecond, from memory; this and the next two are guesses about an H100
+    exact_rate: float = 8e6  # products per microsecond, every code scored
+    scan_rate: float = 300e6  # products per microsecond, scanned
+    keys: int = 1 << 22  # in memory at a time where k is too large for a list
 
 
 TUNING = Tuning()
@@ -46,19 +47,19 @@ MEASURED = ("scan_start", "read_rate", "exact_rate", "scan_rate")
 
 
 class Plan(NamedTuple):
-    """A selection: tokens at a time, parts of the codes that score_codes takes, and the scan's share of it."""
+    """How a selection is cut."""
 
-    scans: bool
-    chunk: int
-    parts: int
-    part_codes: int
-    score_parts: int
-    sample_codes: int
-    candidates: int
+    scans: bool  # by the certified scan; else every code is scored
+    chunk: int  # tokens at a time
+    parts: int  # of the codes, each one program of score_codes per tile of tokens
+    part_codes: int  # codes per part
+    score_parts: int  # programs of score_candidates per token
+    sample_codes: int  # scanned for the first threshold
+    candidates: int  # places per token
 
 
-# By kernel, then by what it is chosen for: of "many gfx942" and "many" the first, where its architecture is in the name.
-# None was measured.
+# Kernel -> key -> tiles; :func:`choose` makes the key. A key with the architecture, "many gfx942", goes before "many".
+# No row was measured.
 TABLE = {
     "score_codes": {
         "one": _config(4, T=1, C=64, UNROLL=8),
@@ -91,7 +92,7 @@ TABLE = {
 
 
 def family(arch: str) -> str:
-    """The architecture of SHARED_MEMORY whose rows another one takes."""
+    """The architecture of SHARED_MEMORY whose rows an architecture takes."""
     if not arch.startswith("sm_"):
         return "gfx942"
     number = int(arch[3:])
@@ -100,11 +101,18 @@ def family(arch: str) -> str:
 
 
 def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
-    """Why a kernel cannot be cut so, None if it may. Of the shared memory only what is known without compiling."""
+    """Why a row cannot be used, None where it can. Shared memory is checked as far as it is known uncompiled.
+
+    Args:
+        kernel: its name.
+        shipped: the row that ships.
+        row: the one in question.
+        arch: "sm_90", "gfx942", ...
+    """
     for name, size in row.blocks:
         if not 0 < size <= 1 << 16 or size & (size - 1):
             return f"{name} is {size}; it should be a power of two, at most 65536"
-        # The kernels of a scan share the steps: other ones would leave entries out.
+        # The kernels of a scan must step alike: with another step one would leave entries out.
         if (name == "STEP" or (kernel, name) == ("scan_codes", "BLOCK_E")) and size != dict(shipped.blocks)[name]:
             return f"{name} is {size}; it should be {dict(shipped.blocks)[name]}, as in the other kernels of the scan"
     if row.num_warps not in (1, 2, 4, 8, 16):
@@ -121,26 +129,33 @@ def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
 
 
 RULES = tiles.Rules(TABLE, MEASURED, fault)
-# By architecture, read at first use; cu_fast.bench.tune puts in what it tries.
+# Architecture -> its table, read at first use; cu_fast.bench.tune puts the rows that it tries in here.
 IN_FORCE: dict[str, Table] = {}
 
 
 def in_force(arch: str) -> Table:
-    """The table in force on an architecture: a user's over TABLE. Raises ValueError where the user's is broken."""
+    """The table of an architecture: a user's rows over TABLE. Raises ValueError where the user's file is broken."""
     if arch not in IN_FORCE:
         IN_FORCE[arch] = tiles.find(arch, RULES)
     return IN_FORCE[arch]
 
 
 def key_of(rows: Iterable[str], name: str, arch: str) -> str:
-    """Of the keys of a kernel's rows the one that holds for a name."""
+    """The key of a kernel's rows for a name: with the architecture, with its family, or the name alone."""
     return next(key for key in (f"{name} {arch}", f"{name} {family(arch)}", name) if key in rows)
 
 
 def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.dtype) -> Config:
-    """The tiles of a kernel for T tokens, C codes of width E (D for gather_sum), k codes kept.
+    """The tiles of a kernel.
 
-    arch: "sm_90", "gfx942", ... dtype: of the codes, or the table.
+    Args:
+        kernel: its name.
+        arch: "sm_90", "gfx942", ...
+        T: tokens.
+        E: width of a code; D for gather_sum and encode_tile.
+        C: codes; E for encode_tile.
+        k: codes kept per token.
+        dtype: of the codes, or of the table.
     """
     if kernel in ("score_codes", "encode_tile"):
         name = "one" if T == 1 else "few" if T <= 4 else "many"
@@ -160,22 +175,43 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
 
 
 def _with_list(row: Config, keep: int) -> Config:
-    T = min(row.block("T"), 8) if keep == LISTS[-1] else row.block("T")  # more would spill
+    T = min(row.block("T"), 8) if keep == LISTS[-1] else row.block("T")  # the registers of more tokens would spill
     return row._replace(blocks=(("BLOCK_T", T), *row.blocks[1:], ("BLOCK_K", keep)))
 
 
 def tuning_of(arch: str) -> Tuning:
+    """The sizes of an architecture: a user's over TUNING."""
     return TUNING._replace(**in_force(arch).tuning)
 
 
 def scan_is_faster(T: int, entries: int, code_bytes: int, tuning: Tuning) -> bool:
-    """The scan reads a byte an entry and multiplies on matrix units, but starts more kernels."""
+    """Whether the scan is estimated to be faster than scoring every code.
+
+    The scan reads a byte per entry and multiplies on matrix units, but starts more kernels.
+
+    Args:
+        T: tokens.
+        entries: C E.
+        code_bytes: per entry of the codes.
+        tuning: the architecture's rates.
+    """
     exact = max(entries * code_bytes / tuning.read_rate, T * entries / tuning.exact_rate)
     return tuning.scan_start + max(entries / tuning.read_rate, T * entries / tuning.scan_rate) < exact
 
 
 def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
-    """How a selection is cut. Whether it scans: :func:`scan_is_faster`."""
+    """How a selection is cut.
+
+    Args:
+        T: tokens.
+        E: width of a code.
+        C: codes.
+        k: codes kept per token.
+        dtype: of the codes.
+        has_plane: there is an int8 plane; whether it is scanned decides :func:`scan_is_faster`.
+        multiprocessors: of the device.
+        arch: "sm_90", "gfx942", ...
+    """
     tuning = tuning_of(arch)
     code_bytes = 2 if dtype in (torch.float16, torch.bfloat16) else 4
     scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan_is_faster(T, C * E, code_bytes, tuning)
@@ -199,7 +235,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def configurations() -> Iterator[tuple[str, str, Config]]:
-    """Every configuration that ships: kernel, what it is chosen for, tiles."""
+    """Every configuration that ships: kernel, key, tiles."""
     for kernel, rows in TABLE.items():
         for name, row in rows.items():
             if kernel == "score_codes":
@@ -210,7 +246,7 @@ def configurations() -> Iterator[tuple[str, str, Config]]:
 
 
 def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942"; of a CPU, where the interpreter runs, "sm_80"."""
+    """A device's architecture: "sm_90", "gfx942", ...; "sm_80" for a CPU, where Triton's interpreter runs."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:
@@ -219,26 +255,34 @@ def arch_of(device: torch.device) -> str:
 
 
 def multiprocessors_of(device: torch.device) -> int:
+    """A GPU's multiprocessors; 3 for a CPU, where Triton's interpreter runs, so that work is cut there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """While it lasts, launches go to the device of a tensor."""
+    """A context in which kernels are launched on the device of a tensor."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def options(config: Config) -> dict:
-    """What Triton's compiler is told. Products and sums are never fused: canonical scores are defined that way."""
+def options(config: Config) -> dict[str, Any]:
+    """Options of Triton's compiler. Products and sums are never fused: canonical scores are defined without fusion."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
 
 
-def start(kernel, programs: int, config: Config, **arguments) -> None:
-    """Start a kernel."""
+def start(kernel: Any, programs: int, config: Config, **arguments: Any) -> None:
+    """Start a kernel.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        programs: how many.
+        config: its tiles.
+        arguments: the kernel's, by name, without the tiles.
+    """
     kernel[(programs,)](**arguments, **dict(config.blocks), **options(config))
 
 
 def rows_contiguous(matrix: Tensor) -> Tensor:
-    """The matrix, copied if its rows are not contiguous."""
+    """The matrix [N, M]; a copy where the entries of a row are not adjacent."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 

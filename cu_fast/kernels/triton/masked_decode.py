@@ -5,8 +5,8 @@
 
 A program takes a token and BLOCK_D columns. In the order of i: multiply, then add, in fp32; a mean divides by k; then
 bias, then residual; rounded once. A deleted code is skipped, whatever its row holds. A slot without a code adds nothing,
-but with the weight NaN it makes the row NaN, and so does an id that is none of the table's, or a mask row that does not
-exist: nobody has looked at them before, and the fault has to show.
+but with the weight NaN it makes the row NaN. So do an id beyond the table and a mask row that does not exist: on a GPU
+the host has not checked them, and the error has to show.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
     x [T, D], W_enc [E, D]  rows contiguous, fp32, bf16 or fp16;  b_enc [E], b_pre [D] fp32;  z [T, E] fp32
 
-A program takes a tile of tokens and codes (canonical.py: multiply, then add, never fused), then the epilogue.
+A program takes a tile of tokens and of rows of W_enc, C = E of them: canonical dots (canonical.py: multiply, then add,
+never fused), then bias, activation and NaN.
 """
 
 from __future__ import annotations

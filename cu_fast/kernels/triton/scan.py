@@ -1,21 +1,29 @@
-"""The certified int8 scan: which codes may be among the k best, read from one byte an entry.
+"""The certified int8 scan: which codes may be among the k best, read from one byte per entry.
 
     approx = unit scale_j (<p_t, q_j> + 254 <h_t, q_j>) + mean_dot inv_norm_j + bias_j
     error  = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
 
 The plane and the bound are those of ``csrc/core/scan.h``; sums of bytes are exact on every matrix unit.
 
-1. scan_rows         A program a token: bytes p and, for entries far above the rest, high bytes h; terms of the bound.
-2. scan_codes        A tile of codes and tokens. In the sample (some tiles): the largest lower bound of four codes each.
-3. scan_threshold    tau = the k-th largest of those: no better than the k-th best score.
-4. scan_codes        All tiles: whose upper bound reaches tau becomes a candidate, appended by atomics. What finds no
-                     place is counted, so the row is known to be incomplete. A deleted code is none, or a flagged one.
-5. narrow            tau again, of all lower bounds; who reaches it is chosen. Rows that are incomplete or cannot be
-                     certified are left to score_codes.
+1. scan_rows         A program per token: bytes p and, for entries far above the rest, high bytes h; terms of the bound.
+2. scan_codes        A program per tile of codes and tokens. In the sample (some tiles): the largest lower bound of each
+                     four codes.
+3. scan_threshold    tau = the k-th largest of those bounds: at most the k-th best score.
+4. scan_codes        All tiles: a code whose upper bound reaches tau becomes a candidate, appended by atomics. A
+                     candidate without a place is counted, so the row is known to be incomplete. A deleted code becomes
+                     no candidate, or, where hits are counted, one that is flagged.
+5. narrow            tau again, of all lower bounds; candidates whose upper bound reaches it are chosen. Rows that are
+                     incomplete or cannot be certified are left to score_codes.
 6. score_candidates  Canonical scores of the chosen, as keys for `finish`.
 
-    terms [8, chunk] fp32: unit, mean_dot, norm_in, miss, half_l1_out, slop; bytes, high [chunk, width] int8, zeros
-    behind E; ids, lower, upper, chosen [chunk, capacity]; an id's bit 31: deleted, and lower is -inf
+    terms                 [8, chunk] fp32: unit, mean_dot, norm_in, miss, half_l1_out, slop, two not used
+    bytes, high           [chunk, width] int8, p and h; zeros beyond E
+    high_steps, has_high  [chunk, width / STEP] and [chunk] int32, 1: h is not zero there
+    exact                 [chunk] int32, 1: the row is left to score_codes
+    maxima, tau           [chunk, visited BLOCK_C / 4] and [chunk] fp32
+    count                 [chunk] int32, candidates found; above capacity, more than were stored
+    ids, chosen           [chunk, capacity] int32; bit 31: deleted
+    lower, upper          [chunk, capacity] fp32; lower is -inf for a deleted code: it must not raise tau
 """
 
 from __future__ import annotations
@@ -35,10 +43,10 @@ from cu_fast.kernels.triton.canonical import (
     widened,
 )
 
-SMALLEST, LARGEST = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)  # of a row's largest entry
-HALVINGS = tl.constexpr(7)
-RANGE = tl.constexpr(127.0)
-BASE = tl.constexpr(254.0)
+SMALLEST, LARGEST = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)  # bounds of a certified row's largest entry
+HALVINGS = tl.constexpr(7)  # at most, of the clip
+RANGE = tl.constexpr(127.0)  # largest p
+BASE = tl.constexpr(254.0)  # of h: an entry is unit (p + BASE h)
 WIDEN = tl.constexpr(1.0 + 2.0**-18)  # covers the roundings of the bound itself
 
 
@@ -73,7 +81,7 @@ def scan_rows(
         fault = fault | (mine < -1) | (mine >= U)
     certified = (fault == 0) & (largest >= SMALLEST) & (largest <= LARGEST)
 
-    # The clip: halved while few entries lie above it. One outlier then does not make the unit coarse for all.
+    # The clip is halved while few entries lie above it, so that one outlier does not make the unit coarse for all.
     halving = tl.arange(0, 8)
     limits = largest / (2 << halving).to(tl.float32)
     above = tl.zeros([8], tl.int32)
@@ -83,7 +91,7 @@ def scan_rows(
     halvings = tl.sum(tl.where((above <= max_outliers) & (halving < HALVINGS), 1, 0), 0)
     clip = largest / (1 << halvings).to(tl.float32)
 
-    # A row that is not certified leaves zeros: they are multiplied, and looked at by nobody.
+    # A row that is not certified stores zeros: its tile multiplies them, and the products are not read.
     per_unit, unit = tl.where(certified, RANGE / clip, 0.0), tl.where(certified, clip / RANGE, 0.0)
     misses, squares_in = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
     out, mean_dot = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
@@ -111,9 +119,9 @@ def scan_rows(
     norm = tl.sqrt_rn(tl.sum(squares, 0)) * grow
     tl.store(terms + t, unit)
     tl.store(terms + chunk + t, tl.sum(mean_dot, 0))
-    # Not zero: infinity times it is infinity.
+    # Not zero, so that times an infinite residual_j it is infinite, and not NaN.
     tl.store(terms + 2 * chunk + t, tl.maximum(tl.sqrt_rn(tl.sum(squares_in, 0)) * grow, 2.0**-60))
-    # Behind +: the rounding of unit * whole, and of x minus it.
+    # The second term covers the rounding of unit * whole, and of the subtraction from x.
     tl.store(terms + 3 * chunk + t, tl.sqrt_rn(tl.sum(misses, 0)) * grow + 2.0**-22 * norm)
     tl.store(terms + 4 * chunk + t, 0.5 * tl.sum(out, 0) * grow)
     tl.store(terms + 5 * chunk + t, norm * epsilon)
@@ -135,13 +143,13 @@ def add_product(sums, codes, rows, first, e, plane_width, has_j, has_t):
 def scan_codes(
     bytes, high, high_steps, has_high, terms, exact, plane, plane_terms, inv_norm, bias, mask_table, mask_row, words,
     maxima, tau, count, ids, lower, upper, T, C, plane_width, width, chunk, capacity, tiles, visited,
-    RIDES: tl.constexpr, SAMPLE: tl.constexpr,
+    COUNTS_HITS: tl.constexpr, SAMPLE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     token_tiles = tl.cdiv(T, BLOCK_T)
     visit = tl.program_id(0) // token_tiles
     tile = visit
-    if SAMPLE:  # spread over the codes: neighbours may be alike
+    if SAMPLE:  # tiles spread over all codes: neighbours may be alike
         tile = (visit.to(tl.int64) * tiles // visited).to(tl.int32)
     t = tl.program_id(0) % token_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -186,7 +194,7 @@ def scan_codes(
     approx = unit * scale[:, None] * sum + mean_dot * factor[:, None] + shift[:, None]
     error = norm_in * residual[:, None] + miss * size[:, None] + half_l1_out * tl.abs(scale)[:, None]
     error = WIDEN * (error + slop * magnitude[:, None] + (2.0**-20 * tl.abs(shift))[:, None])
-    # Where the bound is not finite, or the bias so large that it may overflow: it may be anything.
+    # Where the bound is not finite, or the bias so large that the score may overflow, nothing is known of the score.
     bounded = (error < LARGEST) & (tl.abs(shift) <= LARGEST)[:, None]
     low = tl.where(bounded, approx - error, float("-inf"))
     up = tl.where(bounded, approx + error, float("inf"))
@@ -206,7 +214,7 @@ def scan_codes(
         id = j[:, None] + tl.zeros([1, BLOCK_T], tl.int32)
         if mask_table is not None:
             deleted = is_deleted(mask_table, words, row[None, :], j[:, None], passes)
-            if RIDES:
+            if COUNTS_HITS:
                 id = tl.where(deleted, id | -(2**31), id)
                 low = tl.where(deleted, float("-inf"), low)
             else:
@@ -221,19 +229,19 @@ def scan_codes(
 
 @triton.jit
 def above_infinity(values, at, n):
-    """values as `ordered`, below them all what is -inf or beyond n."""
+    """Values as `ordered` integers; the smallest integer for -inf, and for places from n on."""
     x = tl.load(values + at, mask=at < n, other=float("-inf"))
     return tl.where(x > float("-inf"), ordered(x), -(2**31))
 
 
 @triton.jit
 def kth_largest(values, n, k, BLOCK_N: tl.constexpr):
-    """The k-th largest of n floats, bit by bit from the top; -inf if fewer than k are above it."""
+    """The k-th largest of n floats, found bit by bit from the top; -inf if fewer than k are larger than -inf."""
     at = tl.arange(0, BLOCK_N)
     first = above_infinity(values, at, n)
     found = tl.full([], -(2**31), tl.int32)
     for i in range(32):
-        candidate = found ^ (tl.full([], 1, tl.int32) << (31 - i))  # the next bit set; of the first, the sign cleared
+        candidate = found ^ (tl.full([], 1, tl.int32) << (31 - i))  # sets the next bit; the first step clears the sign
         reach = tl.sum(tl.where(first >= candidate, 1, 0), 0)
         for start in range(BLOCK_N, n, BLOCK_N):
             reach += tl.sum(tl.where(above_infinity(values, start + at, n) >= candidate, 1, 0), 0)
@@ -270,7 +278,8 @@ def narrow(count, exact, ids, lower, upper, chosen, chosen_count, k, capacity, B
 
 @triton.jit(do_not_specialize=["C", "capacity", "parts", "stride"])
 def score_candidates(
-    z, z_stride, codes, code_stride, inv_norm, bias, pre, chosen, chosen_count, kept, gone, E, capacity, parts, stride,
+    z, z_stride, codes, code_stride, inv_norm, bias, pre, chosen, chosen_count, kept, deleted,
+    E, capacity, parts, stride,
     BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) // parts + tl.arange(0, 1)
@@ -286,5 +295,5 @@ def score_candidates(
         keys = keys_of(dots, j, at < n, inv_norm, bias)
         place = (token * stride + at)[None, :]
         tl.store(kept + place, tl.where((id < 0)[None, :], EMPTY, keys), mask=(at < n)[None, :])
-        if gone is not None:
-            tl.store(gone + place, tl.where((id < 0)[None, :], keys, EMPTY), mask=(at < n)[None, :])
+        if deleted is not None:
+            tl.store(deleted + place, tl.where((id < 0)[None, :], keys, EMPTY), mask=(at < n)[None, :])

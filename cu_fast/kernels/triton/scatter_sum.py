@@ -1,20 +1,20 @@
-"""Sums of tokens by the codes that they chose, with Triton: y[j] = the sum of w[t, i] g[t] over ids[t, i] = j.
+"""Sums of tokens by their codes, with Triton: y[j] = the sum of w[t, i] g[t] over ids[t, i] = j.
 
-    ids [T, k], an id that is none of the codes': no code;  weights [T, k];  g [T, E] rows contiguous
+    ids [T, k], below 0 or from C on: no code;  weights [T, k];  g [T, E] rows contiguous
     y [C, E] contiguous, the wider dtype of weights and g
 
 The gradient of gather_sum's codes. It has no atomics, so the same bits in every run: a stable sort by id brings the
-places (t, i) of a code together, in their order, and whoever owns the code adds them. A code that a batch is full of
-would be one program's work alone, so its places are cut, from their first on, into pieces of PIECE:
+places (t, i) of a code together, in their order, and one program adds them. So that a code that most tokens keep is not
+the work of a single program, a code's places are cut, from the first on, into pieces of PIECE:
 
-    y[j] = ((piece 0 + piece 1) + ...) + the places that are left      each in fp32, in order: multiply, then add
+    y[j] = ((piece 0 + piece 1) + ...) + the remaining places      each in fp32, in order: multiply, then add
 
-1. sum_pieces   A program takes a whole piece and BLOCK_E columns. There are at most T k / PIECE pieces; how many there
-                are, only the device knows, and programs beyond that add nothing.
-2. sum_codes    A program takes a code and BLOCK_E columns: pieces, then what is left; rounded once. Codes without places
-                get zeros.
+1. sum_pieces   A program takes a whole piece and BLOCK_E columns. T k / PIECE programs per column tile are started, the
+                most that are possible; only the device knows how many pieces there are, and the others add nothing.
+2. sum_codes    A program takes a code and BLOCK_E columns: pieces, then the remaining places; rounded once. Codes
+                without places get zeros.
 
-Beside y: O(T k + C), and a row of fp32 for every PIECE places.
+Memory beside y: O(T k + C), and a row of fp32 per PIECE places.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cu_fast.kernels.triton import launch
 from cu_fast.kernels.triton.canonical import rounded_bf16, widened
 from cu_fast.kernels.triton.launch import choose, rows_contiguous, start
 
-PIECE = 256  # part of what a sum is, unlike a tile
+PIECE = 256  # unlike a tile it decides the order of the sum, and so its bits
 
 
 @triton.jit
 def sum_in_order(tokens, weights, g, g_stride, first, end, e, E, BLOCK_E: tl.constexpr, UNROLL: tl.constexpr):
-    """Columns e [BLOCK_E] of the sum over places first to end."""
+    """Columns e [BLOCK_E] of the sum over places first, ..., end - 1."""
     sums = tl.zeros([BLOCK_E], tl.float32)
     for base in range(first, end, UNROLL):
         for step in tl.static_range(UNROLL):
@@ -41,7 +41,7 @@ def sum_in_order(tokens, weights, g, g_stride, first, end, e, E, BLOCK_E: tl.con
             exists = place < end
             t = tl.load(tokens + place, mask=exists, other=0).to(tl.int64)
             weight = tl.load(weights + place, mask=exists, other=0.0).to(tl.float32)
-            sums += weight * widened(g + t * g_stride + e, e < tl.where(exists, E, 0))  # beyond the end 0 times 0
+            sums += weight * widened(g + t * g_stride + e, e < tl.where(exists, E, 0))  # beyond the end adds 0 * 0
     return sums
 
 
@@ -93,7 +93,7 @@ def scatter_sum(ids: Tensor, weights: Tensor, g: Tensor, num_codes: int) -> Tens
         return y
     ids, order = torch.sort(ids.flatten(), stable=True)
     tokens, weights = (order // k).int(), weights.flatten()[order]
-    # Of C codes and of their end: where their places begin. What is before and after these are not codes.
+    # Where the places of each of the C codes begin, and where the last code's end. Others belong to no code.
     codes = torch.arange(C + 1, dtype=ids.dtype, device=ids.device)
     starts = torch.searchsorted(ids, codes)
     pieces_before = code_of_piece = pieces = None

@@ -2,16 +2,18 @@
 
     score(t, j) = canonical(z_t - pre, c_j) inv_norm_j + bias_j        best: higher score, then smaller id
 
-    kept, gone   [T, stride] int64 keys (canonical.py): codes that may be selected, deleted ones (None: nobody asks)
+    kept         [T, stride] int64 keys (canonical.py) of codes that may be selected
+    deleted      [T, stride] int64 keys of deleted codes; None: hits are not counted
+    poison       [T] int32, 1: the row is poisoned, nothing is selected and its scores are NaN
 
-1. score_codes   A program takes a tile of tokens and one part of the codes, tile by tile: canonical dots, keys. Of each
-                 token it keeps BLOCK_K >= k keys in registers: while the best of the tile beats the worst kept, they
-                 change places. Where k is too large for that (BLOCK_K = 0) all keys are kept; the host then takes few
-                 tokens at a time. A deleted code's key goes to `gone`, or nowhere: a predicate, not a score.
-2.               A row with NaN or Inf, or whose mask row does not exist, is poisoned: nothing is selected.
-3. finish        A program a token takes the largest of its n keys below the last one taken, k times.
+1. score_codes   A program takes a tile of tokens and one part of the codes, tile by tile: canonical dots, keys. Per
+                 token it keeps BLOCK_K >= k keys in registers: while the best key of the tile is better than the worst
+                 kept, the two change places. Where k is too large for registers (BLOCK_K = 0) all keys go to memory;
+                 the host then takes few tokens at a time. The mask is a predicate, not a score: a deleted code's key
+                 goes to `deleted`, or nowhere. A row with NaN or Inf, or whose mask row does not exist, is poisoned.
+2. finish        A program per token takes the largest of its n keys below the last one taken, k times.
 
-Behind a scan, score_codes does only the rows that the scan could not do; a tile without any ends at once.
+After a scan, score_codes does only the rows that the scan could not do; a tile without any returns at once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from cu_fast.kernels.triton.canonical import (
 
 @triton.jit
 def exchange(best, tile):
-    """The best keys of both: best [BLOCK_T, BLOCK_K], whose keys differ; tile [BLOCK_T, BLOCK_C]."""
+    """The BLOCK_K best keys of both, per token: best [BLOCK_T, BLOCK_K], all different; tile [BLOCK_T, BLOCK_C]."""
     most, worst = tl.max(tile, 1), tl.min(best, 1)
     entering = tl.max(tl.where(most > worst, 1, 0), 0)
     while entering > 0:
@@ -48,7 +50,7 @@ def exchange(best, tile):
 @triton.jit(do_not_specialize=["U", "T", "C", "parts", "part_codes", "stride"])
 def score_codes(
     z, z_stride, codes, code_stride, inv_norm, bias, pre, mask_table, mask_row, words, U,
-    wanted, poison, kept, gone, T, C, E, parts, part_codes, stride,
+    wanted, poison, kept, deleted, T, C, E, parts, part_codes, stride,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % parts
@@ -63,9 +65,9 @@ def score_codes(
     faulty = exists != exists
     if BLOCK_K > 0:
         places = tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
-        best = places.to(tl.int64) + EMPTY  # nobody's, and all different
-        if gone is not None:
-            best_gone = best
+        best = places.to(tl.int64) + EMPTY  # below every real key, and distinct: exchange needs no tie rule
+        if deleted is not None:
+            best_deleted = best
     end = tl.minimum(part * part_codes + part_codes, C)
     for first in range(part * part_codes, end, BLOCK_C):
         j = first + tl.arange(0, BLOCK_C)
@@ -74,32 +76,32 @@ def score_codes(
             z, z_stride, t, has_t, codes, code_stride, j, has_j, pre, E, BLOCK_T, BLOCK_C, UNROLL
         )
         keys = tl.where(has_t[:, None], keys_of(dots, j, has_j, inv_norm, bias), EMPTY)
-        keys_gone = keys
+        keys_deleted = keys
         if mask_table is not None:
             pairs = has_t[:, None] & has_j[None, :]
-            deleted = is_deleted(mask_table, words, row[:, None], j[None, :], pairs)
-            keys_gone = tl.where(deleted, keys, EMPTY)
-            keys = tl.where(deleted, EMPTY, keys)
+            of_deleted = is_deleted(mask_table, words, row[:, None], j[None, :], pairs)
+            keys_deleted = tl.where(of_deleted, keys, EMPTY)
+            keys = tl.where(of_deleted, EMPTY, keys)
         if BLOCK_K > 0:
             best = exchange(best, keys)
-            if gone is not None:
-                best_gone = exchange(best_gone, keys_gone)
+            if deleted is not None:
+                best_deleted = exchange(best_deleted, keys_deleted)
         else:
             at = rows + j.to(tl.int64)[None, :]
             tl.store(kept + at, keys, mask=has_t[:, None] & has_j[None, :])
-            if gone is not None:
-                tl.store(gone + at, keys_gone, mask=has_t[:, None] & has_j[None, :])
+            if deleted is not None:
+                tl.store(deleted + at, keys_deleted, mask=has_t[:, None] & has_j[None, :])
     if BLOCK_K > 0:
         at = rows + (part * BLOCK_K + places)
         tl.store(kept + at, best, mask=has_t[:, None])
-        if gone is not None:
-            tl.store(gone + at, best_gone, mask=has_t[:, None])
+        if deleted is not None:
+            tl.store(deleted + at, best_deleted, mask=has_t[:, None])
     tl.store(poison + t, tl.where(faulty | (exists == 0), 1, 0), mask=has_t)
 
 
 @triton.jit
 def largest_below(keys, n, first, last, BLOCK_N: tl.constexpr):
-    """The largest of n keys below `last`; first: the first BLOCK_N of them."""
+    """The largest of n keys that is below `last`. `first` holds the first BLOCK_N of the n, in registers."""
     best = tl.max(tl.where(first < last, first, EMPTY), 0)
     for start in range(BLOCK_N, n, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
@@ -110,9 +112,10 @@ def largest_below(keys, n, first, last, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["k", "places", "stride"])
 def finish(
-    kept, gone, poison, exact, chosen, scores, ids, hits, k, places, stride, relu: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """n keys a token: `places`, or where a scan did it, which `exact` denies, chosen[t]."""
+    kept, deleted, poison, exact, chosen, scores, ids, hits, k, places, stride,
+    relu: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A token has `places` keys, or chosen[t] where a scan did its row: exact is given, and exact[t] is 0."""
     t = tl.program_id(0).to(tl.int64)
     n = places
     if exact is not None:
@@ -132,12 +135,12 @@ def finish(
         tl.store(ids + t * k + i, tl.where(taken, id_of(last), -1))
     if hits is not None:
         count = tl.full([], 0, tl.int32)
-        if gone is not None:
-            first_gone = tl.load(gone + t * stride + at, mask=at < n, other=EMPTY)
+        if deleted is not None:
+            first_deleted = tl.load(deleted + t * stride + at, mask=at < n, other=EMPTY)
             last = tl.full([], 2**63 - 1, tl.int64)
             for _ in range(k):
                 best = largest_below(kept + t * stride, n, first, last, BLOCK_N)
-                best_gone = largest_below(gone + t * stride, n, first_gone, last, BLOCK_N)
-                count += tl.where((best_gone > best) & (best_gone > FIRST_KEY), 1, 0)
-                last = tl.maximum(best, best_gone)
+                best_deleted = largest_below(deleted + t * stride, n, first_deleted, last, BLOCK_N)
+                count += tl.where((best_deleted > best) & (best_deleted > FIRST_KEY), 1, 0)
+                last = tl.maximum(best, best_deleted)
         tl.store(hits + t, count)

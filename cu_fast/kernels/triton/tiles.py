@@ -1,13 +1,13 @@
-"""A user's table of tiles, a JSON file that ``cu-fast tune`` wrote: where it is, how it is read and checked, how written.
+"""A user's table of tiles, a JSON file that ``cu-fast tune`` wrote: its place, reading, checking and writing.
 
     format, format_version, arch     what it is, and for which architecture
-    card, date, *_version, ...       what was measured, for people
+    card, date, *_version, ...       the GPU and the versions that were measured; for people
     rows                             kernel -> key -> parameters, num_warps, num_stages, us; keys as in launch.TABLE,
                                      with the architecture: "many sm_90"
     tuning                           fields of launch.Tuning
-    candidates, crossover, ...       all that was measured, for people
+    candidates, crossover, ...       all measurements; for people
 
-A file that cannot be believed raises: it is not skipped, since nobody would see that the rows that ship are back.
+A file with an error raises. Skipping it would bring the rows that ship back without a word.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typing import Any, NamedTuple
 
 FORMAT, FORMAT_VERSION = "cu_fast.triton_table", 1
 VARIABLE = "CU_FAST_TRITON_TABLE"
-SHIPPED = "shipped"  # of the variable: no file is read
+SHIPPED = "shipped"  # value of the variable: no file is read
 
 
 class Config(NamedTuple):
-    """Of a kernel: its tiles, by the names of its parameters, and what Triton is told."""
+    """How a kernel is cut: its tiles, by the names of its parameters, and Triton's options."""
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int = 2
 
     def block(self, name: str) -> int:
-        """BLOCK_T by "T"; others by their name."""
+        """The size of a tile: "T" for BLOCK_T; a parameter of more than one letter by its name."""
         return dict(self.blocks)[_parameter(name)]
 
     def to_dict(self) -> dict[str, int]:
+        """Every number by its name."""
         return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -44,6 +45,7 @@ def _parameter(name: str) -> str:
 
 
 def config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
+    """A Config; tiles are named as for :meth:`Config.block`."""
     return Config(tuple((_parameter(name), size) for name, size in blocks.items()), num_warps, num_stages)
 
 
@@ -51,7 +53,14 @@ Rows = Mapping[str, Mapping[str, Config]]
 
 
 class Table(NamedTuple):
-    """Rows in force on an architecture, a user's over those that ship; path: their file, None where there is none."""
+    """The rows of an architecture: a user's over those that ship.
+
+    Attributes:
+        rows: kernel -> key -> tiles.
+        tuning: fields of launch.Tuning that the user's file sets.
+        path: of the user's file; None = there is none.
+        record: all that the file says.
+    """
 
     rows: Rows
     tuning: Mapping[str, float] = {}
@@ -60,7 +69,13 @@ class Table(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What a file may hold. fault: kernel, shipped row, row, architecture -> why it cannot be, or None."""
+    """What a file may hold.
+
+    Attributes:
+        shipped: the rows that ship.
+        fields: names in ``tuning`` that a file may set.
+        fault: (kernel, shipped row, row, architecture) -> why the row cannot be used, None where it can.
+    """
 
     shipped: Rows
     fields: tuple[str, ...]
@@ -68,17 +83,17 @@ class Rules(NamedTuple):
 
 
 def home(arch: str) -> Path:
-    """Where a user's table is, whether it exists or not."""
+    """The path of a user's table, whether the file exists or not."""
     named = os.environ.get(VARIABLE)
     if named and named != SHIPPED:
         return Path(named)
-    # Not Path.home(), which raises where nobody has one.
+    # Not Path.home(), which raises for a user without a home folder.
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "cu_fast", f"triton-{arch}.json")
 
 
 def find(arch: str, rules: Rules) -> Table:
-    """The table in force. Raises ValueError where the file is broken, or is named and does not exist."""
+    """The table of an architecture. Raises ValueError where the file is broken, or is named and does not exist."""
     named, path = os.environ.get(VARIABLE), home(arch)
     if named == SHIPPED or not (named or os.path.exists(path)):
         return Table(rules.shipped)
@@ -86,7 +101,16 @@ def find(arch: str, rules: Rules) -> Table:
 
 
 def read(path: Path, arch: str, rules: Rules) -> Table:
-    """A user's table, laid over the rows that ship. Raises ValueError: file, row, what it was, what it should be."""
+    """A user's table, laid over the rows that ship.
+
+    Args:
+        path: of the file.
+        arch: the architecture that it should be for.
+        rules: what it may hold.
+
+    Raises:
+        ValueError: the file cannot be read or holds anything else; the message names the file and the row.
+    """
     try:
         return _read(path, arch, rules)
     except (OSError, ValueError) as error:
@@ -149,7 +173,16 @@ def _row(kernel: str, key: str, given: Any, arch: str, rules: Rules) -> Config:
 
 
 def write(path: Path, record: Mapping[str, Any], rules: Rules) -> None:
-    """Write a table, whole or not at all, after it was read again: what would be refused is not written."""
+    """Write a table, whole or not at all. It is read again first, so that no file is written that would be refused.
+
+    Args:
+        path: of the file.
+        record: all that it should say.
+        rules: what it may hold.
+
+    Raises:
+        ValueError: the record would be refused.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
