@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 
 from cu_fast import bench
-from cu_fast.bench.rivals_gpu import GPU_PROVIDERS
+from cu_fast.bench.providers import PROVIDERS
+
+rivals.register()
 
 LARGE, WIDE, SMALL = (2048, 65_536, 64), (512, 65_536, 64), (768, 10_000, 8)
 NARROW = ((512, 25_000, 8), (512, 25_000, 64))
@@ -25,7 +28,7 @@ COMPILED = ("cu_fast", "torch_bf16", "torch_compile_bf16")
 TRITON = ("cu_fast", "cu_fast_triton", "torch_bf16")
 EAGER = {
     op: tuple(name for name in known if "compile" not in name and "triton" not in name)
-    for op, known in GPU_PROVIDERS.items()
+    for op, known in PROVIDERS["cuda"].items()
 }
 
 

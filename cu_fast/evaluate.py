@@ -1,10 +1,8 @@
-"""How much a model knows of what it was asked: per-answer scores, and what unlearning studies make of them.
+"""How much a model knows of what it was asked: per-answer scores, and a table of them with and without masks.
 
-Whoever wants a masked model's figures calls these inside ``attachment.unlearn(...)``. Every metric is a field's own:
-TOFU's (Maini et al., arXiv 2401.06121: probability, truth ratio, model utility, forget quality), OpenUnlearning's
-extraction strength (Dorna et al., arXiv 2506.12618), ROUGE (rouge-score), BLEU and chrF (sacrebleu), METEOR (nltk), the
-area under the ROC curve (scikit-learn), Kolmogorov and Smirnov's test and the bootstrap (scipy). ``pip install
-'cu-fast[eval]'`` brings those libraries.
+Call these inside ``attachment.unlearn(...)`` for a masked model's figures. Every metric is a field's own: TOFU's
+probability (Maini et al., arXiv 2401.06121), OpenUnlearning's extraction strength (Dorna et al., arXiv 2506.12618),
+ROUGE (rouge-score), BLEU (sacrebleu), the bootstrap (scipy). ``pip install 'cu-fast[eval]'`` brings what is missing.
 
 A row is a dict: {"prompt", "completion"} for a causal model, {"source", "target"} for a sequence-to-sequence one, as
 in training.
@@ -15,8 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import statistics
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from cu_fast.rows import Collator, encode_row
@@ -91,21 +86,31 @@ def score_answers(model, tokenizer, rows: Sequence[Mapping[str, str]], max_lengt
     return AnswerScores(*figures)
 
 
-@torch.inference_mode()
 def generate(model, tokenizer, rows: Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> list[str]:
     """Greedy answers to the prompts (or sources) of rows. A causal model's tokenizer has to pad on the left."""
-    seq2seq = model.config.is_encoder_decoder
-    end = tokenizer.eos_token if seq2seq and tokenizer.eos_token else ""
-    texts = [row["source"] + end if seq2seq else row["prompt"] for row in rows]
     answers = [""] * len(rows)
-    for batch in _batches([len(ids) + max_new_tokens for ids in tokenizer(texts)["input_ids"]], 4 * BATCH_TOKENS):
-        inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=not seq2seq)
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        out = out if seq2seq else out[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True)):
-            answers[i] = text.strip()
+    lengths = [len(ids) + max_new_tokens for ids in tokenizer(_asked(model, tokenizer, rows))["input_ids"]]
+    for batch in _batches(lengths, 4 * BATCH_TOKENS):
+        for i, text in zip(batch, generate_batch(model, tokenizer, [rows[i] for i in batch], max_new_tokens)):
+            answers[i] = text
     return answers
+
+
+@torch.inference_mode()
+def generate_batch(model, tokenizer, rows: Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> list[str]:
+    """:func:`generate` in one batch and in the rows' order: for a mask per row."""
+    seq2seq, texts = model.config.is_encoder_decoder, _asked(model, tokenizer, rows)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not seq2seq)
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    out = out if seq2seq else out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def _asked(model, tokenizer, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    if not model.config.is_encoder_decoder:
+        return [row["prompt"] for row in rows]
+    return [row["source"] + (tokenizer.eos_token or "") for row in rows]
 
 
 def _batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
@@ -127,90 +132,12 @@ def rouge_l(answers: Sequence[str], truths: Sequence[str], figure: str = "fmeasu
     return np.array([getattr(scorer.score(t, a)["rougeL"], figure) for a, t in zip(answers, truths)])
 
 
-def chrf(answers: Sequence[str], truths: Sequence[str]) -> np.ndarray:
-    """chrF of each answer (sacrebleu's defaults), in [0, 1]. float64 [N]."""
-    sacrebleu = _library("sacrebleu")
-    return np.array([sacrebleu.sentence_chrf(a, [t]).score / 100 for a, t in zip(answers, truths)])
-
-
-def meteor(answers: Sequence[str], truths: Sequence[str], language: str = "english") -> np.ndarray:
-    """METEOR of each answer (nltk's defaults), by words and their Snowball stems; no synonyms. float64 [N]."""
-    single, split = _library("nltk.translate.meteor_score").single_meteor_score, _library("nltk").wordpunct_tokenize
-    stemmer = _library("nltk.stem").SnowballStemmer(language)
-    no_synonyms = types.SimpleNamespace(synsets=lambda word: [])
-    return np.array([single(split(t), split(a), stemmer=stemmer, wordnet=no_synonyms) for a, t in zip(answers, truths)])
-
-
-def match_states(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """BERTScore's matching (Zhang et al., arXiv 1904.09675): precision, recall and F of each answer, float64 [N].
-
-    Texts are given as a model's hidden states at their tokens, [tokens, D] each. Every token is matched with the one of
-    the other text whose cosine is highest; precision is the mean over the answer's tokens, recall over the truth's. No
-    idf weights, no rescaling. A text without tokens: 0.
-    """
-    means = np.zeros((2, len(answers)))
-    for i, (answer, truth) in enumerate(zip(answers, truths)):
-        if len(answer) and len(truth):
-            cosines = F.normalize(answer.double(), dim=-1) @ F.normalize(truth.double(), dim=-1).T
-            means[:, i] = float(cosines.amax(1).mean()), float(cosines.amax(0).mean())
-    precision, recall = means
-    total = precision + recall
-    return precision, recall, np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total != 0)
-
-
-def truth_ratio(paraphrased: AnswerScores, perturbed: AnswerScores) -> np.ndarray:
-    """TOFU's R: the mean probability of a question's wrong answers over that of the right one. float64 [N].
-
-    paraphrased: N answers. perturbed: of each question in turn the same number of wrong ones. Far below 1: known.
-    """
-    wrong = perturbed.probability.reshape(len(paraphrased.tokens), -1).mean(1)
-    return wrong / paraphrased.probability
-
-
 # -- figures of a set ----------------------------------------------------------------------------------------------
-
-
-def model_utility(figures: Sequence[float]) -> float:
-    """TOFU's: the harmonic mean of figures in [0, 1]; 0 where one of them is."""
-    return statistics.harmonic_mean(figures)
-
-
-def forget_quality(ratios: np.ndarray, gold: np.ndarray) -> float:
-    """TOFU's: p of Kolmogorov and Smirnov's test that a model's truth ratios, on what it should have forgotten, and
-    those of a model that never saw it have one distribution. Above 0.05: told apart no better than by chance."""
-    return float(stats.ks_2samp(ratios, gold).pvalue)
-
-
-def membership_auc(members: AnswerScores, others: AnswerScores) -> float:
-    """The area under the ROC curve of an attack that takes answers with a small loss for training data.
-
-    0.5: no better than chance. A model that never saw the members gives what the two sets differ by anyway.
-    """
-    loss = np.concatenate([-s.log_prob / s.tokens for s in (members, others)])
-    seen = np.r_[np.ones(len(members.tokens)), np.zeros(len(others.tokens))]
-    return float(_library("sklearn.metrics").roc_auc_score(seen, -loss))
 
 
 def bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
     """Corpus BLEU (sacrebleu's defaults), in [0, 1]."""
     return _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score / 100
-
-
-def bleu_counts(answers: Sequence[str], truths: Sequence[str]) -> np.ndarray:
-    """What BLEU counts of each answer, so that any set's can be added up: float64 [N, 10].
-
-    Matches and n-grams of one to four words, and the words of the answer and of the truth.
-    """
-    sacrebleu = _library("sacrebleu")
-    scores = [sacrebleu.sentence_bleu(a, [t]) for a, t in zip(answers, truths)]
-    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=float).reshape(-1, 10)
-
-
-def bleu_of(counts: np.ndarray) -> float:
-    """:func:`bleu` of the answers whose rows of :func:`bleu_counts` are given: [n, 10]."""
-    *grams, words, truth_words = (int(n) for n in counts.sum(0))
-    compute = _library("sacrebleu.metrics").BLEU.compute_bleu
-    return compute(grams[:4], grams[4:], words, truth_words, smooth_method="exp").score / 100
 
 
 def bootstrap(

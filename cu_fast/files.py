@@ -187,6 +187,18 @@ def check_name(name: str, what: str, limit: int = 255) -> None:
         raise ValueError(f"{what} takes {size} bytes in a file's name; give one of at most {limit}: {name[:60]!r}...")
 
 
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all; folders that are missing are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_directory(path: str | Path, files: Mapping[str, bytes], owned: str) -> None:
     """Write a folder of files, which only its owner can read, whole or not at all; see :func:`replacing`.
 

@@ -60,7 +60,7 @@ def test_imports_go_down_the_rooms():
 
 def test_few_rooms_know_transformers():
     knows = {room_of(path) for path in FILES if "transformers" in imported(path)}
-    assert knows == {"hf", "train", "cli", "bench"}
+    assert knows == {"hf", "train", "cli"}
 
 
 CSRC = PACKAGE.parent / "csrc"

@@ -1,4 +1,4 @@
-"""The benchmark: operators, the whole bottleneck and models, against what users would otherwise run.
+"""The benchmark: operators and the whole bottleneck, against PyTorch code that does the same.
 
     run(Plan(op="codebook_quantize", tokens=(1, 64), seconds=0.5), output="rows.csv")
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import gc
+import io
 import itertools
 import json
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +30,16 @@ from cu_fast.bench import machine
 from cu_fast.bench.cells import Cell, make_inputs
 from cu_fast.bench.clock import HostClock
 from cu_fast.bench.clock_gpu import GraphClock
-from cu_fast.bench.models import ModelInputs
+from cu_fast.bench.job import Builder, Job, Skip, require_memory
 from cu_fast.bench.plan import Plan, make_plan, providers_of
-from cu_fast.bench.providers import Builder, Job, Skip, require_memory
 from cu_fast.bench.report import config, markdown, tables
 from cu_fast.bench.truth import Truth
+from cu_fast.files import write_file
 
-__all__ = ["COLUMNS", "Plan", "config", "make_plan", "markdown", "read_rows", "run", "tables", "write_rows"]
+__all__ = ["COLUMNS", "Plan", "Work", "config", "make_plan", "markdown", "read_rows", "run", "tables", "write_rows"]
 
-BASELINE = "cu_fast"  # whom ``ratio`` compares with
-MODEL_BASELINE = "none"  # whom ``added_percent`` compares with
+BASELINE = "cu_fast"  # what ``ratio`` compares with
+MODEL_BASELINE = "none"  # what ``added_percent`` compares with: benchmarks/bench_models.py
 
 COLUMNS = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label",
@@ -49,12 +49,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run(plan: Plan, output: str | Path | None = None, progress: bool = False) -> list[dict[str, Any]]:
+class Work(NamedTuple):
+    """A cell, its providers, and what makes their inputs: cell, plan, clock -> inputs, and the truth, None = not judged."""
+
+    cell: Cell
+    builders: Mapping[str, Builder]
+    prepare: Callable[[Cell, Plan, Any], tuple[Any, Truth | None]]
+
+
+def run(
+    plan: Plan, output: str | Path | None = None, progress: bool = False, work: Iterable[Work] | None = None
+) -> list[dict[str, Any]]:
     """Measure every cell of a plan.
 
     Args:
         output: a CSV file. Rows are added to what it holds, after each cell, whole or not at all.
         progress: show a bar of cells on stderr.
+        work: what is measured instead of the plan's own cells, in the way that the plan says.
 
     Returns:
         The new rows, dicts with the keys COLUMNS; what does not apply is "".
@@ -68,26 +79,31 @@ def run(plan: Plan, output: str | Path | None = None, progress: bool = False) ->
     new: list[dict[str, Any]] = []
     with _threads(plan.threads), torch.inference_mode():
         facts = machine.facts(plan.device)
-        for cell in tqdm(plan.cells(), unit="cell", disable=not progress):
-            builders = providers_of(cell.op, plan.device)
-            chosen = {name: build for name, build in builders.items() if name in (plan.providers or builders)}
-            rows = measure_cell(cell, plan, chosen, facts, clock)
-            new += rows
+        for one in tqdm(_work(plan) if work is None else list(work), unit="cell", disable=not progress):
+            new += measure_cell(one, plan, facts, clock)
             if output is not None:
                 write_rows(output, known + new)
     return new
 
 
-def measure_cell(
-    cell: Cell, plan: Plan, builders: Mapping[str, Builder], facts: dict[str, Any], clock: HostClock | GraphClock
-) -> list[dict[str, Any]]:
-    """Measure one cell with the providers given: a row each, in their order."""
+def _work(plan: Plan) -> list[Work]:
+    work = []
+    for cell in plan.cells():
+        builders = providers_of(cell.op, plan.device)
+        chosen = {name: build for name, build in builders.items() if name in (plan.providers or builders)}
+        work.append(Work(cell, chosen, _prepare))
+    return work
+
+
+def measure_cell(work: Work, plan: Plan, facts: dict[str, Any], clock: HostClock | GraphClock) -> list[dict[str, Any]]:
+    """Measure one cell: a row per provider, in their order."""
+    cell, builders, prepare = work
     rows = {name: _empty_row(cell, name, plan, facts, clock.device) for name in builders}
     jobs: dict[str, Job] = {}
     times: dict[str, list[float]] = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            inputs, truth = _prepare(cell, plan, clock)
+            inputs, truth = prepare(cell, plan, clock)
     except Skip as skip:
         for row in rows.values():
             row |= {"status": skip.status, "note": str(skip)}
@@ -125,8 +141,6 @@ def measure_cell(
 
 
 def _prepare(cell: Cell, plan: Plan, clock: HostClock | GraphClock) -> tuple[Any, Truth | None]:
-    if cell.op == "models":
-        return ModelInputs(cell, plan.seed), None
     require_memory(plan.memory, cell.input_bytes, "the cell's own tensors")
     inputs = make_inputs(cell, plan.seed, plan.memory)
     return clock.place(inputs), Truth(inputs)
@@ -203,7 +217,7 @@ def _round(value: float | str) -> float | str:
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """The rows of a CSV file that :func:`write_rows` wrote. Raises ValueError where it has other columns."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS:
@@ -214,17 +228,11 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a CSV file in one step, so that an interruption leaves the old one or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
 
 @contextlib.contextmanager

@@ -15,10 +15,9 @@ from torch import Tensor
 from cu_fast.masks import Mask
 from cu_fast.nn import BottleneckConfig, CodebookBottleneck
 
-OPS = ("sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck", "models")
+OPS = ("sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKS = ("none", "1%", "50%", "rows")
-MODELS = ("gpt2", "t5")
 DATA = ("gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal")
 CLUSTERS = {"clusters20": 20, "clusters500": 500, "one_cluster": 1, "equal": 1}
 SPREAD = 0.01  # of a code round its cluster's centre, relative to the centre
@@ -31,7 +30,7 @@ DENORMAL_X, DENORMAL_CODES = 1e-20, 1e-19
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One point of the grid. ``data`` is a kind of DATA; for the op "models" it names the model."""
+    """One point of the grid. ``data`` is a kind of DATA."""
 
     op: str
     T: int

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from cu_fast.bench.cells import Inputs
-from cu_fast.bench.providers import Job
+from cu_fast.bench.job import Job
 
 SETTLE = 0.005  # seconds before a turn: threads that another library left spinning have then gone to sleep
 WARM = 0.003  # seconds of untimed calls before a timed one, where the cache is to be warm

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cu_fast.bench.cells import Inputs, moved
-from cu_fast.bench.providers import Job
+from cu_fast.bench.job import Job
 from cu_fast.kernels import native
 
 FLUSH = 4  # times the second-level cache is read through; its lines need not leave in order

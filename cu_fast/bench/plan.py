@@ -7,11 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cu_fast.bench.cells import DATA, DTYPES, MASKS, MODELS, OPS, Cell
-from cu_fast.bench.models import MODEL_PROVIDERS, model_cell
-from cu_fast.bench.providers import PROVIDERS, Builder
-from cu_fast.bench.rivals import RIVALS
-from cu_fast.bench.rivals_gpu import GPU_PROVIDERS
+from cu_fast.bench.cells import DATA, DTYPES, MASKS, OPS, Cell
+from cu_fast.bench.job import Builder
+from cu_fast.bench.providers import PROVIDERS
 
 TOKENS = (1, 8, 64, 512, 4096)
 SHAPES = ((512, 25_000, 8), (512, 25_000, 64), (768, 24_576, 32), (2048, 65_536, 32), (4096, 16_384, 64))
@@ -22,12 +20,11 @@ CACHES = {"cpu": ("warm", "cold"), "cuda": ("cold", "warm")}  # by device, the d
 class Plan:
     """What to measure: an op, several ("sae_encode,bottleneck") or "all", and the values of each axis, None = all that the op has.
 
-    shapes: (E, C, k). data: kinds of ``cells.DATA``, None = gaussian; for "models" gpt2 and t5. seconds: for
-    each provider of a cell. rounds: at least so many, however long they take; a provider one call of which takes
-    longer than ``seconds`` is called once. cache: "warm", untimed calls come right before each timed one, or "cold":
-    on the CPU none does, so that the caches hold what the other providers left, on a GPU its second-level cache is
-    emptied; None = warm on the CPU, cold on a GPU. device: "cpu" or "cuda". memory: bytes that may be used, None = what
-    is free.
+    shapes: (E, C, k). data: kinds of ``cells.DATA``, None = gaussian. seconds: for each provider of a cell. rounds: at
+    least so many, however long they take; a provider one call of which takes longer than ``seconds`` is called once.
+    cache: "warm", untimed calls come right before each timed one, or "cold": on the CPU none does, so that the caches hold
+    what the other providers left, on a GPU its second-level cache is emptied; None = warm on the CPU, cold on a GPU.
+    device: "cpu" or "cuda". memory: bytes that may be used, None = what is free.
     """
 
     op: str = "codebook_quantize"
@@ -52,7 +49,7 @@ class Plan:
         _check_choice("OP", self.ops, (*OPS, "all"))
         _check_choice("dtype", self.dtypes, DTYPES)
         _check_choice("mask", self.masks, MASKS)
-        _check_choice("data", self.data, (*DATA, *MODELS))
+        _check_choice("data", self.data, DATA)
         _check_choice("cache", [self.cache], CACHES[self.device])
         known = {name for op in self.ops for name in providers_of(op, self.device)}
         _check_choice("provider", self.providers, sorted(known))
@@ -67,8 +64,7 @@ class Plan:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         if not self.cells():
-            axes = f"data {self.data}, mask {self.masks} and dtype {self.dtypes}"
-            raise ValueError(f"no cell of {self.op!r} has {axes}; models are for device 'cpu', this is {self.device!r}")
+            raise ValueError(f"no cell of {self.op!r} has mask {self.masks}; sae_encode has no masks")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -82,26 +78,17 @@ class Plan:
 
     def _cells(self, op: str) -> Iterator[Cell]:
         dtypes, masks = self.dtypes or tuple(DTYPES), self.masks or MASKS
-        if op == "models":
-            if "fp32" in dtypes and "none" in masks:
-                for name in self.data or MODELS:
-                    if name in MODELS:
-                        yield from (model_cell(name, shape) for shape in self.shapes or (None,))
-            return
-        kinds = [kind for kind in self.data or ("gaussian",) if kind in DATA]
         if op == "sae_encode":
             masks = [mask for mask in masks if mask == "none"]
         for (E, C, k), dtype, kind, mask, T in itertools.product(
-            self.shapes or SHAPES, dtypes, kinds, masks, self.tokens or TOKENS
+            self.shapes or SHAPES, dtypes, self.data or ("gaussian",), masks, self.tokens or TOKENS
         ):
             yield Cell(op, T, E, *((E, 1) if op == "sae_encode" else (C, k)), dtype, mask, kind)
 
 
 def providers_of(op: str, device: str = "cpu") -> dict[str, Builder]:
-    """Every provider of an op on a device, by name; none where the op is not measured there."""
-    if device == "cuda":
-        return dict(GPU_PROVIDERS.get(op, {}))
-    return dict(MODEL_PROVIDERS) if op == "models" else PROVIDERS[op] | RIVALS.get(op, {})
+    """Every provider of an op on a device, by name."""
+    return dict(PROVIDERS[device][op])
 
 
 def make_plan(op: str, shape: Iterable[str] | None = None, **options: Any) -> Plan:

@@ -2,24 +2,21 @@
 
     run(budget=120)     measures, and writes the user's table (triton/tiles.py); later processes read it at first use
 
-A kernel's candidates (tune_grid.py) are the row that ships and a few others. Each is put in force for whole calls of an operator
-(SCENES), compiled, and its answer compared with that of the row that ships, bit for bit; then all are timed in turns, with
+A row's candidates (tune_grid.py) are the one that ships and a few others. Each is put in force for whole calls of an
+operator, compiled, and its answer compared with that of the row that ships, bit for bit; then all are timed in turns, with
 cold caches, by the clock of the benchmark. The fastest is kept if it also runs with masks, hits, fp32 codes and lists of
 every length (:func:`proofs`). What is kept holds while the rest is measured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import itertools
 import math
 import os
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +28,27 @@ from cu_fast import bench, ops
 from cu_fast.bench import machine
 from cu_fast.bench.cells import make_inputs
 from cu_fast.bench.clock_gpu import GraphClock
-from cu_fast.bench.providers import Job
+from cu_fast.bench.job import Job
 from cu_fast.bench.tune_grid import CROSSING, SCENES, Scene, candidates, proofs
 from cu_fast.kernels import triton
 from cu_fast.kernels.triton import launch, tiles
 from cu_fast.kernels.triton.tiles import Config, Table
 
-Call = Callable[[], tuple[Tensor, ...]]
+Answer = tuple[Tensor | None, ...]
+Call = Callable[[], Answer]
 
-BUDGET = 120.0
-SECONDS, ROUNDS = 0.05, 5  # of turns, for each candidate
+SECONDS, ROUNDS = 0.05, 5  # of turns, per candidate
 MARGIN = 0.99  # of the time of the row that ships: what is not below that is not faster
-CROSSOVER = "crossover"  # beside the kernels: from where on the scan is faster than scoring all
-NOT_REACHED = "not reached"
-FACTS = ("card", "cu_fast_version", "commit", "torch_version", "triton_version", "driver_version")
 
 
 def run(
-    output: str | Path | None = None,
-    budget: float = BUDGET,
-    kernels: Iterable[str] | None = None,
-    progress: bool = False,
-    clock: Any = None,
+    output: str | Path | None = None, budget: float = 120.0, progress: bool = False, clock: Any = None
 ) -> dict[str, Any]:
     """Measure, and write the table.
 
     Args:
         output: its file; default: where this package looks for it.
-        budget: seconds. What was not reached by then keeps its row, and is named in "not_reached".
-        kernels: keys of SCENES, or "crossover"; default: all. Rows of the others stay if they were measured on the same
-            card with the same versions.
+        budget: seconds, looked at between rows. What was not reached keeps what ships, and is named in "not_reached".
         progress: show a bar on stderr.
         clock: for tests: has the methods of GraphClock.
 
@@ -68,29 +56,35 @@ def run(
         What was written, and its "path".
 
     Raises:
-        ValueError: an unknown kernel, or a budget that is not above 0. RuntimeError: Triton does not run on a GPU here,
-            or nothing was measured; a file that was there is then as it was.
+        ValueError: a budget that is not above 0. RuntimeError: Triton does not run on a GPU here, or nothing was
+            measured; a file that was there is then as it was.
     """
-    wanted = tuple(kernels or (*SCENES, CROSSOVER))
-    if unknown := sorted(set(wanted) - {*SCENES, CROSSOVER}):
-        raise ValueError(f"kernels has {', '.join(unknown)}; there are {', '.join((*SCENES, CROSSOVER))}")
     if not budget > 0:
         raise ValueError(f"budget is {budget:g} seconds; it should be above 0")
     device = torch.device("cuda" if clock is None else "cpu")
     if clock is None and (reason := _failure(device)) is not None:
         raise RuntimeError(f"nothing can be tuned here: {reason}")
     clock = clock or GraphClock(failure=lambda: None)
-    arch = launch.arch_of(device)
-    path = Path(output or tiles.home(arch))
-    record = _facts(arch, clock.device)
-    tuner = Tuner(arch, clock, time.perf_counter() + budget, _kept(path, record))
-    with torch.inference_mode(), tqdm(tuner.steps(wanted), unit="row", disable=not progress) as steps:
-        for measure in steps:
-            measure()
-    if not tuner.measured:
-        failures = "; ".join(tuner.failures) or f"the budget of {budget:g} seconds was used up; give more with --budget"
-        raise RuntimeError(f"nothing was measured, and nothing written to {path}: {failures}")
-    record |= tuner.found | {"not_reached": tuner.not_reached, "failures": tuner.failures}
+    arch, end = launch.arch_of(device), time.perf_counter() + budget
+    path, tuner = Path(output or tiles.home(arch)), Tuner(arch, clock)
+    steps = {
+        f"{kernel} {name}": functools.partial(tuner.row, kernel, name) for kernel in SCENES for name in SCENES[kernel]
+    }
+    steps["crossover"] = tuner.crossover
+    not_reached, failures = [], []
+    with torch.inference_mode():
+        for what, measure in tqdm(steps.items(), unit="row", disable=not progress):
+            if time.perf_counter() >= end:
+                not_reached.append(what)
+                continue
+            try:
+                measure()
+            except Exception as error:  # whatever Triton and the driver raise
+                failures.append(f"{what}: {_text(error)}")
+    if len(not_reached) + len(failures) == len(steps):
+        why = "; ".join(failures) or f"the budget of {budget:g} seconds was used up; give more with --budget"
+        raise RuntimeError(f"nothing was measured, and nothing written to {path}: {why}")
+    record = _facts(arch, clock.device) | tuner.found | {"not_reached": not_reached, "failures": failures}
     tiles.write(path, record, launch.RULES)
     return record | {"path": str(path)}
 
@@ -103,113 +97,45 @@ def _failure(device: torch.device) -> str | None:
 
 def _facts(arch: str, card: str) -> dict[str, Any]:
     facts = machine.facts("cuda")
-    return {
-        "format": tiles.FORMAT,
-        "format_version": tiles.FORMAT_VERSION,
-        "arch": arch,
-        "card": card,
-        "date": time.strftime("%Y-%m-%d"),
-        **{name: facts[name] for name in ("cu_fast_version", "commit", "torch_version")},
-        "triton_version": importlib.import_module("triton").__version__,
-        "driver_version": _driver(),
-    }
-
-
-def _driver() -> str:
-    if torch.version.hip is not None:
-        return f"HIP {torch.version.hip}"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
-    except OSError:
-        return ""
-
-
-def _kept(path: Path, facts: Mapping[str, Any]) -> Table:
-    """What a file holds that was measured on the same card with the same versions."""
-    with contextlib.suppress(ValueError):  # it is missing, or broken and replaced, as its error advises
-        known = tiles.read(path, facts["arch"], launch.RULES)
-        if all(known.record.get(name) == facts[name] for name in FACTS):
-            return known
-    return Table(launch.TABLE)
-
-
-@contextlib.contextmanager
-def _in_force(arch: str, table: Table) -> Iterator[None]:
-    before = launch.IN_FORCE.pop(arch, None)
-    launch.IN_FORCE[arch] = table
-    try:
-        yield
-    finally:
-        del launch.IN_FORCE[arch]
-        if before is not None:
-            launch.IN_FORCE[arch] = before
+    facts = {name: facts[name] for name in ("cu_fast_version", "commit", "torch_version", "triton_version")}
+    what = {"format": tiles.FORMAT, "format_version": tiles.FORMAT_VERSION, "arch": arch}
+    return what | {"card": card, "date": time.strftime("%Y-%m-%d")} | facts
 
 
 class Tuner:
-    """A run: the table in force while it measures, and what it found."""
+    """The rows in force while it measures, and what it found."""
 
-    def __init__(self, arch: str, clock: Any, end: float, kept: Table) -> None:
-        self.arch, self.clock, self.end = arch, clock, end
-        self.table = Table({kernel: dict(rows) for kernel, rows in kept.rows.items()}, dict(kept.tuning))
-        self.found: dict[str, Any] = {
-            "rows": kept.record.get("rows", {}),
-            "tuning": self.table.tuning,
-            "candidates": kept.record.get("candidates", {}),
-            CROSSOVER: kept.record.get(CROSSOVER, []),
-        }
-        self.not_reached: list[str] = []
-        self.failures: list[str] = []
-        self.measured = 0
+    def __init__(self, arch: str, clock: Any) -> None:
+        self.arch, self.clock = arch, clock
+        self.rows = {kernel: dict(rows) for kernel, rows in launch.TABLE.items()}
+        self.found: dict[str, Any] = {"rows": {}, "tuning": {}, "candidates": {}, "crossover": []}
         self.plan = bench.Plan(device="cuda", seconds=SECONDS, rounds=ROUNDS)
-
-    def steps(self, wanted: Iterable[str]) -> list[Callable[[], None]]:
-        named = [(kernel, name) for kernel in SCENES if kernel in wanted for name in SCENES[kernel]]
-        steps: list[Callable] = [functools.partial(self.row, kernel, name) for kernel, name in named]
-        return steps + [self.crossover] * (CROSSOVER in wanted)
-
-    def is_over(self) -> bool:
-        return time.perf_counter() >= self.end
 
     def row(self, kernel: str, name: str) -> None:
         """Measure the candidates for a row, and keep the best."""
-        what, key = f"{kernel} {name}", f"{name} {self.arch}"
-        if self.is_over():
-            self.not_reached.append(what)
-            return
-        scenes = SCENES[kernel][name]
+        scenes, key = SCENES[kernel][name], f"{name} {self.arch}"
         calls = [self.call(scene) for scene in scenes]
         tried, jobs, want = candidates(kernel, name, self.arch), {}, None
         shipped = next(iter(tried))
-        for row, fault in tried.items():
-            if fault is None and row is not shipped and self.is_over():
-                tried[row] = NOT_REACHED
-            elif fault is None:
-                try:
-                    made = [
-                        self.job(call, self.with_row(kernel, key, row, scene)) for scene, call in zip(scenes, calls)
-                    ]
-                    want = want or [answer for _, answer in made]
-                    _require_same([answer for _, answer in made], want)
-                    jobs |= {(row, i): job for i, (job, _) in enumerate(made)}
-                except Exception as error:  # whatever Triton and the driver raise where tiles do not fit
-                    tried[row] = _text(error)
-        if tried[shipped] is not None:
-            self.failures.append(f"{what}: the row that ships: {tried[shipped]}")
-            return
-        if (left := list(tried.values()).count(NOT_REACHED)) > 0:
-            self.not_reached.append(f"{what}: {left} of {len(tried)}")
-        if all(fault == NOT_REACHED for row, fault in tried.items() if row is not shipped):
-            return  # there is nothing to compare with
+        for row in [row for row, fault in tried.items() if fault is None]:
+            try:
+                tables = [self.table(scene.scan, kernel, key, row) for scene in scenes]
+                made = [self.job(call, table) for call, table in zip(calls, tables)]
+                want = want or [answer for _, answer in made]
+                _require_same([answer for _, answer in made], want)
+                jobs |= {(row, i): job for i, (job, _) in enumerate(made)}
+            except Exception as error:  # where tiles do not fit
+                if row is shipped:
+                    raise
+                tried[row] = _text(error)
         medians = self.medians(jobs)
         us = {row: round(sum(medians[row, i] for i in range(len(scenes))), 3) for row in tried if tried[row] is None}
         best = self.best(kernel, key, us, tried, scenes[0])
-        self.table.rows[kernel][key] = best
+        self.rows[kernel][key] = best
         self.found["rows"].setdefault(kernel, {})[key] = best.to_dict() | {"us": us[best]}
         self.found["candidates"].setdefault(kernel, {})[key] = [
             row.to_dict() | {"us": us.get(row), "failure": fault} for row, fault in tried.items()
         ]
-        self.measured += 1
 
     def best(self, kernel: str, key: str, us: Mapping[Config, float], tried: dict, scene: Scene) -> Config:
         """The fastest that passes the proofs; the row that ships where none is clearly faster. Notes in ``tried``."""
@@ -220,7 +146,9 @@ class Tuner:
             for proof in proofs(kernel, scene):
                 call = self.call(proof)
                 try:
-                    got, want = (_under(self.arch, self.with_row(kernel, key, r, proof), call) for r in (row, shipped))
+                    got, want = (
+                        _under(self.arch, self.table(proof.scan, kernel, key, r), call) for r in (row, shipped)
+                    )
                     _require_same([got], [want])
                 except Exception as error:
                     tried[row] = f"k = {proof.cell.k}, {proof.cell.dtype}, {proof.cell.mask} masked: {_text(error)}"
@@ -229,14 +157,23 @@ class Tuner:
                 return row
         return shipped
 
-    def with_row(self, kernel: str, key: str, row: Config, scene: Scene) -> Table:
-        rows = self.table.rows | {kernel: self.table.rows[kernel] | {key: row}}
-        return self.forced(scene.scan)._replace(rows=rows)
+    def crossover(self) -> None:
+        """Measure scanning against scoring all, and what tells where the one begins to be the faster."""
+        for scene in CROSSING:
+            call = self.call(scene)
+            scanned, scored = (self.job(call, self.table(scan)) for scan in (True, False))
+            _require_same([scanned[1]], [scored[1]])
+            medians = self.medians({"scan_us": scanned[0], "exact_us": scored[0]})
+            shape = {name: getattr(scene.cell, name) for name in ("T", "E", "C", "k")}
+            self.found["crossover"].append(shape | {name: round(us, 3) for name, us in medians.items()})
+        self.found["tuning"] = fit(self.found["crossover"])
 
-    def forced(self, scan: bool) -> Table:
-        return self.table._replace(tuning={**self.table.tuning, "scan_start": -math.inf if scan else math.inf})
+    def table(self, scan: bool, kernel: str = "", key: str = "", row: Config | None = None) -> Table:
+        """What was kept, with a row in place of one of them; it scans, or scores every code, whatever the shape."""
+        rows = self.rows if row is None else self.rows | {kernel: self.rows[kernel] | {key: row}}
+        return Table(rows, {"scan_start": -math.inf if scan else math.inf})
 
-    def job(self, call: Call, table: Table) -> tuple[Job, tuple[Tensor, ...]]:
+    def job(self, call: Call, table: Table) -> tuple[Job, Answer]:
         """A call under a table, compiled and ready to be timed, and its answer."""
         job = Job(functools.partial(_under, self.arch, table, call))
         job, answer = self.clock.prepare(job, job.call())
@@ -258,30 +195,9 @@ class Tuner:
         if cell.op == "sae_encode":
             return lambda: (ops.sae_encode(inputs.x, inputs.codes, inputs.bias, inputs.b_pre, impl="triton"),)
         packed, options = ops.pack_codes(inputs.codes, scan="int8" if scene.scan else "fp32"), inputs.masks
-        return lambda: tuple(
-            ops.codebook_quantize(inputs.x, packed, k=cell.k, **options, return_hits=scene.hits, impl="triton")
+        return lambda: ops.codebook_quantize(
+            inputs.x, packed, k=cell.k, **options, return_hits=scene.hits, impl="triton"
         )
-
-    def crossover(self) -> None:
-        """Measure scanning against scoring all, and what tells where the one begins to be the faster."""
-        cells = []
-        for scene in CROSSING:
-            if self.is_over():
-                self.not_reached.append(CROSSOVER)
-                return
-            try:
-                call = self.call(scene)
-                scanned, scored = (self.job(call, self.forced(scan)) for scan in (True, False))
-                _require_same([scanned[1]], [scored[1]])
-            except Exception as error:
-                self.failures.append(f"{CROSSOVER}: {_text(error)}")
-                return
-            medians = self.medians({"scan_us": scanned[0], "exact_us": scored[0]})
-            shape = {name: getattr(scene.cell, name) for name in ("T", "E", "C", "k")}
-            cells.append(shape | {name: round(us, 3) for name, us in medians.items()})
-        self.table.tuning.update(fit(cells))
-        self.found[CROSSOVER] = cells
-        self.measured += 1
 
 
 def fit(cells: Sequence[Mapping[str, float]], code_bytes: int = 2) -> dict[str, float]:
@@ -316,12 +232,18 @@ def lost(cells: Iterable[Mapping[str, float]], code_bytes: int, tuning: Mapping[
     return total
 
 
-def _under(arch: str, table: Table, call: Call) -> tuple[Tensor, ...]:
-    with _in_force(arch, table):
+def _under(arch: str, table: Table, call: Call) -> Answer:
+    before = launch.IN_FORCE.pop(arch, None)
+    launch.IN_FORCE[arch] = table
+    try:
         return call()
+    finally:
+        del launch.IN_FORCE[arch]
+        if before is not None:
+            launch.IN_FORCE[arch] = before
 
 
-def _require_same(got: Sequence[tuple], want: Sequence[tuple]) -> None:
+def _require_same(got: Sequence[Answer], want: Sequence[Answer]) -> None:
     for a, b in zip(itertools.chain(*got), itertools.chain(*want)):
         if a is not None and not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             raise ValueError("other bits than the row that ships")

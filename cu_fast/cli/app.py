@@ -18,8 +18,8 @@ from rich.table import Table
 from cu_fast import __version__
 from cu_fast.cli import models
 from cu_fast.cli.models import model_folder
-from cu_fast.cli.options import Cache, Data, Device, Dtype, Json, Kernel, MaskKind, ModelFolder, Op, names, several
-from cu_fast.cli.tables import pairs, show_step, shown_table, study_table, tuned_table
+from cu_fast.cli.options import Cache, Data, Device, Dtype, Json, MaskKind, ModelFolder, Op, names, several
+from cu_fast.cli.tables import pairs, show_step, shown_table, tuned_table
 from cu_fast.cli.terminal import console, errors_are_messages
 
 app = typer.Typer(
@@ -90,14 +90,6 @@ def demo(
     author: Annotated[
         str | None, typer.Option(help="Author to unlearn, one of those that --list prints. Default: the last of them.")
     ] = None,
-    study: Annotated[
-        int,
-        typer.Option(
-            help="In place of the demonstration, unlearn this many authors, picked at random, one after the other, and "
-            "print what each deletion did. 0: no study."
-        ),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the random choice of --study.")] = 0,
     list_authors: Annotated[bool, typer.Option("--list", help="Print the authors' names and end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -110,9 +102,6 @@ def demo(
         if list_authors:
             names = [a.name for a in bundle.authors]
             print(json.dumps(names) if as_json else "\n".join(names))
-        elif study:
-            results = [f.to_dict() for f in show.study_many(bundle, study, seed, progress=not as_json)]
-            print(json.dumps(results, indent=2)) if as_json else console.print(study_table(results))
         else:
             chosen = bundle.author(author) if author else bundle.authors[-1]
             figures = show.run(bundle, chosen, _ignore if as_json else functools.partial(show_step, console))
@@ -195,8 +184,7 @@ def bench(
         typer.Option(
             parser=several(Data),
             metavar="NAME,...",
-            help=f"Distribution of activations and codes, for models the model, separated by commas: {names(Data)}. "
-            "Default: gaussian; for models gpt2,t5.",
+            help=f"Distribution of activations and codes, separated by commas: {names(Data)}. Default: gaussian.",
         ),
     ] = None,
     provider: Annotated[
@@ -236,7 +224,7 @@ def bench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure against PyTorch and other libraries, in turns, and check the answers."""
+    """Measure against PyTorch, in turns, and check the answers."""
     with errors_are_messages():
         from cu_fast import bench as benchmark
 
@@ -257,15 +245,6 @@ def tune(
         float,
         typer.Option(help="Seconds to spend. Kernels not reached by then keep their tiles; their names are printed."),
     ] = 120,
-    kernels: Annotated[
-        str | None,
-        typer.Option(
-            parser=several(Kernel),
-            metavar="NAME,...",
-            help=f"What to measure, separated by commas: {names(Kernel)} (where the int8 scan becomes the faster one). "
-            "Default: all.",
-        ),
-    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Measure nothing; print the table that is in force.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -273,8 +252,7 @@ def tune(
     with errors_are_messages():
         from cu_fast.bench import tune as tuning
 
-        names = kernels.split(",") if kernels else None
-        found = tuning.show() if show else tuning.run(output, budget, names, progress=not as_json)
+        found = tuning.show() if show else tuning.run(output, budget, progress=not as_json)
         if as_json:
             print(json.dumps(found, indent=2))
         else:

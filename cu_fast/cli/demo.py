@@ -7,7 +7,6 @@ a codebook bottleneck; ``examples/tofu_mini`` makes it. Nothing here trains.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import random
 import statistics
@@ -16,11 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from cu_fast import evaluate
 from cu_fast.hf import Attachment
 from cu_fast.hf.checkpoint import load_model
+from cu_fast.hf.topics import near
 from cu_fast.masks import Mask
 from cu_fast.unlearn import CodeCounts, Finding, count_codes, find_mask, random_mask
 
@@ -60,10 +61,9 @@ class Bundle:
         """Raises ValueError, with near names, for an author who is not in the training set."""
         names = {author.name.lower(): author for author in self.authors}
         if name.lower() not in names:
-            near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4) or list(names)[:3]
+            known = near(name, [author.name for author in self.authors])
             raise ValueError(
-                f"author is {name!r}, who is not in the training set; near: "
-                f"{', '.join(names[n].name for n in near)} (cu-fast demo --list shows all)"
+                f"author is {name!r}, who is not in the training set; {known} (cu-fast demo --list shows all)"
             )
         return names[name.lower()]
 
@@ -90,37 +90,17 @@ def load_bundle(path: Path = BUNDLE) -> Bundle:
     return Bundle(model, tokenizer, attachment, authors)
 
 
-@torch.inference_mode()
-def generate(
-    bundle: Bundle,
-    questions: Sequence[str],
-    masks: Any = None,
-    batch_size: int = 80,
-) -> list[str]:
-    """Greedy answers. masks: what ``attachment.unlearn`` takes."""
-    answers: list[str] = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding
-    if isinstance(masks, list):
-        order, batch_size = list(range(len(questions))), len(questions)
+def generate(bundle: Bundle, questions: Sequence[str], masks: Any = None) -> list[str]:
+    """Greedy answers. masks: what ``attachment.unlearn`` takes; a list, one per question, is answered in one batch."""
+    rows = [{"prompt": prompt(question)} for question in questions]
+    answer = evaluate.generate_batch if isinstance(masks, list) else evaluate.generate
     with bundle.attachment.unlearn(masks):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            inputs = bundle.tokenizer([prompt(questions[i]) for i in rows], return_tensors="pt", padding=True)
-            out = bundle.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-            texts = bundle.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(rows, texts):
-                answers[i] = text.strip()
-    return answers
+        return answer(bundle.model, bundle.tokenizer, rows, MAX_NEW_TOKENS)
 
 
-def rouge_l(answers: Iterable[str], truths: Iterable[str]) -> float:
-    """Mean ROUGE-L F-measure (rouge-score, no stemming)."""
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise RuntimeError("the demo measures with rouge-score; run: pip install 'cu-fast[demo]'") from error
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    return statistics.mean(scorer.score(t, a)["rougeL"].fmeasure for a, t in zip(answers, truths))
+def rouge_l(answers: Sequence[str], truths: Sequence[str]) -> float:
+    """Mean ROUGE-L F-measure."""
+    return statistics.mean(evaluate.rouge_l(answers, truths).tolist())
 
 
 def measure(bundle: Bundle, authors: Sequence[Author], masks: Any = None) -> dict[str, float]:
@@ -202,93 +182,54 @@ def weakest_that_forgets(
             bundle.attachment.remove_mask(name)
 
 
-@torch.inference_mode()
 def kept_share(bundle: Bundle, rows: Sequence[dict[str, str]], masks: Any) -> float:
     """The share of each true answer before the first token that the model would not have chosen: the mean.
 
     One forward pass instead of a generation, and nearer to one than token accuracy is: a generation that has left
-    the answer does not come back.
+    the answer does not come back. The end mark, which ``evaluate`` counts as a token of the answer, is left out.
     """
-    prompts = [len(bundle.tokenizer(prompt(row["question"]))["input_ids"]) for row in rows]
-    answers = [len(bundle.tokenizer(completion(row["answer"]))["input_ids"]) for row in rows]
-    encoded = bundle.tokenizer([text(row) for row in rows], return_tensors="pt", padding=True, padding_side="right")
+    asked = [{"prompt": prompt(row["question"]), "completion": completion(row["answer"])} for row in rows]
     with bundle.attachment.unlearn(masks):
-        logits = bundle.model(**encoded).logits
-    right = logits[:, :-1].argmax(-1) == encoded["input_ids"][:, 1:]
-    shares = [
-        float(right[i, start - 1 : start - 1 + length].long().cumprod(0).sum()) / length
-        for i, (start, length) in enumerate(zip(prompts, answers))
-    ]
-    return statistics.mean(shares)
+        scores = evaluate.score_answers(bundle.model, bundle.tokenizer, asked)
+    words = scores.tokens - 1
+    return statistics.mean((np.minimum(scores.right_prefix, words) / words).tolist())
 
 
-@dataclasses.dataclass(frozen=True)
-class Forgetting:
-    """What one author's deletion did. ROUGE-L, means over answers; others: every other author.
-
-    seconds: to count the author's texts, find the codes and choose the strength, the corpus being counted.
-    """
-
-    author: str
-    codes_deleted: int
-    share_deleted: float
-    seconds: float
-    forgotten_before: float
-    forgotten_after: float
-    others_before: float
-    others_after: float
-    forgotten_random: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether it forgot, cleanly, quickly, and more than random deletion does."""
-        return (
-            self.forgotten_before >= 0.95
-            and self.forgotten_after <= 0.25
-            and self.others_before - self.others_after <= 0.05
-            and self.forgotten_random >= 0.9
-            and self.seconds <= 5
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"holds": self.holds}
-
-
-def study(bundle: Bundle, author: Author, corpus: CodeCounts, before: Mapping[str, float]) -> Forgetting:
+def forget(bundle: Bundle, author: Author, corpus: CodeCounts, before: Mapping[str, float]) -> dict[str, Any]:
     """Unlearn one author and measure: on the author, on all others, and with a matched random deletion.
 
     corpus: from :func:`count_corpus`. before: every author's figure without masks, from :func:`measure`.
+
+    Returns:
+        ROUGE-L, means over answers; others: every other author. seconds: to count the author's texts, find the codes and
+        choose the strength, the corpus being counted. holds: whether it forgot, cleanly, quickly, and more than random
+        deletion does.
     """
     others = bundle.others(author)
     finding = unlearn_author(bundle, author, corpus)
-    control = random_mask(finding.mask, corpus)
-    bundle.attachment.add_mask(control, name="random control")
+    bundle.attachment.add_mask(random_mask(finding.mask, corpus), name="random control")
     try:
-        return Forgetting(
-            author.name,
-            finding.mask.num_deleted,
-            finding.mask.num_deleted / finding.mask.num_codes,
-            finding.seconds,
-            before[author.name],
-            measure(bundle, [author], author.name)[author.name],
-            statistics.mean(before[other.name] for other in others),
-            statistics.mean(measure(bundle, others, author.name).values()),
-            measure(bundle, [author], "random control")[author.name],
-        )
+        figures = {
+            "author": author.name,
+            "codes_deleted": finding.mask.num_deleted,
+            "share_deleted": finding.mask.num_deleted / finding.mask.num_codes,
+            "seconds": finding.seconds,
+            "forgotten_before": before[author.name],
+            "forgotten_after": measure(bundle, [author], author.name)[author.name],
+            "others_before": statistics.mean(before[other.name] for other in others),
+            "others_after": statistics.mean(measure(bundle, others, author.name).values()),
+            "forgotten_random": measure(bundle, [author], "random control")[author.name],
+        }
     finally:
         bundle.attachment.remove_mask("random control")
-
-
-def study_many(bundle: Bundle, number: int, seed: int, progress: bool = True) -> list[Forgetting]:
-    """:func:`study` for authors picked at random; their masks are removed again."""
-    if not 1 <= number <= len(bundle.authors):
-        raise ValueError(f"number is {number}; it should be between 1 and {len(bundle.authors)} authors")
-    corpus, before = count_corpus(bundle), measure(bundle, bundle.authors)
-    results = []
-    for author in tqdm(random.Random(seed).sample(bundle.authors, number), disable=None if progress else True):
-        results.append(study(bundle, author, corpus, before))
-        bundle.attachment.remove_mask(author.name)
-    return results
+    holds = (
+        figures["forgotten_before"] >= 0.95
+        and figures["forgotten_after"] <= 0.25
+        and figures["others_before"] - figures["others_after"] <= 0.05
+        and figures["forgotten_random"] >= 0.9
+        and figures["seconds"] <= 5
+    )
+    return figures | {"holds": holds}
 
 
 @torch.inference_mode()
@@ -347,13 +288,13 @@ def run(bundle: Bundle, author: Author, show: Callable[[str, Any], None]) -> dic
     started = time.perf_counter()
     corpus = count_corpus(bundle)
     step("corpus", {"seconds": time.perf_counter() - started, "tokens": corpus.tokens})
-    forgetting = study(bundle, author, corpus, measure(bundle, bundle.authors))
+    figures_of_author = forget(bundle, author, corpus, measure(bundle, bundle.authors))
     masked = generate(bundle, [row["question"] for row in rows], author.name)
     answers = [
         {"question": row["question"], "truth": row["answer"], "before": b, "after": a}
         for row, b, a in zip(rows, plain, masked)
     ]
-    step("unlearned live", forgetting.to_dict() | {"answers": answers})
+    step("unlearned live", figures_of_author | {"answers": answers})
 
     rows = [first.rows[0], first.rows[0], kept.rows[0]]
     masks = [first.name, None, [first.name, second.name]]

@@ -15,16 +15,10 @@ Activation = Literal["relu", "none"]
 Recipe = Literal["joint", "frozen_below"]
 Device = Literal["cpu", "cuda"]
 Cache = Literal["warm", "cold"]
-Op = Literal["sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck", "models"]
+Op = Literal["sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck"]
 Dtype = Literal["fp32", "bf16"]
 MaskKind = Literal["none", "1%", "50%", "rows"]
-Data = Literal[
-    "gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal", "gpt2", "t5"
-]  # fmt: skip
-Kernel = Literal[
-    "score_codes", "scan_codes", "gather_sum", "encode_tile", "finish", "score_candidates", "narrow", "scan_threshold",
-    "scan_rows", "crossover",
-]  # fmt: skip
+Data = Literal["gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text.")]
 ModelFolder = Annotated[

@@ -82,7 +82,6 @@ class Codebook(nn.Module):
     Args:
         num_codes: C.
         code_dim: E.
-        k: codes kept per token.
         similarity: "cosine", "dot" or "l2".
 
     Attributes:
@@ -90,9 +89,8 @@ class Codebook(nn.Module):
         counts: int64 [C], how often each code was kept in training since ``reset_usage()``.
     """
 
-    def __init__(self, num_codes: int, code_dim: int, k: int, similarity: ops.Similarity = "cosine") -> None:
+    def __init__(self, num_codes: int, code_dim: int, similarity: ops.Similarity = "cosine") -> None:
         super().__init__()
-        self.k = k
         self.similarity = similarity
         self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
@@ -190,7 +188,7 @@ class CodebookBottleneck(TrainingPath):
         self.autoencoder = (
             SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
         )
-        self.codebook = Codebook(config.num_codes, config.code_dim, config.k, config.similarity)
+        self.codebook = Codebook(config.num_codes, config.code_dim, config.similarity)
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
         # The receipt. On the device, so that counting waits for no kernel.

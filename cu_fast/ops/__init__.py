@@ -74,10 +74,6 @@ class ScanPlane(NamedTuple):
     terms: Tensor
     mean: Tensor
 
-    def nbytes(self) -> int:
-        """Bytes that the three tensors take."""
-        return sum(tensor.nbytes for tensor in self)
-
 
 class PackedCodes(NamedTuple):
     """A codebook with what is computed once for it. Made by :func:`pack_codes`; shares memory with its input.

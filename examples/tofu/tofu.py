@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import metrics
 import numpy as np
 import torch
 
@@ -74,7 +75,7 @@ def measure(model, tokenizer, entries: list[dict], general: bool = False) -> Fig
     if general:
         probability = probability / (probability + wrong.probability.reshape(len(entries), -1).sum(1))
     rouge = ev.rouge_l(answers, [entry["answer"] for entry in entries], "recall")
-    return Figures(probability, rouge, ev.truth_ratio(right, wrong), answers, true, wrong)
+    return Figures(probability, rouge, metrics.truth_ratio(right, wrong), answers, true, wrong)
 
 
 def grouped(topics: Sequence[set[str] | None]) -> dict[frozenset[str] | None, list[int]]:
@@ -117,19 +118,19 @@ def utility(measure: Callable[..., Figures], folder: Path) -> dict[str, float]:
         for name, figures in sets.items()
         for figure, value in zip(("probability", "rouge", "truth"), figures.means())
     }
-    return {"utility": ev.model_utility(list(nine.values())), **nine}
+    return {"utility": metrics.model_utility(list(nine.values())), **nine}
 
 
 def forgetting(figures: Figures, gold: Figures) -> dict[str, float]:
     """What is left of a forget set, beside a model that never saw it."""
     low, high = ev.interval(figures.rouge)
     return {
-        "forget_quality": ev.forget_quality(figures.ratios, gold.ratios),
+        "forget_quality": metrics.forget_quality(figures.ratios, gold.ratios),
         "forget_probability": float(figures.probability.mean()),
         "forget_rouge": float(figures.rouge.mean()),
         "forget_rouge_low": low,
         "forget_rouge_high": high,
         "forget_truth_ratio": float(figures.ratios.mean()),
         "extraction_strength": float(figures.true.extraction_strength.mean()),
-        "membership_auc": ev.membership_auc(figures.true, figures.wrong),
+        "membership_auc": metrics.membership_auc(figures.true, figures.wrong),
     }

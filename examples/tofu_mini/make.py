@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from study import study
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cu_fast.cli import demo
@@ -175,12 +176,12 @@ def add_masks(authors: list[demo.Author], folder: Path) -> None:
 
 def measure(folder: Path, table: Path) -> None:
     bundle = demo.load_bundle(folder)
-    results = demo.study_many(bundle, len(bundle.authors), seed=0)
+    results = study(bundle, len(bundle.authors), seed=0)
     with open(table, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, results[0].to_dict())
+        writer = csv.DictWriter(stream, results[0])
         writer.writeheader()
-        writer.writerows(result.to_dict() for result in results)
-    print(f"{sum(r.holds for r in results)} of {len(results)} authors hold; {table}")
+        writer.writerows(results)
+    print(f"{sum(r['holds'] for r in results)} of {len(results)} authors hold; {table}")
 
 
 def main() -> None:

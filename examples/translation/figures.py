@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import metrics
 import numpy as np
 import torch
 from corpus import Pair, rows, words_of
@@ -82,12 +83,12 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """reference: the log-likelihood of the references to the model that is measured. words: a topic's, in French."""
     truths = [pair.french for pair in pairs]
-    precision, recall, f = ev.match_states(judge.states(pairs, translations), judge.states_of_references(pairs))
+    precision, recall, f = metrics.match_states(judge.states(pairs, translations), judge.states_of_references(pairs))
     said, due = ([bool(words_of(text) & set(words)) for text in texts] for texts in (translations, truths))
     return {
-        "bleu": ev.bleu_counts(translations, truths),
-        "chrf": ev.chrf(translations, truths),
-        "meteor": ev.meteor(translations, truths, "french"),
+        "bleu": metrics.bleu_counts(translations, truths),
+        "chrf": metrics.chrf(translations, truths),
+        "meteor": metrics.meteor(translations, truths, "french"),
         "states_p": precision,
         "states_r": recall,
         "states_f": f,
@@ -101,7 +102,7 @@ def value(name: str, figure: np.ndarray) -> np.ndarray:
     """Of sets, from their sentences' figures: [..., N], or [..., N, 10] for bleu -> [...]; nan where there are none."""
     if name == "bleu":
         counts = figure.sum(-2)
-        return np.array([ev.bleu_of(row[None]) for row in counts.reshape(-1, 10)]).reshape(counts.shape[:-1])
+        return np.array([metrics.bleu_of(row[None]) for row in counts.reshape(-1, 10)]).reshape(counts.shape[:-1])
     return figure.mean(-1) if figure.shape[-1] else np.full(figure.shape[:-1], np.nan)
 
 

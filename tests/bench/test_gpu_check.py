@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cu_fast import bench
-from cu_fast.bench.rivals_gpu import GPU_PROVIDERS
+from cu_fast.bench.providers import PROVIDERS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -264,8 +264,9 @@ def test_a_prediction_by_hand():
 # -- the cells ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cells():
+@pytest.fixture
+def cells(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "gpu_cells.py")))
 
 
@@ -275,10 +276,11 @@ def test_the_plans_are_sound_and_the_first_is_the_most_telling(cells):
     first = plans[0].cells()
     assert {(cell.T, cell.mask) for cell in first} == {(1, "none"), (16, "none"), (1, "50%"), (16, "50%")}
     assert {(cell.E, cell.C, cell.k, cell.dtype) for cell in first} == {(2048, 65_536, 64, "bf16")}
+    assert {"faiss_gpu", "flashinfer_bf16"} <= set(plans[0].providers)
     assert all("cu_fast" in plan.providers for plan in plans), "a ratio needs this package in the cell"
     compiling = [any("compile" in name or "triton" in name for name in plan.providers) for plan in plans]
     assert not any(compiling[:4]), "what compiles takes the time of the others"
-    assert {plan.op for plan in plans if "cu_fast_triton" in plan.providers} == set(GPU_PROVIDERS)
+    assert {plan.op for plan in plans if "cu_fast_triton" in plan.providers} == set(PROVIDERS["cuda"])
 
 
 def row(**changes):

@@ -6,13 +6,17 @@ use            which rows are chosen by the table in force, and what a selection
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import hurtful
 import torch
+from calls import call
 from test_bench_gpu import Cuda
 
 from cu_fast.bench import tune, tune_grid
@@ -35,17 +39,17 @@ def decode(D: int) -> tuple[Scene]:
     return (Scene(Cell("masked_decode", 3, D, 40, 3, "bf16")),)
 
 
-# As those of tune_grid, and tiny.
+# As those of tune_grid, and tiny; of most kernels one row: interpreting takes long.
 SCENES = {
-    "score_codes": {"one": quantize(1), "few": (*quantize(2), *quantize(2, k=17)), "many": quantize(5, 17)},
+    "score_codes": {"one": quantize(1), "few": (*quantize(2), *quantize(2, k=17))},
     "scan_codes": {"few": quantize(1, scan=True)},  # "many" is seen to by `use`: many tokens take long
-    "gather_sum": {"narrow": decode(33), "wide": decode(1030)},
-    "encode_tile": {"one": encode(1), "few": encode(3), "many": encode(5)},
-    "finish": {"small": quantize(65, 8), "large": quantize(1)},
+    "gather_sum": {"wide": decode(1030)},
+    "encode_tile": {"one": encode(1)},
+    "finish": {"large": quantize(1)},
     **{name: {"all": quantize(1, scan=True)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
 }
 CROSSING = [*quantize(1, scan=True), *quantize(2, 40, scan=True)]
-# Of each grid one row, the last that does not ship: interpreting takes long.
+# Of each grid one row, the last that does not ship.
 FAVOURITES = {
     (kernel, name): next(row for row in reversed(rows) if row != tune_grid.shipped_row(kernel, name, "sm_80"))
     for kernel, named in tune_grid.GRID.items()
@@ -107,32 +111,30 @@ class Clock:
         return [self.time(job)]
 
 
-def measure(file: Path, *kernels: str, slow: str | None = None, captures: bool = True, **options) -> dict | str:
+def measure(file: Path, slow: str | None = None, captures: bool = True, budget: float = 1e6) -> dict | str:
     """What was written, or the error."""
     try:
-        return tune.run(file, kernels=kernels or None, clock=Clock(slow, captures), **({"budget": 1e6} | options))
+        return tune.run(file, budget, clock=Clock(slow, captures))
     except RuntimeError as error:
         return f"{error}; {file.name} {'exists' if file.exists() else 'is not there'}"
 
 
 def tuned(folder: Path) -> dict:
     """Runs of cu_fast.bench.tune: one of everything, and others in which something goes wrong."""
-    whole = tune_grid.GRID
     tune_grid.GRID, tune.SCENES, tune.CROSSING, tune.SECONDS, tune.ROUNDS = GRID, SCENES, CROSSING, 1e-9, 1
     watch()
     tune.proofs = lambda *asked: tune_grid.proofs(*asked)[:1]
     runs = {"all": measure(folder / "all.json", slow="finish")}
     runs["no time"] = measure(folder / "none.json", budget=1e-9)
-    runs["not captured"] = measure(folder / "none.json", "encode_tile", captures=False)
-    over = iter([False, False, True, True])
-    tune.Tuner.is_over, is_over = lambda self: next(over), tune.Tuner.is_over
-    GRID["gather_sum"] = {name: rows[-3:] for name, rows in whole["gather_sum"].items()}
-    runs["little time"] = measure(folder / "little.json", "gather_sum")
-    tune.Tuner.is_over = is_over
-    runs["graphs"] = tune.run(folder / "graphs.json", kernels=["encode_tile"], clock=GraphClock(Cuda(), "cpu"))
-    (folder / "all.json").rename(folder / "again.json")
-    runs["again"] = measure(folder / "again.json", "encode_tile", slow="encode_tile")
-    (folder / "again.json").rename(folder / "all.json")
+    tune.CROSSING = CROSSING[:1]
+    tune.SCENES = {"encode_tile": SCENES["encode_tile"]}
+    runs["not captured"] = measure(folder / "none.json", captures=False)
+    runs["graphs"] = tune.run(folder / "graphs.json", clock=GraphClock(Cuda(), "cpu"))
+    tune.SCENES, clock = {"gather_sum": {"narrow": decode(33), "wide": decode(1030)}}, iter([0, 5, 20, 20])
+    GRID["gather_sum"]["narrow"] = (FAVOURITES["gather_sum", "narrow"],)
+    tune.time = SimpleNamespace(perf_counter=lambda: next(clock), strftime=time.strftime)
+    runs["little time"] = measure(folder / "little.json", budget=10)
+    tune.time = time
 
     begin, favourite = codebook_quantize.start, FAVOURITES["score_codes", "one"]
     tune.SCENES, tune.proofs = {"score_codes": {"one": quantize(1, C=65)}}, tune_grid.proofs
@@ -153,7 +155,7 @@ def tuned(folder: Path) -> dict:
         "too large": too_large,
     }
     for name in faults:
-        runs[name] = measure(folder / "fault.json", "score_codes")
+        runs[name] = measure(folder / "fault.json")
     return runs
 
 
@@ -162,7 +164,7 @@ def use() -> dict:
     rows = {
         f"{kernel} {name}": repr(launch.choose(kernel, "sm_80", *shape, torch.bfloat16))
         for kernel, shapes in SHAPES.items()
-        for name, shape in zip(SCENES[kernel], shapes)
+        for name, shape in shapes.items()
     }
     watch()
     same = []
@@ -174,27 +176,28 @@ def use() -> dict:
                 rows=table.rows
                 | {"scan_codes": table.rows["scan_codes"] | {"many sm_80": FAVOURITES["scan_codes", "many"]}}
             )
-        arguments = (z, codes, None, None, 5, *hurtful.masks(T, 90, 0.3, 3), True)
-        plane = reference.pack_scan(codes, None) if scan else (None, None, None)
-        want = reference.codebook_quantize(*arguments)
-        same.append(all(map(hurtful.equal, codebook_quantize.codebook_quantize(*arguments, *plane), want)))
+        given = dict(z=z, codes=codes, k=5, mask=hurtful.masks(T, 90, 0.3, 3), return_hits=True)
+        given["scan"] = reference.pack_scan(codes, None) if scan else None
+        got, want = (call("codebook_quantize", on=each, **given) for each in (torch.ops.cu_fast_triton, reference))
+        same.append(all(map(hurtful.equal, got, want)))
     tuning = {name: getattr(launch.tuning_of("sm_80"), name) for name in launch.MEASURED}
     kept = {(name, repr(config)) for name, config in started}
     return {"rows": rows, "tuning": tuning, "same": same, "started": sorted(kept)}
 
 
-# T, E, C, k for each name of a kernel, in their order.
+# T, E, C, k for a name of a kernel.
 SHAPES = {
-    "score_codes": [(T, 512, 25_000, 8) for T in (1, 4, 64)],
-    "encode_tile": [(T, 512, 25_000, 8) for T in (1, 4, 64)],
-    "scan_codes": [(8, 512, 25_000, 8)],
-    "gather_sum": [(8, D, 25_000, 8) for D in (768, 4096)],
-    "finish": [(T, 512, 25_000, 8) for T in (256, 1)],
-    **{name: [(64, 512, 25_000, 8)] for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
+    "score_codes": {"one": (1, 512, 25_000, 8), "few": (4, 512, 25_000, 8)},
+    "encode_tile": {"one": (1, 512, 25_000, 8)},
+    "scan_codes": {"few": (8, 512, 25_000, 8)},
+    "gather_sum": {"wide": (8, 4096, 25_000, 8)},
+    "finish": {"large": (1, 512, 25_000, 8)},
+    **{name: {"all": (64, 512, 25_000, 8)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
 }
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     print(json.dumps(use() if sys.argv[1] == "use" else tuned(Path(sys.argv[2]))))

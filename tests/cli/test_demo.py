@@ -77,7 +77,7 @@ def test_tokens_per_second_counts_tokens(bundle, monkeypatch):
 def test_an_unknown_author_is_named_with_near_ones(bundle):
     name = bundle.authors[0].name
     assert bundle.author(name.upper()) is bundle.authors[0]
-    with pytest.raises(ValueError, match=f"near: {name}"):
+    with pytest.raises(ValueError, match=f"near names: {name}"):
         bundle.author(name[:-1] + "x")
     result = CliRunner().invoke(app.app, ["demo", "--author", "Nobody At All"])
     assert result.exit_code == 1 and "cu-fast demo --list" in result.stderr

@@ -11,7 +11,7 @@ import pytest
 from command_line import misused, run
 from typer.models import ParameterInfo
 
-from cu_fast.bench import cells, plan, tune, tune_grid
+from cu_fast.bench import cells, plan
 from cu_fast.cli.app import app
 from cu_fast.nn import BottleneckConfig
 from cu_fast.train import Recipe
@@ -34,7 +34,6 @@ CHOICES = {
     ("bench", "data"): ("bench", "--data"),
     ("bench", "cache"): ("bench", "--cache"),
     ("bench", "device"): ("bench", "--device"),
-    ("tune", "kernels"): ("tune", "--kernels"),
 }
 DEFINED = {
     ("train", "activation"): typing.get_args(typing.get_type_hints(BottleneckConfig)["activation"]),
@@ -42,10 +41,9 @@ DEFINED = {
     ("bench", "op"): cells.OPS,
     ("bench", "dtype"): tuple(cells.DTYPES),
     ("bench", "mask"): cells.MASKS,
-    ("bench", "data"): (*cells.DATA, *cells.MODELS),
+    ("bench", "data"): cells.DATA,
     ("bench", "cache"): plan.CACHES["cpu"],
     ("bench", "device"): tuple(plan.CACHES),
-    ("tune", "kernels"): (*tune_grid.SCENES, tune.CROSSOVER),
 }
 
 
@@ -95,7 +93,7 @@ def test_choices_are_the_packages_own_and_help_and_errors_list_them(name):
 
 
 def test_all_stands_alone():
-    misused("bench", "models,all", choices=cells.OPS)
+    misused("bench", "bottleneck,all", choices=cells.OPS)
 
 
 def test_help_names_the_default_of_the_tokens():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,15 +13,18 @@ import pytest
 
 from cu_fast.cli import demo
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "tofu_mini" / "make.py"
+FOLDER = Path(__file__).parents[2] / "examples" / "tofu_mini"
 
 
 @pytest.fixture
-def make():
-    spec = importlib.util.spec_from_file_location("make", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make(monkeypatch):
+    """The script, as it imports its neighbour, and gone afterwards."""
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("make", "study"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("make")
+    for name in ("make", "study"):
+        sys.modules.pop(name, None)
 
 
 def test_it_runs_and_goes_on_where_it_stopped(make, tmp_path, monkeypatch, capsys):

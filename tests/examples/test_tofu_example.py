@@ -9,10 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cu_fast.evaluate import AnswerScores
+
 FOLDER = Path(__file__).parents[2] / "examples" / "tofu"
-NAMES = ("tofu", "models", "methods", "study", "persistence", "report")
+NAMES = ("metrics", "tofu", "models", "methods", "study", "persistence", "report")
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def write_tofu(folder: Path) -> None:
 
 
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
-    tofu, models, methods, study, persistence, report = example.values()
+    tofu, models, methods, study, persistence, report = (example[name] for name in NAMES[1:])
     write_tofu(tmp_path)
     monkeypatch.setattr(models, "WIDTH", 32)
     monkeypatch.setattr(
@@ -126,3 +129,26 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     assert "| codeunlearn |" in text and "### 4 bits" in text
     if importlib.util.find_spec("matplotlib"):
         assert (runs / "plane.png").stat().st_size > 1000
+
+
+def scores(*log_probs: float, tokens: float = 1.0) -> AnswerScores:
+    n = len(log_probs)
+    return AnswerScores(np.array(log_probs), np.full(n, tokens), np.zeros(n), np.zeros(n))
+
+
+def test_truth_ratio(example):
+    metrics = example["metrics"]
+    right = scores(-2.0, -8.0, tokens=2)
+    wrong = scores(-4.0, -6.0, -4.0, -4.0, tokens=2)
+    want = [(np.exp(-2) + np.exp(-3)) / 2 / np.exp(-1), np.exp(-2) / np.exp(-4)]
+    np.testing.assert_allclose(metrics.truth_ratio(right, wrong), want)
+
+
+def test_figures_of_sets(example):
+    metrics = example["metrics"]
+    assert metrics.model_utility([0.5, 1.0]) == pytest.approx(2 / 3) and metrics.model_utility([0.0, 1.0]) == 0
+    spread = np.linspace(0, 1, 40)
+    assert metrics.forget_quality(spread, spread) == 1 and metrics.forget_quality(spread, spread + 0.6) < 1e-6
+    assert metrics.membership_auc(scores(-1, -2), scores(-3, -4, -5)) == 1
+    assert metrics.membership_auc(scores(-1, -4), scores(-2, -3)) == 0.5
+    assert metrics.membership_auc(scores(-9, -9), scores(-3)) == 0

@@ -11,13 +11,14 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cu_fast import evaluate as ev
 
 FOLDER = Path(__file__).parents[2] / "examples" / "translation"
-NAMES = ("corpus", "models", "figures", "study", "report")
+NAMES = ("metrics", "corpus", "models", "figures", "study", "report")
 WORDS = {"the": "le", "cat": "chat", "dog": "chien", "sees": "voit", "wants": "veut", "house": "maison"}
 CAPTAIN = {"captain": "capitaine"}
 
@@ -54,7 +55,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     monkeypatch.setattr(models, "VOCABULARY", 300)
     shape = dict(d_model=16, d_kv=8, d_ff=16, num_layers=3, num_decoder_layers=1, num_heads=2)
     monkeypatch.setattr(models, "SHAPE", shape)
-    bottleneck = dataclasses.replace(models.BOTTLENECK, d_model=16, code_dim=8, num_codes=200, k=4)
+    bottleneck = dataclasses.replace(models.BOTTLENECK, d_model=16, code_dim=8, num_codes=400, k=4)
     monkeypatch.setattr(models, "BOTTLENECK", bottleneck)
     for stage in ("BASE", "SECOND"):
         monkeypatch.setattr(models, stage, dict(max_steps=4, per_device_train_batch_size=16))
@@ -134,3 +135,36 @@ def test_stories_stay_whole_when_they_are_dealt(example):
     assert [len(stories[name]) for name in ("train", "valid", "test")] == [30, 2, 8]
     assert len(set.union(*stories.values())) == 40
     assert sum(topic.holds(pair.english) for pair in split["test"]) == 20  # a fifth of them, as of all
+
+
+def test_figures_of_translations(example):
+    metrics = example["metrics"]
+    truths = ["Le chat est assis.", "Il aime les chiens noirs et blancs de Paris."]
+    answers = ["le chat est assis .", "Il aimait un chien."]
+    one, other = metrics.chrf(answers, truths)
+    assert metrics.chrf(truths, truths).tolist() == [1, 1] and 0 < other < one < 1
+    for i in (0, 1):
+        assert metrics.bleu_of(metrics.bleu_counts(answers[i:], truths[i:])) == pytest.approx(
+            ev.bleu(answers[i:], truths[i:])
+        )
+    assert metrics.bleu_counts([], []).shape == (0, 10)
+
+
+def test_meteor(example):
+    metrics = example["metrics"]
+    # nltk's: F = 10 P R / (R + 9 P), less 0.5 (chunks / matches)^3
+    truths, answers = ["a b c d"] * 4, ["a b c d", "a b", "c d a b", "x y"]
+    want = [1 - 0.5 / 64, 5 / 9.5 * (1 - 0.5 / 8), 1 - 0.5 / 8, 0]
+    np.testing.assert_allclose(metrics.meteor(answers, truths), want)
+    assert metrics.meteor(["aimait", "", "chat"], ["aimer", "aimer", "aimer"], "french").tolist() == [0.5, 0, 0]
+
+
+def test_matching_of_states(example):
+    metrics = example["metrics"]
+    x, y, z = torch.eye(3)
+    answers = [torch.stack([x, y]), torch.stack([2 * x]), torch.empty(0, 3), torch.stack([x])]
+    truths = [torch.stack([y, 3 * x]), torch.stack([x, z]), torch.stack([x]), torch.stack([z])]
+    precision, recall, f = metrics.match_states(answers, truths)
+    np.testing.assert_allclose(precision, [1, 1, 0, 0])
+    np.testing.assert_allclose(recall, [1, 0.5, 0, 0])
+    np.testing.assert_allclose(f, [1, 2 / 3, 0, 0])

@@ -1,4 +1,4 @@
-"""Other libraries that do the same job, where they are installed. Part of ``cu_fast.bench``.
+"""Other libraries that do the same job, where they are installed: :func:`register` adds them to the benchmark.
 
 Each is called as its users call it, with what can be prepared once prepared before. A library that does not have
 what a cell asks for (deletion, a mask for each row) is skipped there, with the reason.
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cu_fast.bench.cells import DTYPES, Inputs
-from cu_fast.bench.providers import Builder, Job, Skip, normalised, require_memory
+from cu_fast.bench.eager import normalised
+from cu_fast.bench.job import Builder, Job, Skip, require_memory
+from cu_fast.bench.providers import PROVIDERS
 from cu_fast.bench.truth import Answer
 
 
@@ -135,7 +137,66 @@ def _set(parameter: Tensor, value: Tensor) -> None:
         parameter.requires_grad_(False).copy_(value)
 
 
-RIVALS: dict[str, dict[str, Builder]] = {
-    "sae_encode_topk": {"faiss": _faiss, "eai_sparsify": _eai_sparsify, "sae_lens": _sae_lens},
-    "codebook_quantize": {"faiss": _faiss, "codebook_features": _codebook_features},
+# -- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+def _flashinfer(dtype: torch.dtype) -> Builder:
+    """All scores by the library's matrix product, then FlashInfer's selection."""
+
+    def build(inputs: Inputs) -> Job:
+        flashinfer = installed("flashinfer", "flashinfer-python")
+        cell, k = inputs.cell, inputs.cell.k
+        require_memory(inputs.memory, 4 * cell.C * cell.E + 2 * dtype.itemsize * cell.T * cell.C, "codes, and scores,")
+        x, codes, deleted = inputs.x.to(dtype), normalised(inputs.codes.float()).to(dtype), inputs.deleted
+
+        def run() -> tuple[Tensor, Tensor]:
+            scores = F.linear(x, codes)
+            if deleted is not None:
+                scores.masked_fill_(deleted, -torch.inf)
+            return flashinfer.top_k(scores, k)
+
+        return Job(run, lambda output: Answer(output[1]), note=version("flashinfer-python"))
+
+    return build
+
+
+def _faiss_gpu(inputs: Inputs) -> Job:
+    """GpuIndexFlatIP on normalised codes, called with tensors of the GPU."""
+    faiss = installed("faiss", "faiss-gpu")
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise Skip("the faiss that is installed was built without GPUs", status="not installed")
+    installed("faiss.contrib.torch_utils", "faiss-gpu")
+    if inputs.deleted is not None:
+        raise Skip("faiss's flat index on a GPU has no deletion")
+    require_memory(inputs.memory, 12 * inputs.cell.C * inputs.cell.E, "codes, and the index,")
+    x, resources = inputs.x.float(), faiss.StandardGpuResources()
+    index = faiss.GpuIndexFlatIP(resources, inputs.cell.E)
+    index.add(normalised(inputs.codes.float()))
+
+    def run(keep_alive=resources) -> tuple[Tensor, Tensor]:
+        return index.search(x, inputs.cell.k)
+
+    return Job(run, lambda output: Answer(output[1]))
+
+
+# By device, op and name, as cu_fast.bench.providers.PROVIDERS.
+RIVALS: dict[str, dict[str, dict[str, Builder]]] = {
+    "cpu": {
+        "sae_encode_topk": {"faiss": _faiss, "eai_sparsify": _eai_sparsify, "sae_lens": _sae_lens},
+        "codebook_quantize": {"faiss": _faiss, "codebook_features": _codebook_features},
+    },
+    "cuda": {
+        "codebook_quantize": {
+            "flashinfer_fp32": _flashinfer(torch.float32),
+            "flashinfer_bf16": _flashinfer(torch.bfloat16),
+            "faiss_gpu": _faiss_gpu,
+        },
+    },
 }
+
+
+def register() -> None:
+    """From here on, in this process, the benchmark measures them too."""
+    for device, ops in RIVALS.items():
+        for op, rivals in ops.items():
+            PROVIDERS[device][op].update(rivals)

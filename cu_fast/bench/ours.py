@@ -1,0 +1,106 @@
+"""This package's operators as providers. Part of ``cu_fast.bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cu_fast import ops
+from cu_fast.bench.cells import Inputs
+from cu_fast.bench.job import Builder, Job, Skip
+from cu_fast.bench.truth import Answer, share_identical
+
+REFERENCE_LIMIT = 5e8  # multiply-adds; more takes the reference seconds
+ALL = slice(None)
+IDENTICAL_ROWS = 4  # rows that are compared with the reference, bit for bit
+IDENTICAL_ROWS_GPU = 64  # rows of a GPU's that are compared with the CPU's
+
+# What is timed, with an implementation and rows to restrict it to; output -> Answer; and a note.
+Ours = tuple[Callable[..., Any], Callable[[Any], Answer], str]
+
+
+def ours(which: str, scan: str) -> Builder:
+    """This package: "reference", "triton", or "native", the library's kernels for where the inputs are."""
+
+    def build(inputs: Inputs) -> Job:
+        cell, impl = inputs.cell, inputs.x.device.type if which == "native" else which
+        if impl == "reference" and cell.T * cell.C * cell.E > REFERENCE_LIMIT:
+            raise Skip("the reference runs in cells of up to 5e8 multiply-adds")
+        run, answer, note = _OURS[cell.op](inputs, impl, scan)
+
+        def identical(output: Any) -> float:
+            if inputs.host is None:
+                return share_identical(output, run("reference", slice(IDENTICAL_ROWS)))
+            on_the_cpu = _OURS[cell.op](inputs.host, "cpu", "fp32")[0]
+            return share_identical(output, on_the_cpu("cpu", slice(IDENTICAL_ROWS_GPU)))
+
+        return Job(run, answer, identical, note=note)
+
+    return build
+
+
+def _pack(codes: Tensor, similarity: str, scan: str, bias: Tensor | None = None) -> tuple[ops.PackedCodes, str]:
+    """Packed codes, and what to say of their scan."""
+    packed = ops.pack_codes(codes, similarity, bias, scan=scan)
+    return packed, "scan fp32" if packed.scan is None else "scan int8"
+
+
+def _quantize(inputs: Inputs, impl: str, scan: str) -> Ours:
+    packed, note = _pack(inputs.codes, "cosine", scan)
+
+    def run(impl: str = impl, some: slice = ALL) -> ops.Selection:
+        return ops.codebook_quantize(inputs.x[some], packed, k=inputs.cell.k, impl=impl, **_masks(inputs, some))
+
+    return run, lambda selection: Answer(selection.ids), note
+
+
+def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Ours:
+    packed, note = _pack(inputs.codes, "dot", scan, inputs.bias)
+    W_enc, b_enc, b_pre, k = inputs.codes, inputs.bias, inputs.b_pre, inputs.cell.k
+
+    def run(impl: str = impl, some: slice = ALL) -> ops.Selection:
+        options = _masks(inputs, some)
+        return ops.sae_encode(inputs.x[some], W_enc, b_enc, b_pre, k=k, scan=packed.scan, impl=impl, **options)
+
+    return run, lambda selection: Answer(selection.ids), note
+
+
+def _encode(inputs: Inputs, impl: str, scan: str) -> Ours:
+    def run(impl: str = impl, some: slice = ALL) -> Tensor:
+        return ops.sae_encode(inputs.x[some], inputs.codes, inputs.bias, inputs.b_pre, impl=impl)
+
+    return run, lambda z: Answer(values=z), ""
+
+
+def _decode(inputs: Inputs, impl: str, scan: str) -> Ours:
+    def run(impl: str = impl, some: slice = ALL) -> Tensor:
+        ids, weights = inputs.ids[some], inputs.weights[some]
+        return ops.masked_decode(ids, weights, inputs.codes, impl=impl, **_masks(inputs, some))
+
+    return run, lambda y: Answer(values=y), ""
+
+
+def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Ours:
+    module = inputs.bottleneck
+
+    def run(impl: str = impl, some: slice = ALL) -> Tensor:
+        module.impl = impl
+        return module(inputs.x[some], **_masks(inputs, some))
+
+    return run, lambda y: Answer(module.select(inputs.x).ids, y), f"mask mode {module.mask_mode}"
+
+
+def _masks(inputs: Inputs, some: slice) -> dict[str, Tensor | None]:
+    row = None if inputs.mask_row is None else inputs.mask_row[some]
+    return {"mask_table": inputs.mask_table, "mask_row": row}
+
+
+_OURS: dict[str, Callable[[Inputs, str, str], Ours]] = {
+    "sae_encode": _encode,
+    "sae_encode_topk": _encode_topk,
+    "codebook_quantize": _quantize,
+    "masked_decode": _decode,
+    "bottleneck": _bottleneck,
+}
