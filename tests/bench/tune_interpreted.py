@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hurtful
 import torch
+from calls import call, plane_of
 from test_bench_gpu import Cuda
 
 from cu_fast.bench import tune, tune_grid
@@ -174,10 +175,10 @@ def use() -> dict:
                 rows=table.rows
                 | {"scan_codes": table.rows["scan_codes"] | {"many sm_80": FAVOURITES["scan_codes", "many"]}}
             )
-        arguments = (z, codes, None, None, 5, *hurtful.masks(T, 90, 0.3, 3), True)
-        plane = reference.pack_scan(codes, None) if scan else (None, None, None)
-        want = reference.codebook_quantize(*arguments)
-        same.append(all(map(hurtful.equal, codebook_quantize.codebook_quantize(*arguments, *plane), want)))
+        given = dict(z=z, codes=codes, k=5, mask=hurtful.masks(T, 90, 0.3, 3), return_hits=True)
+        given["scan"] = plane_of(codes, on=reference) if scan else None
+        got, want = (call("codebook_quantize", on=each, **given) for each in (torch.ops.cu_fast_triton, reference))
+        same.append(all(map(hurtful.equal, got, want)))
     tuning = {name: getattr(launch.tuning_of("sm_80"), name) for name in launch.MEASURED}
     kept = {(name, repr(config)) for name, config in started}
     return {"rows": rows, "tuning": tuning, "same": same, "started": sorted(kept)}
