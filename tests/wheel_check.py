@@ -35,9 +35,12 @@ assert native.failure() is None, native.failure()
 torch.manual_seed(0)
 z, codes, bias = torch.randn(70, 64), torch.randn(1000, 64), torch.randn(1000)
 table, row = torch.randint(-(2**31), 2**31, (2, 32), dtype=torch.int32), torch.arange(70, dtype=torch.int32) % 3 - 1
-for scan in ((None, None, None), torch.ops.cu_fast.pack_scan(codes, None)):
-    got = torch.ops.cu_fast.codebook_quantize(z, codes, None, bias, 8, table, row, True, *scan)
-    want = reference.codebook_quantize(z, codes, None, bias, 8, table, row, True)
+given = {"z": z, "codes": codes, "inv_norm": None, "bias": bias, "k": 8, "mask_table": table, "mask_row": row}
+for scan in (3 * [None], torch.ops.cu_fast.pack_scan(codes=codes, inv_norm=None)):
+    plane = dict(zip(("scan_plane", "scan_terms", "scan_mean"), scan))
+    got, want = (
+        library.codebook_quantize(**given, **plane, return_hits=True) for library in (torch.ops.cu_fast, reference)
+    )
     assert all(map(torch.equal, got, want)), "codebook_quantize differs from the reference"
 print(native.simd_level())
 print(native.cuda_build())

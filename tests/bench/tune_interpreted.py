@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import hurtful
 import torch
-from calls import call
+from calls import call, plane_of
 from test_bench_gpu import Cuda
 
 from cu_fast.bench import tune, tune_grid
@@ -177,7 +177,7 @@ def use() -> dict:
                 | {"scan_codes": table.rows["scan_codes"] | {"many sm_80": FAVOURITES["scan_codes", "many"]}}
             )
         given = dict(z=z, codes=codes, k=5, mask=hurtful.masks(T, 90, 0.3, 3), return_hits=True)
-        given["scan"] = reference.pack_scan(codes, None) if scan else None
+        given["scan"] = plane_of(codes, on=reference) if scan else None
         got, want = (call("codebook_quantize", on=each, **given) for each in (torch.ops.cu_fast_triton, reference))
         same.append(all(map(hurtful.equal, got, want)))
     tuning = {name: getattr(launch.tuning_of("sm_80"), name) for name in launch.MEASURED}

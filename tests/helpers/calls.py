@@ -12,19 +12,27 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import hurtful
 import torch
+from torch import Tensor
 
-from cu_fast.kernels import native, reference
+from cu_fast.kernels import native, reference, triton
 
-assert native.LIBRARY  # importing it registers torch.ops.cu_fast
+assert native.LIBRARY and triton.HOME  # importing them registers torch.ops.cu_fast and torch.ops.cu_fast_triton
 GROUPS = {"mask": ("mask_table", "mask_row"), "scan": ("scan_plane", "scan_terms", "scan_mean")}
+
+
+def spread(**given: Any) -> dict[str, Any]:
+    """The same arguments, with those of a group under their own names."""
+    for group, members in GROUPS.items():
+        if (values := given.pop(group, None)) is not None:
+            given.update(zip(members, values, strict=True))
+    return given
 
 
 def arguments(name: str, **given: Any) -> dict[str, Any]:
     """All arguments of an operator, in the order of its schema."""
-    for group, members in GROUPS.items():
-        if (values := given.pop(group, None)) is not None:
-            given.update(zip(members, values, strict=True))
+    given = spread(**given)
     parameters = inspect.signature(getattr(reference, name)).parameters
     absent = {"bool": False, "Tensor | None": None}
     made = {key: given.pop(key, absent.get(p.annotation, inspect.Parameter.empty)) for key, p in parameters.items()}
@@ -36,3 +44,45 @@ def arguments(name: str, **given: Any) -> dict[str, Any]:
 
 def call(name: str, on: Any = torch.ops.cu_fast, **given: Any) -> Any:
     return getattr(on, name)(**arguments(name, **given))
+
+
+def plane_of(codes: Tensor, inv_norm: Tensor | None = None, on: Any = torch.ops.cu_fast) -> tuple[Tensor, ...]:
+    """What the group scan takes, of these codes."""
+    return tuple(call("pack_scan", on=on, codes=codes, inv_norm=inv_norm))
+
+
+def every_operator(
+    T: int, E: int, C: int, k: int, *, kind: str = "gaussian", dtype: torch.dtype = torch.float32, layout: str = "plain",
+    mask: bool = True, scan: bool = True, seed: int = 0,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The arguments of each operator, for one set of sizes. scan: with planes; mask: with all else that is optional."""
+    z = hurtful.strided(hurtful.matrix(T, E, kind, dtype, seed), layout)
+    codes = hurtful.strided(hurtful.matrix(C, E, kind, dtype, seed + 1), layout)
+    bias = pre = W_enc = masks = receipt = None
+    if mask:
+        bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 2)[0]
+        pre = hurtful.matrix(1, E, "gaussian", dtype, seed + 3)[0]
+        masks = hurtful.masks(T, C, 0.4, seed + 4)
+        W_enc = hurtful.matrix(E, E, "gaussian", dtype, seed + 5)
+        receipt = torch.zeros(2, dtype=torch.int64)
+    inv_norm = reference.inverse_norm(codes)
+    scaled, plain = (plane_of(codes, inv_norm), plane_of(codes)) if scan else (None, None)
+    scores, ids, _ = call("codebook_quantize", on=reference, z=z, codes=codes, k=k)
+    given = {
+        "codebook_quantize": dict(
+            z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=masks, return_hits=mask, scan=scaled
+        ),
+        "sae_encode": dict(x=z, W_enc=codes, b_enc=bias, b_pre=pre, relu=mask),
+        "sae_encode_topk": dict(x=z, W_enc=codes, b_enc=bias, b_pre=pre, k=k, mask=masks, relu=mask, scan=plain),
+        "masked_decode": dict(
+            ids=ids, weights=scores if mask else None, table=codes, bias=pre, residual=z if mask else None, mask=masks,
+            mean=mask,
+        ),
+        "codebook_bottleneck": dict(
+            x=z, W_enc=W_enc, b_enc=pre, b_pre=pre, relu=mask, codes=codes, inv_norm=inv_norm, bias=bias, k=k,
+            mask=masks, reselect=scan, scan=scaled, table=codes, b_dec=pre, score_weights=mask, mean=not mask,
+            receipt=receipt,
+        ),
+        "pack_scan": dict(codes=codes, inv_norm=inv_norm if mask else None),
+    }  # fmt: skip
+    return {name: arguments(name, **one) for name, one in given.items()}

@@ -33,7 +33,7 @@ KEPT = (1, 2, 5, 8, 20, 32, 33, 64, 100)
 
 
 def why_not(impl: str = IMPL) -> str | None:
-    """Why the tests cannot run here, None where they can. Where somebody asked for a device, that is an error."""
+    """Why the tests cannot run here, None where they can. Where a device was asked for, that is an error."""
     if impl == "triton":
         reason = native.failure() or triton.failure(torch.device(DEVICE))
     else:
@@ -73,7 +73,7 @@ def identical(got: Any, want: Any) -> bool:
 
 
 def oracle(work: int) -> str:
-    """Whom to compare with on the CPU: the reference, or the CPU's kernels, as exact, where it would take too long."""
+    """What to compare with on the CPU: the reference, or the CPU's kernels, as exact, where it would take too long."""
     return "reference" if work <= REFERENCE_LIMIT else "cpu"
 
 

@@ -17,6 +17,10 @@ KINDS = (
 )  # fmt: skip
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def matrix(rows: int, width: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
     """[rows, width] of the given kind; rows of "faulty" hold a NaN or an Inf here and there."""
     g = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from tiers import TEST_ALL
 RACE = """
 import sys, threading, time
 import torch
+from calls import call
 from cu_fast import ops
 from cu_fast.nn import autograd
 
@@ -25,20 +26,19 @@ weights = torch.rand(T, k, generator=rng)
 ids = torch.randint(C, (T, k), generator=rng, dtype=torch.int32)
 table = torch.randint(-(2**31), 2**31 - 1, (4, C // 32), generator=rng, dtype=torch.int64).int()
 row = torch.randint(4, (T,), generator=rng, dtype=torch.int32)
-scan = tuple(packed.scan)
-op = torch.ops.cu_fast
+given = dict(codes=packed.codes, k=k, mask=(table, row))
+scanned = dict(inv_norm=packed.inv_norm, scan=packed.scan)
 
 
 def bottleneck(reselect):
-    op.codebook_bottleneck(z, None, None, None, False, packed.codes, packed.inv_norm, None, k, table, row, reselect,
-                           *scan, packed.codes, None, True, False, None)
+    call("codebook_bottleneck", x=z, table=packed.codes, reselect=reselect, score_weights=True, **scanned, **given)
 
 
 CASES = {
-    "masked_decode": lambda: op.masked_decode(ids, weights, packed.codes, None, None, table, row, False),
-    "codebook_quantize": lambda: op.codebook_quantize(z, packed.codes, packed.inv_norm, None, k, table, row, True, *scan),
-    "every code scored": lambda: op.codebook_quantize(z, packed.codes, None, None, k, table, row, True, None, None, None),
-    "sae_encode_topk": lambda: op.sae_encode_topk(z, packed.codes, None, None, k, table, row, True, None, None, None),
+    "masked_decode": lambda: call("masked_decode", ids=ids, weights=weights, table=packed.codes, mask=(table, row)),
+    "codebook_quantize": lambda: call("codebook_quantize", z=z, return_hits=True, **scanned, **given),
+    "every code scored": lambda: call("codebook_quantize", z=z, return_hits=True, **given),
+    "sae_encode_topk": lambda: call("sae_encode_topk", x=z, W_enc=packed.codes, k=k, mask=(table, row), relu=True),
     "ablate": lambda: bottleneck(False),
     "reselect": lambda: bottleneck(True),
     "gather_sum": lambda: autograd.gather_sum(ids, weights, packed.codes),
@@ -51,7 +51,7 @@ ARGUMENTS = {
 }
 
 
-def race(call, tensor, wild):
+def race(run, tensor, wild):
     # How many calls refused what they saw, while another thread writes to the tensor.
     good, over = tensor.clone(), threading.Event()
 
@@ -65,7 +65,7 @@ def race(call, tensor, wild):
     refused, end = 0, time.monotonic() + 1
     while time.monotonic() < end:
         try:
-            call()
+            run()
         except (ValueError, RuntimeError, IndexError):
             refused += 1
     over.set()

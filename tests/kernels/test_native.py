@@ -16,6 +16,7 @@ from pathlib import Path
 import hurtful
 import pytest
 import torch
+from calls import call, every_operator
 
 from cu_fast.kernels import native, reference
 
@@ -27,38 +28,12 @@ OPERATORS = (
     "codebook_quantize", "sae_encode", "sae_encode_topk", "masked_decode", "codebook_bottleneck", "pack_scan",
 )  # fmt: skip
 OPS = torch.ops.cu_fast
-NO_SCAN = (None, None, None)
 
 
-def arguments(T, E, C, k, *, kind="gaussian", dtype=torch.float32, layout="plain", mask=True, scan=True, seed=0):
-    """The arguments of each operator, by its name: one set of sizes, every optional argument given or none."""
-    z = hurtful.strided(hurtful.matrix(T, E, kind, dtype, seed), layout)
-    codes = hurtful.strided(hurtful.matrix(C, E, kind, dtype, seed + 1), layout)
-    bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 2)[0]
-    pre = hurtful.matrix(1, E, "gaussian", dtype, seed + 3)[0]
-    table, row = hurtful.masks(T, C, 0.4, seed + 4) if mask else (None, None)
-    scores, ids, _ = reference.codebook_quantize(z, codes, None, None, k, None, None, False)
-    if not mask:
-        bias = pre = None
-    inv_norm = reference.inverse_norm(codes)
-    scaled, plain = (OPS.pack_scan(codes, inv_norm), OPS.pack_scan(codes, None)) if scan else (NO_SCAN, NO_SCAN)
-    encoder = (hurtful.matrix(E, E, "gaussian", dtype, seed + 5), pre, pre) if mask else (None, None, None)
-    receipt = torch.zeros(2, dtype=torch.int64) if mask else None
-    return {
-        "codebook_quantize": (z, codes, inv_norm, bias, k, table, row, mask, *scaled),
-        "sae_encode": (z, codes, bias, pre, mask),
-        "sae_encode_topk": (z, codes, bias, pre, k, table, row, mask, *plain),
-        "masked_decode": (ids, scores if mask else None, codes, pre, z if mask else None, table, row, mask),
-        "codebook_bottleneck": (
-            z, *encoder, mask, codes, inv_norm, bias, k, table, row, scan, *scaled,
-            codes, pre, mask, not mask, receipt,
-        ),
-        "pack_scan": (codes, inv_norm if mask else None),
-    }  # fmt: skip
-
-
-def tensors(result):
-    return list(result) if isinstance(result, (tuple, list)) else [result]
+def tensors(given):
+    """What the operators return for their arguments, by their names."""
+    results = {op: call(op, **one) for op, one in given.items()}
+    return {op: list(made) if isinstance(made, (tuple, list)) else [made] for op, made in results.items()}
 
 
 def digest() -> str:
@@ -73,17 +48,18 @@ def digest() -> str:
     hasher = hashlib.sha256()
     cases = itertools.product(shapes, hurtful.DTYPES, (False, True), (False, True))
     for seed, (shape, dtype, mask, scan) in enumerate(cases):
-        given = arguments(*shape, kind=next(kinds), dtype=dtype, layout=next(layouts), mask=mask, scan=scan, seed=seed)
-        for op, args in given.items():
-            for tensor in tensors(getattr(OPS, op)(*args)):
+        how = dict(kind=next(kinds), dtype=dtype, layout=next(layouts), mask=mask, scan=scan, seed=seed)
+        for made in tensors(every_operator(*shape, **how)).values():
+            for tensor in made:
                 hasher.update(torch.where(tensor.isnan(), torch.nan, tensor.float()).numpy().tobytes())
     return hasher.hexdigest()
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs Python code beside this file, with this file and torch imported, in a process of its own."""
+    imports = "import test_native, torch\nfrom calls import call, plane_of\nfrom cu_fast.kernels import native\n"
     return subprocess.run(
-        [sys.executable, "-c", f"import test_native, torch\nfrom cu_fast.kernels import native\n{code}"],
+        [sys.executable, "-c", imports + code],
         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -93,44 +69,43 @@ def expected() -> str:
     return digest()
 
 
+def opcheck(op: str, given: dict) -> None:
+    torch.library.opcheck(getattr(OPS, op).default, (), given)
+
+
 @needs_native
 class TestOperators:
     @pytest.mark.parametrize("op", OPERATORS)
     @pytest.mark.parametrize("mask", [False, True])
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
     def test_opcheck(self, op, mask, dtype):
-        args = arguments(5, 20, 50, 4, dtype=dtype, mask=mask, layout="rows")[op]
-        torch.library.opcheck(getattr(OPS, op).default, args)
+        opcheck(op, every_operator(5, 20, 50, 4, dtype=dtype, mask=mask, layout="rows")[op])
 
     @pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode_topk", "codebook_bottleneck"])
     def test_opcheck_without_a_plane(self, op):
-        torch.library.opcheck(getattr(OPS, op).default, arguments(5, 20, 50, 4, scan=False)[op])
+        opcheck(op, every_operator(5, 20, 50, 4, scan=False)[op])
 
     @pytest.mark.parametrize("mask", [False, True])
     def test_opcheck_without_tokens(self, mask):
-        for op, args in arguments(0, 20, 50, 4, mask=mask).items():
-            torch.library.opcheck(getattr(OPS, op).default, args)
+        for op, given in every_operator(0, 20, 50, 4, mask=mask).items():
+            opcheck(op, given)
 
     @pytest.mark.parametrize("T", [2, 9])  # codes read in place, codes widened first
     def test_offsets_pass_31_bits(self, T):
-        # Rows 2^23 elements apart in memory that nobody touches: the last 44 lie beyond 2^31 elements.
+        # Rows 2^23 elements apart, the memory between them untouched: the last 44 lie beyond 2^31 elements.
         memory = torch.empty(300 * 2**23, dtype=torch.bfloat16)
         codes = memory.as_strided((300, 16), (2**23, 1))
         codes.copy_(torch.randn(300, 16))
-        z, k = torch.randn(T, 16), 300
-        got = OPS.codebook_quantize(z, codes, None, None, k, None, None, False, *NO_SCAN)
-        want = reference.codebook_quantize(z, codes.contiguous(), None, None, k, None, None, False)
-        assert all(map(torch.equal, got, want))
-        y = OPS.masked_decode(got[1], got[0], codes, None, None, None, None, False)
-        want_y = reference.masked_decode(got[1], got[0], codes.contiguous(), None, None, None, None, False)
-        assert torch.equal(y, want_y)
+        z, near = torch.randn(T, 16), codes.contiguous()
+        got = call("codebook_quantize", z=z, codes=codes, k=300)
+        assert all(map(torch.equal, got, call("codebook_quantize", on=reference, z=z, codes=near, k=300)))
+        y = call("masked_decode", ids=got[1], weights=got[0], table=codes)
+        assert torch.equal(y, call("masked_decode", on=reference, ids=got[1], weights=got[0], table=near))
 
     def test_expanded_rows(self):
-        given = arguments(6, 32, 40, 5)
-        z, codes = given["codebook_quantize"][0][:1].expand(6, -1), given["codebook_quantize"][1][:1].expand(40, -1)
-        got = OPS.codebook_quantize(z, codes, None, None, 5, None, None, False, *NO_SCAN)
-        want = reference.codebook_quantize(z, codes, None, None, 5, None, None, False)
-        assert all(map(torch.equal, got, want))
+        z, codes = (hurtful.normal(1, 32, seed=seed).expand(rows, -1) for seed, rows in enumerate((6, 40)))
+        got = call("codebook_quantize", z=z, codes=codes, k=5)
+        assert all(map(torch.equal, got, call("codebook_quantize", on=reference, z=z, codes=codes, k=5)))
         assert got[1][0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -143,13 +118,10 @@ class TestChecks:
     ids = torch.zeros(3, 2, dtype=torch.int32)
 
     def quantize(self, **changes):
-        args = dict(z=self.z, codes=self.codes, inv_norm=None, bias=None, k=2, mask_table=None, mask_row=None)
-        none = dict(scan_plane=None, scan_terms=None, scan_mean=None)
-        OPS.codebook_quantize(**{**args, **none, **changes}, return_hits=False)
+        call("codebook_quantize", **{"z": self.z, "codes": self.codes, "k": 2, **changes})
 
     def decode(self, **changes):
-        args = dict(ids=self.ids, weights=None, table=self.codes, bias=None, residual=None)
-        OPS.masked_decode(**{"mask_table": None, "mask_row": None, **args, **changes}, mean=False)
+        call("masked_decode", **{"ids": self.ids, "table": self.codes, **changes})
 
     @pytest.mark.parametrize(
         "changes, message",
@@ -198,11 +170,11 @@ class TestChecks:
 
     def test_sae_encode(self):
         with pytest.raises(RuntimeError, match=r"W_enc must have shape \[E, D\] = \[any, 4\], got Float \[40, 5\]"):
-            OPS.sae_encode(self.z, torch.zeros(40, 5), None, None, True)
+            call("sae_encode", x=self.z, W_enc=torch.zeros(40, 5))
         with pytest.raises(RuntimeError, match=r"b_pre must have shape \[D\] = \[4\], got Float \[3\]"):
-            OPS.sae_encode_topk(self.z, self.codes, None, torch.zeros(3), 2, None, None, True, *NO_SCAN)
+            call("sae_encode_topk", x=self.z, W_enc=self.codes, b_pre=torch.zeros(3), k=2)
         with pytest.raises(RuntimeError, match=r"b_enc must have shape \[E\] = \[40\], got Float \[4\]"):
-            OPS.sae_encode(self.z, self.codes, torch.zeros(4), None, True)
+            call("sae_encode", x=self.z, W_enc=self.codes, b_enc=torch.zeros(4))
 
 
 @needs_native
@@ -221,12 +193,12 @@ class TestSameBits:
     @pytest.mark.parametrize("T", [1, 200])
     def test_threads(self, threads, T):
         # Large enough that tokens, and for a single one codes, are split.
-        given = arguments(T, 128, 4000, 40, seed=T)
+        given = every_operator(T, 128, 4000, 40, seed=T)
         before = torch.get_num_threads()
         results = []
         for n in (1, threads):
             torch.set_num_threads(n)
-            results.append({op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()})
+            results.append(tensors(given))
         torch.set_num_threads(before)
         one, many = results
         assert all(torch.equal(a, b) for op in given for a, b in zip(one[op], many[op]))
@@ -239,12 +211,12 @@ rows, mixed = torch.randn(9, 64), torch.randn(5000, 64)
 mixed[:2500, :], rows[:, 1:] = torch.tensor([1e-11] + [1e-41] * 63), 1e-4
 ids, weights = torch.randint(0, 5000, (70, 4)).int(), torch.randn(70, 4) * 1e-41
 def results():
-    scores, chosen, _ = torch.ops.cu_fast.codebook_quantize(z, codes, None, None, 9, None, None, False, *3 * [None])
+    scores, chosen, _ = call("codebook_quantize", z=z, codes=codes, k=9)
     # Large enough to be scanned, with codes whose last entries are denormal, and products that are.
-    plane = torch.ops.cu_fast.pack_scan(mixed, None)
-    scanned = torch.ops.cu_fast.codebook_quantize(rows, mixed, None, None, 9, None, None, False, *plane)[:2]
-    dense = torch.ops.cu_fast.sae_encode(z, codes, None, None, True)
-    y = torch.ops.cu_fast.masked_decode(ids, weights, codes, None, None, None, None, False)
+    plane = plane_of(mixed)
+    scanned = call("codebook_quantize", z=rows, codes=mixed, k=9, scan=plane)[:2]
+    dense = call("sae_encode", x=z, W_enc=codes, relu=True)
+    y = call("masked_decode", ids=ids, weights=weights, table=codes)
     return [t.view(torch.int32) for t in (scores, chosen, dense, y, *scanned, *plane[1:])]
 want = results()
 assert all(t.count_nonzero() > t.numel() // 3 for t in want[:4])
@@ -260,12 +232,12 @@ assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * len(want)
     def test_rounding_mode(self, expected):
         upward = 0x800
         libm = ctypes.CDLL("libm.so.6")
-        given = arguments(9, 64, 300, 5)
-        want = {op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()}
+        given = every_operator(9, 64, 300, 5)
+        want = tensors(given)
         torch.set_num_threads(1)
         libm.fesetround(upward)
         try:
-            got = {op: tensors(getattr(OPS, op)(*args)) for op, args in given.items()}
+            got = tensors(given)
             assert libm.fegetround() == upward
         finally:
             libm.fesetround(0)
@@ -281,8 +253,8 @@ class TestLoading:
     @needs_native
     @pytest.mark.parametrize("level", ["sse", "AVX2"])
     def test_unknown_level_is_an_error_at_the_first_call(self, level):
-        call = "torch.ops.cu_fast.sae_encode(torch.ones(2, 4), torch.ones(3, 4), None, None, True)"
-        done = run(f"print('loaded', native.available())\n{call}", CU_FAST_SIMD=level)
+        first = "call('sae_encode', x=torch.ones(2, 4), W_enc=torch.ones(3, 4))"
+        done = run(f"print('loaded', native.available())\n{first}", CU_FAST_SIMD=level)
         assert done.stdout.split() == ["loaded", "True"]
         assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2 or avx512" in done.stderr
 

@@ -15,34 +15,30 @@ from pathlib import Path
 import hurtful
 import pytest
 import torch
+from calls import call, plane_of
+from hurtful import normal
 
 from cu_fast import BottleneckConfig, ops
 from cu_fast.kernels import native, reference
 from cu_fast.nn import CodebookBottleneck
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
-OPS = torch.ops.cu_fast
-NO_SCAN = (None, None, None)
 GROUP = 64
 INF, NAN = math.inf, math.nan
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def select(z, codes, inv_norm=None, bias=None, k=4, table=None, row=None, hits=True, plane=NO_SCAN):
-    return OPS.codebook_quantize(z, codes, inv_norm, bias, k, table, row, hits, *plane)
+def select(z, codes, k=4, hits=True, **given):
+    return call("codebook_quantize", z=z, codes=codes, k=k, return_hits=hits, **given)
 
 
 def same(a, b) -> bool:
     return torch.equal(a[1], b[1]) and hurtful.equal(a[0], b[0]) and torch.equal(a[2], b[2])
 
 
-def check(z, codes, inv_norm=None, bias=None, k=4, table=None, row=None, hits=True):
+def check(z, codes, inv_norm=None, **given):
     """Ids, scores and hits of the scan are those of the exact kernel. Returns them."""
-    arguments = (z, codes, inv_norm, bias, k, table, row, hits)
-    want, got = select(*arguments), select(*arguments, OPS.pack_scan(codes, inv_norm))
+    given = dict(z=z, codes=codes, inv_norm=inv_norm, **given)
+    want, got = select(**given), select(**given, scan=plane_of(codes, inv_norm))
     for t in (want[1] != got[1]).any(1).nonzero()[:1].flatten().tolist():
         pytest.fail(f"row {t}: ids {got[1][t].tolist()}, should be {want[1][t].tolist()}")
     assert same(want, got)
@@ -103,25 +99,23 @@ class TestHurtfulInputs:
         packed = ops.pack_codes(codes, similarity, scan="fp32")
         z = torch.cat([rows_of(E), codes[[0, 9, C - 2]]])
         for seed, (k, share) in enumerate([(1, None), (10, 0.5), (64, 0.01), (C // 8, 1.0)]):
-            mask = (None, None) if share is None else hurtful.masks(len(z), C, share, seed)
-            check(z, codes, packed.inv_norm, packed.bias, k, *mask)
+            mask = None if share is None else hurtful.masks(len(z), C, share, seed)
+            check(z, codes, packed.inv_norm, bias=packed.bias, k=k, mask=mask)
 
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
     @pytest.mark.parametrize("kind", ["gaussian", "tied", "mean", "20 clusters", "outliers"])
     def test_equals_the_reference(self, kind, dtype):
         C, E = 900, 40
         codes, z = CODES[kind](C, E).to(dtype), rows_of(E).to(dtype)
-        table, row = hurtful.masks(len(z), C, 0.5, 2)
-        inv_norm = reference.inverse_norm(codes)
-        got = check(z, codes, inv_norm, None, 12, table, row)
-        want = reference.codebook_quantize(z, codes, inv_norm, None, 12, table, row, True)
-        assert same(got, want)
+        mask, inv_norm = hurtful.masks(len(z), C, 0.5, 2), reference.inverse_norm(codes)
+        given = dict(z=z, codes=codes, inv_norm=inv_norm, k=12, mask=mask)
+        assert same(check(**given), call("codebook_quantize", on=reference, **given, return_hits=True))
 
     @pytest.mark.parametrize("E", [*range(1, 41), 63, 100])
     def test_widths(self, E):
         codes, z = normal(530, E), rows_of(E, 16)
         check(z, codes, reference.inverse_norm(codes), k=5)
-        check(z, codes.half(), None, normal(530, seed=1), k=5)
+        check(z, codes.half(), bias=normal(530, seed=1), k=5)
 
     @pytest.mark.parametrize("C", [8, 63, 64, 65, 127, 513, 1000])
     def test_last_groups(self, C):
@@ -131,9 +125,9 @@ class TestHurtfulInputs:
         for mean in (0.3, 2):
             memory, z = normal(C + 64, 1024) + mean, -torch.ones(3, 1024) - 0.1 * normal(3, 1024, seed=1)
             memory[C:] = -100
-            assert C < 500 or (OPS.pack_scan(memory[:C], None)[2] != 0).all() == (mean == 2)
+            assert C < 500 or (plane_of(memory[:C])[2] != 0).all() == (mean == 2)
             for k, bias in itertools.product({1, C // 8}, (None, torch.full((C,), -1e3))):
-                got = check(z, memory[:C], None, bias, k)
+                got = check(z, memory[:C], bias=bias, k=k)
                 assert (got[1] < C).all() and (got[1] >= 0).all() and (got[0] < 0).all()
 
     def test_zero_bounds(self):
@@ -156,13 +150,13 @@ class TestHurtfulInputs:
             "wide": normal(1200, seed=2) * 10.0 ** (torch.arange(1200) % 60 - 30),
         }[sign]  # fmt: skip
         check(rows_of(48), codes, inv_norm, k=9)
-        check(rows_of(48), codes, inv_norm, normal(1200, seed=3), k=9)
+        check(rows_of(48), codes, inv_norm, bias=normal(1200, seed=3), k=9)
 
     @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e30, -1e30, 2.0**40, 1e9, -1e9])
     def test_any_bias(self, value):
         codes, bias = normal(1200, 48), normal(1200, seed=3)
         bias[[0, 700, 1199]] = value
-        check(rows_of(48), codes, None, bias, k=9)
+        check(rows_of(48), codes, bias=bias, k=9)
 
     @pytest.mark.parametrize("kind", ["equal", "one cluster", "20 clusters", "zeros"])
     @pytest.mark.parametrize("k", [4, 64])
@@ -171,13 +165,14 @@ class TestHurtfulInputs:
         codes = CODES[kind](C, E)
         z = torch.cat([normal(3, E, seed=4), codes[:1]])
         check(z, codes, k=k)
-        check(z, codes, reference.inverse_norm(codes), None, k, *hurtful.masks(4, C, 0.5, 1))
-        check(z, codes, None, None, k, *hurtful.masks(4, C, 0.5, 1), hits=False)
+        mask = hurtful.masks(4, C, 0.5, 1)
+        check(z, codes, reference.inverse_norm(codes), k=k, mask=mask)
+        check(z, codes, k=k, mask=mask, hits=False)
 
     @pytest.mark.parametrize("C, k", [(512, 64), (512, 65), (512, 512), (8192, 1024), (8192, 1025), (8200, 1024)])
     def test_limits_of_k(self, C, k):
         codes, z = normal(C, 32), rows_of(32, 14)
-        check(z, codes, reference.inverse_norm(codes), None, k, *hurtful.masks(14, C, 0.3, 1))
+        check(z, codes, reference.inverse_norm(codes), k=k, mask=hurtful.masks(14, C, 0.3, 1))
 
     @pytest.mark.parametrize("k", [64, 65, 512])
     @pytest.mark.parametrize("T", [65, 128, 256, 257])
@@ -204,7 +199,7 @@ class TestHurtfulInputs:
         for shift in range(len(ranges) + 1):
             row = ((torch.arange(len(z)) + shift) % (len(ranges) + 1) - 1).int()
             for hits in (False, True):
-                got = check(z, codes, None, None, 11, table, row, hits)
+                got = check(z, codes, k=11, mask=(table, row), hits=hits)
                 assert not reference.is_deleted(got[1], table, row).any()
 
     @pytest.mark.parametrize("k", [1, 16])
@@ -216,7 +211,7 @@ class TestHurtfulInputs:
         table = (bits.reshape(40, 94, 32).long() << torch.arange(32)).sum(2)
         table = torch.where(table >= 2**31, table - 2**32, table).int()
         for hits in (False, True):
-            got = check(z, codes, None, None, k, table, torch.arange(40).int(), hits)
+            got = check(z, codes, k=k, mask=(table, torch.arange(40).int()), hits=hits)
             assert (got[1] >= 0).all() and (not hits or got[2].tolist() == [k] * 40)
 
     @pytest.mark.parametrize("kind", ["few", "many", "all but few", "one huge"])
@@ -229,7 +224,7 @@ class TestHurtfulInputs:
             z[:, 77] = 1e6
         for given in (codes, codes + 4 * normal(1, E, seed=2)):
             check(z, given, k=8)
-            check(z, given, reference.inverse_norm(given), normal(C, seed=4), k=8)
+            check(z, given, reference.inverse_norm(given), bias=normal(C, seed=4), k=8)
 
     @pytest.mark.parametrize("layout", ["rows", "columns", "transposed"])
     def test_strides(self, layout):
@@ -243,11 +238,12 @@ class TestHurtfulInputs:
         # What is scanned is x - b_pre; a row may be certified only after it, or only before.
         x, W = normal(30, 48) + 1e5, normal(700, 48, seed=1)
         x[3], x[4] = 1e5, NAN
+        given = dict(x=x, W_enc=W, b_enc=normal(700, seed=2), k=9, mask=hurtful.masks(30, 700, 0.5, 1))
         for b_pre in (None, torch.full((48,), 1e5), torch.full((48,), 3e38)):
             for relu in (False, True):
-                arguments = (x, W, normal(700, seed=2), b_pre, 9, *hurtful.masks(30, 700, 0.5, 1), relu)
-                want = OPS.sae_encode_topk(*arguments, *NO_SCAN)
-                got = OPS.sae_encode_topk(*arguments, *OPS.pack_scan(W, None))
+                want, got = (
+                    call("sae_encode_topk", **given, b_pre=b_pre, relu=relu, scan=scan) for scan in (None, plane_of(W))
+                )
                 assert torch.equal(got[1], want[1]) and hurtful.equal(got[0], want[0])
 
 
@@ -257,35 +253,35 @@ class TestHurtfulInputs:
 @pytest.mark.parametrize("kind", ["gaussian", "mean", "20 clusters", "mixed"])
 def test_a_row_does_not_depend_on_the_batch(kind):
     codes = CODES[kind](2000, 40)
-    plane, z = OPS.pack_scan(codes, None), rows_of(40, 300)
-    batch = select(z, codes, k=9, plane=plane)
+    plane, z = plane_of(codes), rows_of(40, 300)
+    batch = select(z, codes, k=9, scan=plane)
     for t in (*range(16), 63, 64, 255, 256, 299):
-        alone = select(z[t : t + 1], codes, k=9, plane=plane)
+        alone = select(z[t : t + 1], codes, k=9, scan=plane)
         assert torch.equal(alone[1][0], batch[1][t]) and hurtful.equal(alone[0][0], batch[0][t])
 
 
 @pytest.mark.parametrize("T, C", [(1, 30_000), (7, 9000), (300, 2000)])
 def test_threads(T, C):
     codes, z, before = normal(C, 64), rows_of(64, max(T, 14))[:T], torch.get_num_threads()
-    plane, mask = OPS.pack_scan(codes, None), hurtful.masks(T, C, 0.4, 1)
+    plane, mask = plane_of(codes), hurtful.masks(T, C, 0.4, 1)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(select(z, codes, None, None, 20, *mask, plane=plane))
+        results.append(select(z, codes, k=20, mask=mask, scan=plane))
     torch.set_num_threads(before)
     assert same(results[0], results[1]) and same(results[0], results[2])
-    assert same(results[0], select(z, codes, None, None, 20, *mask))
+    assert same(results[0], select(z, codes, k=20, mask=mask))
 
 
 def test_when_the_scan_is_taken():
     """A plane of other codes misleads the scan, and so tells whether it ran."""
     codes = normal(8200, 32)
-    wrong, z = OPS.pack_scan(-30 * codes, None), normal(5, 32, seed=1)
+    wrong, z = plane_of(-30 * codes), normal(5, 32, seed=1)
 
     def ran(k, bias=None, n=8200):
         plane = (wrong[0][: (n + 63) // 64], wrong[1][: (n + 63) // 64], wrong[2])
-        arguments = (z, codes[:n], None, bias, k)
-        return not same(select(*arguments), select(*arguments, plane=plane))
+        given = dict(z=z, codes=codes[:n], bias=bias, k=k)
+        return not same(select(**given), select(**given, scan=plane))
 
     # With a large k so misled a scan scores everything, and is right again.
     assert ran(1) and ran(8) and ran(8, n=4096)
@@ -318,10 +314,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
 
 def test_inputs_are_not_written_to():
     codes, z = normal(900, 40), rows_of(40)
-    table, row = hurtful.masks(len(z), 900, 0.5, 1)
-    given = [z, codes, table, row, *OPS.pack_scan(codes, None)]
+    mask, plane = hurtful.masks(len(z), 900, 0.5, 1), plane_of(codes)
+    given = [z, codes, *mask, *plane]
     before = [t.clone() for t in given]
-    select(z, codes, table=table, row=row, plane=given[4:])
+    select(z, codes, mask=mask, scan=plane)
     assert all(hurtful.equal(a, b) for a, b in zip(given, before))
 
 
@@ -358,12 +354,12 @@ class TestCalling:
 
     def test_size(self):
         C, E = 4096, 256
-        terms = C // GROUP * (3 * GROUP + 4) * 4  # 12 bytes a code
+        terms = C // GROUP * (3 * GROUP + 4) * 4  # 12 bytes per code
         assert sum(part.nbytes for part in ops.pack_codes(normal(C, E)).scan) == C * E + terms + 4 * E
 
     def test_too_wide(self):
         with pytest.raises(RuntimeError, match=r"cu_fast: .*131073 wide; an int8 scan needs at most 131072"):
-            OPS.pack_scan(torch.zeros(1, 131073), None)
+            plane_of(torch.zeros(1, 131073))
 
     @pytest.mark.parametrize(
         "change, message",
@@ -386,17 +382,16 @@ class TestCalling:
     )
     def test_wrong_planes_are_named(self, change, message):
         codes = normal(100, 10)
-        plane = change(*OPS.pack_scan(codes, None))
+        plane = change(*plane_of(codes))
         with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
-            select(normal(3, 10), codes, plane=plane)
+            select(normal(3, 10), codes, scan=plane)
         with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
-            OPS.sae_encode_topk(normal(3, 10), codes, None, None, 4, None, None, True, *plane)
+            call("sae_encode_topk", x=normal(3, 10), W_enc=codes, k=4, scan=plane)
 
     def test_strided_planes(self):
         codes = normal(600, 40)
-        plane = OPS.pack_scan(codes, None)
-        spread = tuple(torch.stack([t, t], -1)[..., 0] for t in plane)
-        assert same(select(normal(5, 40), codes, plane=spread), select(normal(5, 40), codes))
+        spread = tuple(torch.stack([t, t], -1)[..., 0] for t in plane_of(codes))
+        assert same(select(normal(5, 40), codes, scan=spread), select(normal(5, 40), codes))
 
     def test_dense_encode_takes_no_scan(self):
         W = normal(600, 40)
@@ -407,8 +402,7 @@ class TestCalling:
         packed = ops.pack_codes(torch.ones(600, 40, device="meta"))
         assert packed.scan is None and packed.inv_norm.shape == (600,)
         assert ops.codebook_quantize(torch.ones(5, 40, device="meta"), packed, k=3).ids.shape == (5, 3)
-        made = OPS.pack_scan(torch.ones(600, 41, device="meta"), None)
-        real = OPS.pack_scan(torch.ones(600, 41), None)
+        made, real = plane_of(torch.ones(600, 41, device="meta")), plane_of(torch.ones(600, 41))
         assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in real]
 
     def test_compiled(self):

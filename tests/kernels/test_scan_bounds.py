@@ -7,15 +7,17 @@ import sys
 import hurtful
 import pytest
 import torch
-from test_scan import GROUP, INF, NAN, OPS, check, normal
+from calls import plane_of
+from hurtful import normal
+from test_scan import GROUP, INF, NAN, check
 
 from cu_fast.kernels import native, reference
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
 
 
-PACKERS = {"native": OPS.pack_scan, "pytorch": reference.pack_scan}  # the second makes the planes of GPUs
-pack_scan = OPS.pack_scan
+PACKERS = {"native": torch.ops.cu_fast, "pytorch": reference}  # the second makes the planes of GPUs
+packer = torch.ops.cu_fast
 
 
 # -- the plane -------------------------------------------------------------------------------------------------
@@ -27,7 +29,7 @@ class Unpacked:
     def __init__(self, codes, inv_norm=None):
         self.codes, (self.C, self.E) = codes.double(), codes.shape
         self.inv = torch.ones(self.C).double() if inv_norm is None else inv_norm.double()
-        self.plane, self.terms, mean = pack_scan(codes, inv_norm)
+        self.plane, self.terms, mean = plane_of(codes, inv_norm, on=packer)
         self.mean = mean.double()
         groups = (self.C + GROUP - 1) // GROUP
         assert self.plane.shape == (groups, (self.E + 3) // 4, GROUP, 4) and self.plane.dtype == torch.uint8
@@ -71,7 +73,7 @@ PLANES = {
 class TestPlane:
     @pytest.fixture(params=PACKERS, autouse=True)
     def packer(self, request, monkeypatch):
-        monkeypatch.setattr(sys.modules[__name__], "pack_scan", PACKERS[request.param])
+        monkeypatch.setattr(sys.modules[__name__], "packer", PACKERS[request.param])
 
     @pytest.mark.parametrize("norms", ["none", "cosine", "signed"])
     @pytest.mark.parametrize("kind", PLANES)
@@ -101,7 +103,7 @@ class TestPlane:
     @pytest.mark.parametrize("C, E", [(1, 1), (64, 4), (65, 7), (130, 18)])
     def test_layout_and_padding(self, C, E):
         codes = normal(C, E) * 10
-        plane = pack_scan(codes, None)[0]
+        plane = plane_of(codes, on=packer)[0]
         p = Unpacked(codes)
         want = (p.d / p.step[:, None]).nan_to_num(0).round()  # a lone code is its own mean: nothing is left
         for j in (0, C // 2, C - 1):
@@ -119,7 +121,7 @@ class TestPlane:
         codes = (codes + mean).float()
         broken = torch.cat([codes, torch.tensor([NAN, INF, 2.0**41, 2.0**-60])[:, None].expand(4, 24)])
         for given in (codes, broken):  # codes without a bound have no say
-            packed_mean = pack_scan(given, None)[2]
+            packed_mean = plane_of(given, on=packer)[2]
             want = mean.float() if centred else torch.zeros(24)
             torch.testing.assert_close(packed_mean, want, rtol=1e-5, atol=1e-6)
             assert centred or (packed_mean == 0).all()
@@ -150,7 +152,7 @@ class TestPlane:
         planes = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            planes.append(pack_scan(codes, None))
+            planes.append(plane_of(codes, on=packer))
         torch.set_num_threads(before)
         assert all(torch.equal(a, b) for other in planes[1:] for a, b in zip(planes[0], other))
         assert (planes[0][2] != 0).all() == (shift != 0)
@@ -159,13 +161,13 @@ class TestPlane:
         codes = normal(100, 10)
         inv_norm = reference.inverse_norm(codes)
         before = codes.clone(), inv_norm.clone()
-        pack_scan(codes, inv_norm)
+        plane_of(codes, inv_norm, on=packer)
         assert torch.equal(codes, before[0]) and torch.equal(inv_norm, before[1])
 
     def test_strided_codes(self):
         codes = normal(100, 10)
         for layout in ("rows", "columns", "transposed"):
-            planes = pack_scan(hurtful.strided(codes, layout), None), pack_scan(codes, None)
+            planes = (plane_of(some, on=packer) for some in (hurtful.strided(codes, layout), codes))
             assert all(map(torch.equal, *planes))
 
 

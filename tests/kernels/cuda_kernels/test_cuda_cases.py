@@ -6,7 +6,9 @@ import hurtful
 import numpy as np
 import pytest
 import torch
-from test_cuda_kernels import INF, NAN, NO_MASK, NO_SCAN, bottleneck, call, normal, plane_of, pytestmark, same, select
+from calls import call, plane_of
+from hurtful import normal
+from test_cuda_kernels import INF, NAN, bottleneck, emulated, pytestmark, same, select
 
 from cu_fast.kernels import reference
 
@@ -15,7 +17,7 @@ __all__ = ["pytestmark"]
 
 @pytest.fixture(params=["every code", "scan"])
 def plane(request):
-    return plane_of if request.param == "scan" else lambda *_: NO_SCAN
+    return plane_of if request.param == "scan" else lambda *_: None
 
 
 class TestMaskRowsThatDoNotExist:
@@ -32,13 +34,14 @@ class TestMaskRowsThatDoNotExist:
     def test_selection(self, plane, T, k):
         z, codes = normal(T, 24), normal(self.C, 24, seed=1)
         mask, exists = self.mask(T)
-        want = reference.codebook_quantize(z[exists], codes, None, None, k, mask[0], mask[1][exists], True)
+        clean = mask[0], mask[1][exists]
+        want = call("codebook_quantize", on=reference, z=z[exists], codes=codes, k=k, mask=clean, return_hits=True)
         for hits in (True, False):
-            scores, ids, counts = select(z, codes, k=k, mask=mask, hits=hits, plane=plane(codes))
+            scores, ids, counts = select(z, codes, k=k, mask=mask, hits=hits, scan=plane(codes))
             assert (ids[~exists] == -1).all() and scores[~exists].isnan().all()
             assert same((scores[exists], ids[exists]), want[:2])
             assert not hits or (torch.equal(counts[exists], want[2]) and (counts[~exists] == 0).all())
-        scores, ids = call("sae_encode_topk", z, codes, None, None, k, *mask, True, *plane(codes))
+        scores, ids = emulated("sae_encode_topk", x=z, W_enc=codes, k=k, mask=mask, relu=True, scan=plane(codes))
         assert (ids[~exists] == -1).all() and scores[~exists].isnan().all()
         assert torch.equal(ids[exists], want[1]) and torch.equal(scores[exists], want[0].relu())
 
@@ -48,19 +51,19 @@ class TestMaskRowsThatDoNotExist:
     def test_bottleneck(self, plane, T, k, score_weights, reselect):
         z, codes, table = normal(T, 24), normal(self.C, 24, seed=1), normal(self.C, 600, seed=2)
         mask, exists = self.mask(T)
-        y = bottleneck(z, codes, k, mask, reselect, plane(codes), table, score_weights)
-        clean = mask[0], mask[1].clamp(-1, 2)
-        want = bottleneck(z, codes, k, clean, reselect, plane(codes), table, score_weights)
+        given = dict(k=k, reselect=reselect, scan=plane(codes), score_weights=score_weights)
+        y = bottleneck(z, codes, table, mask=mask, **given)
+        want = bottleneck(z, codes, table, mask=(mask[0], mask[1].clamp(-1, 2)), **given)
         assert y[~exists].isnan().all() and torch.equal(y[exists], want[exists]) and want.isfinite().all()
 
     def test_decode(self):
         table, ids = normal(self.C, 600), torch.randint(-1, self.C, (8, 5)).int()
         mask, exists = self.mask(8)
-        y = call("masked_decode", ids, None, table, None, None, *mask, True)
+        y = emulated("masked_decode", ids=ids, table=table, mask=mask, mean=True)
         assert y[~exists].isnan().all() and y[exists].isfinite().all()
         # A table of no masks: -1 is the only row.
         row = torch.tensor([-1, 0, -1, 0, -1, -1, -1, -1]).int()
-        y = call("masked_decode", ids, None, table, None, None, mask[0][:0], row, True)
+        y = emulated("masked_decode", ids=ids, table=table, mask=(mask[0][:0], row), mean=True)
         assert torch.equal(y.isnan().any(1), row == 0)
 
 
@@ -68,28 +71,20 @@ def test_ids_that_are_none_of_the_tables():
     """A NaN row, without a read outside of the table; the rows beside it are as always."""
     table = normal(40, 600).half()
     ids = torch.randint(0, 40, (7, 150)).int()
-    want = call("masked_decode", ids, None, table, None, None, *NO_MASK, False)
+    want = emulated("masked_decode", ids=ids, table=table)
     wrong = ids.clone()
     wrong[1, 0], wrong[2, 149], wrong[3, 7], wrong[4, 131], wrong[5, 5] = 40, -2, 2**31 - 1, -(2**31), 41
-    for mask in (NO_MASK, (torch.full((1, 2), -1).int(), torch.tensor([-1, 0, 0, 0, 0, 0, -1]).int())):
-        y = call(
-            "masked_decode",
-            wrong,
-            torch.zeros(7, 150) if mask[0] is not None else None,
-            table,
-            None,
-            None,
-            *mask,
-            False,
-        )
+    for mask in (None, (torch.full((1, 2), -1).int(), torch.tensor([-1, 0, 0, 0, 0, 0, -1]).int())):
+        weights = None if mask is None else torch.zeros(7, 150)
+        y = emulated("masked_decode", ids=wrong, weights=weights, table=table, mask=mask)
         assert y[1:6].isnan().all() and y[[0, 6]].isfinite().all()
-        assert mask[0] is not None or torch.equal(y[[0, 6]], want[[0, 6]])
+        assert mask is not None or torch.equal(y[[0, 6]], want[[0, 6]])
 
 
 def test_a_weight_beside_no_code():
     table, ids = normal(5, 9), torch.tensor([[0, -1], [-1, 1], [-1, -1]]).int()
     weights = torch.tensor([[1, INF], [NAN, 1], [0, NAN]])
-    y = call("masked_decode", ids, weights, table, None, None, *NO_MASK, False)
+    y = emulated("masked_decode", ids=ids, weights=weights, table=table)
     assert torch.equal(y[0], table[0]) and y[1:].isnan().all()
 
 
@@ -102,13 +97,12 @@ def test_faulty_rows_are_nan_and_alone(plane, T):
         broken[t, 39 - i] = (NAN, INF, -INF)[i % 3]
     rest = [t for t in range(T) if t not in faults]
     for k in (5, 30):
-        want, got = (select(x, codes, k=k, plane=plane(codes)) for x in (z, broken))
+        want, got = (select(x, codes, k=k, scan=plane(codes)) for x in (z, broken))
         assert (got[1][faults] == -1).all() and got[0][faults].isnan().all()
         assert all(torch.equal(a[rest], b[rest]) for a, b in zip(want, got))
         for score_weights in (False, True):
-            want, got = (
-                bottleneck(x, codes, k, NO_MASK, False, plane(codes), table, score_weights) for x in (z, broken)
-            )
+            given = dict(codes=codes, table=table, k=k, scan=plane(codes), score_weights=score_weights)
+            want, got = (bottleneck(x, **given) for x in (z, broken))
             assert got[faults].isnan().all() and torch.equal(got[rest], want[rest])
 
 
@@ -118,14 +112,14 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_machine(plane, T):
     z[T // 2, 3] = 500.0  # an outlier
     mask = hurtful.masks(T, 700, 0.3, 2)
     for k in (9, 20):
-        batch = select(z, codes, k=k, mask=mask, plane=plane(codes))
+        batch = select(z, codes, k=k, mask=mask, scan=plane(codes))
         for t in {0, T // 2, T - 1}:
             for multiprocessors in (1, 40):
                 alone = mask[0], mask[1][t : t + 1]
-                row = select(z[t : t + 1], codes, k=k, mask=alone, plane=plane(codes), multiprocessors=multiprocessors)
+                row = select(z[t : t + 1], codes, k=k, mask=alone, scan=plane(codes), multiprocessors=multiprocessors)
                 assert all(torch.equal(a[0], b[t]) for a, b in zip(row, batch))
-        y = bottleneck(z, codes, k, mask, True, plane(codes), table)
-        alone = bottleneck(z[:1], codes, k, (mask[0], mask[1][:1]), True, plane(codes), table)
+        given = dict(codes=codes, table=table, k=k, reselect=True, scan=plane(codes))
+        y, alone = bottleneck(z, mask=mask, **given), bottleneck(z[:1], mask=(mask[0], mask[1][:1]), **given)
         assert torch.equal(alone[0], y[0])
 
 
@@ -141,8 +135,9 @@ def test_the_order_of_threads_does_not_matter(plane):
     results = []
     for seed in range(20):
         receipt = torch.zeros(2, dtype=torch.int64)
-        y = bottleneck(z, codes, 9, mask, True, plane(codes), table, True, receipt=receipt, seed=seed)
-        results.append((*select(z, codes, k=9, mask=mask, plane=plane(codes), seed=seed), y, receipt))
+        given = dict(codes=codes, k=9, mask=mask, scan=plane(codes), seed=seed)
+        y = bottleneck(z, table=table, reselect=True, score_weights=True, receipt=receipt, **given)
+        results.append((*select(z, **given), y, receipt))
     assert all(same(results[0], other) for other in results[1:])
 
 
@@ -152,31 +147,27 @@ def test_the_order_of_threads_does_not_matter(plane):
 def test_edges(plane, T, C, k, deleted):
     """No tokens, one code, k = C, fewer codes than a tile, all deleted, all scores equal."""
     z, codes = normal(T, 20), normal(1, 20, seed=1).expand(C, 20)
-    mask = (torch.full((1, (C + 31) // 32), -1).int(), torch.zeros(T).int()) if deleted else NO_MASK
-    scores, ids, hits = select(z, codes, k=k, mask=mask, plane=plane(codes))
+    mask = (torch.full((1, (C + 31) // 32), -1).int(), torch.zeros(T).int()) if deleted else None
+    given = dict(codes=codes, k=k, mask=mask, scan=plane(codes))
+    scores, ids, hits = select(z, **given)
     assert ids.shape == scores.shape == (T, k) and hits.shape == (T,)
     assert torch.equal(ids, (torch.full((T, k), -1) if deleted else torch.arange(k).expand(T, k)).int())
     assert (hits == (k if deleted else 0)).all()
-    assert same((scores, ids, hits), reference.codebook_quantize(z, codes, None, None, k, *mask, True))
-    y = bottleneck(z, codes, k, mask, True, plane(codes), torch.ones(C, 3))
+    assert same((scores, ids, hits), call("codebook_quantize", on=reference, z=z, return_hits=True, **given))
+    y = bottleneck(z, table=torch.ones(C, 3), reselect=True, **given)
     assert torch.equal(y, torch.full((T, 3), 0.0 if deleted else float(k)))
 
 
 def test_no_columns(plane):
     codes, receipt = normal(64, 8), torch.zeros(2, dtype=torch.int64)
-    assert call("masked_decode", torch.zeros(3, 2).int(), None, normal(5, 0), None, None, *NO_MASK, False).shape == (
-        3,
-        0,
-    )
-    assert bottleneck(normal(3, 8), codes, 2, NO_MASK, False, plane(codes), normal(64, 0), receipt=receipt).shape == (
-        3,
-        0,
-    )
-    assert call("sae_encode", normal(3, 8), normal(0, 8), None, None, True).shape == (3, 0)
+    assert emulated("masked_decode", ids=torch.zeros(3, 2).int(), table=normal(5, 0)).shape == (3, 0)
+    y = bottleneck(normal(3, 8), codes, normal(64, 0), k=2, scan=plane(codes), receipt=receipt)
+    assert y.shape == (3, 0)
+    assert emulated("sae_encode", x=normal(3, 8), W_enc=normal(0, 8), relu=True).shape == (3, 0)
 
 
 def far_apart(width: int, seed: int) -> torch.Tensor:
-    """17 rows, 2^27 elements apart: the last begins at 2^31. Pages that nobody writes to cost no memory."""
+    """17 rows, 2^27 elements apart: the last begins at 2^31. Pages that are not written cost no memory."""
     memory = np.zeros(2**31 + width, dtype=np.int16)
     x = torch.from_numpy(memory).view(torch.bfloat16).as_strided((17, width), (2**27, 1))
     return x.copy_(normal(17, width, seed=seed))
@@ -188,38 +179,30 @@ def test_offsets_beyond_two_to_the_31(plane, width):
     near_x, near_codes = x.contiguous(), codes.contiguous()
     packed = plane(near_codes)
     for rows in (17, 4):
-        got = select(x[-rows:], codes, k=2, plane=packed)
-        assert same(got, reference.codebook_quantize(near_x[-rows:], near_codes, None, None, 2, *NO_MASK, True))
-        got = call("sae_encode", x[-rows:], codes, None, None, False)
-        assert torch.equal(got, reference.sae_encode(near_x[-rows:], near_codes, None, None, False))
+        want = call("codebook_quantize", on=reference, z=near_x[-rows:], codes=near_codes, k=2, return_hits=True)
+        assert same(select(x[-rows:], codes, k=2, scan=packed), want)
+        want = call("sae_encode", on=reference, x=near_x[-rows:], W_enc=near_codes)
+        assert torch.equal(emulated("sae_encode", x=x[-rows:], W_enc=codes), want)
     ids = torch.arange(17).flip(0)[:, None].int()
-    got = call("masked_decode", ids, None, codes, None, x, *NO_MASK, False)
-    assert torch.equal(got, reference.masked_decode(ids, None, near_codes, None, near_x, *NO_MASK, False))
+    want = call("masked_decode", on=reference, ids=ids, table=near_codes, residual=near_x)
+    assert torch.equal(emulated("masked_decode", ids=ids, table=codes, residual=x), want)
 
 
 def test_inputs_are_not_written_to(plane):
     z, W_enc, codes, table = normal(9, 24), normal(40, 24, seed=1), normal(700, 40, seed=2), normal(700, 24, seed=3)
-    mask, biases = hurtful.masks(9, 700, 0.4, 5), (normal(40), normal(24), normal(700), normal(24))
-    inv_norm = reference.inverse_norm(codes)
-    packed = plane_of(codes, inv_norm)
+    mask, inv_norm = hurtful.masks(9, 700, 0.4, 5), reference.inverse_norm(codes)
+    b_enc, b_pre, bias, b_dec = normal(40), normal(24), normal(700), normal(24)
+    scaled, plain = plane(codes, inv_norm), plane(table)
     ids, weights = torch.randint(0, 700, (9, 4)).int(), normal(9, 4)
-    given = [z, W_enc, codes, table, *mask, *biases, inv_norm, *packed, ids, weights]
+    planes = (*(scaled or ()), *(plain or ()))
+    given = [z, W_enc, codes, table, *mask, b_enc, b_pre, bias, b_dec, inv_norm, *planes, ids, weights]
     before = [t.clone() for t in given]
-    used = packed if plane(codes)[0] is not None else NO_SCAN
-    call("codebook_bottleneck", z, W_enc, biases[0], biases[1], True, codes, inv_norm, biases[2], 8, *mask, True, *used,
-         table, biases[3], True, True, None)  # fmt: skip
-    call(
-        "sae_encode_topk",
-        z,
-        table,
-        biases[2],
-        biases[1],
-        8,
-        *mask,
-        True,
-        *(plane_of(table) if used is packed else used),
-    )
-    call("masked_decode", ids, weights, table, biases[3], z, *mask, True)
+    bottleneck(
+        z, codes, table, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=True, inv_norm=inv_norm, bias=bias, k=8, mask=mask,
+        reselect=True, scan=scaled, b_dec=b_dec, score_weights=True, mean=True,
+    )  # fmt: skip
+    emulated("sae_encode_topk", x=z, W_enc=table, b_enc=bias, b_pre=b_pre, k=8, mask=mask, relu=True, scan=plain)
+    emulated("masked_decode", ids=ids, weights=weights, table=table, bias=b_dec, residual=z, mask=mask, mean=True)
     assert all(map(torch.equal, given, before))
 
 
@@ -228,17 +211,17 @@ def test_a_plane_of_other_codes_is_refused():
     for other, word in ((normal(600, 24), r"\[10, 6, 64, 4\]"), (normal(700, 20), r"\[11, 5, 64, 4\]")):
         plane = plane_of(other)
         for attempt in (
-            lambda plane=plane: select(z, codes, plane=plane),
-            lambda plane=plane: call("sae_encode_topk", z, codes, None, None, 4, *NO_MASK, True, *plane),
-            lambda plane=plane: bottleneck(z, codes, 4, NO_MASK, False, plane, table),
+            lambda plane=plane: select(z, codes, scan=plane),
+            lambda plane=plane: emulated("sae_encode_topk", x=z, W_enc=codes, k=4, scan=plane),
+            lambda plane=plane: bottleneck(z, codes, table, k=4, scan=plane),
         ):
             with pytest.raises(RuntimeError, match=rf"scan_plane.*{word}"):
                 attempt()
     plane = plane_of(codes)
     with pytest.raises(RuntimeError, match="scan_terms"):
-        select(z, codes, plane=(plane[0], plane[1][:5], plane[2]))
+        select(z, codes, scan=(plane[0], plane[1][:5], plane[2]))
     with pytest.raises(RuntimeError, match="given together"):
-        select(z, codes, plane=(plane[0], None, plane[2]))
+        select(z, codes, scan=(plane[0], None, plane[2]))
 
 
 @pytest.mark.parametrize("k", [0, 701])

@@ -8,7 +8,9 @@ import emulation
 import hurtful
 import pytest
 import torch
-from test_cuda_kernels import NO_MASK, NO_SCAN, bottleneck, call, kernels, normal, plane_of, pytestmark, same, select
+from calls import call, plane_of
+from hurtful import normal
+from test_cuda_kernels import bottleneck, emulated, kernels, pytestmark, same, select
 
 from cu_fast.kernels import reference
 
@@ -26,12 +28,12 @@ def test_every_kernel_that_ships_has_run():
     kernels()
     codes, table = normal(300, 40, seed=1), normal(300, 24, seed=2)
     for T in (1, 3, 30):
-        call("sae_encode", normal(T, 24), normal(40, 24), None, None, True)
+        emulated("sae_encode", x=normal(T, 24), W_enc=normal(40, 24), relu=True)
         select(normal(T, 40), codes)
     for T, wgmma in ((8, True), (16, True), (64, True), (72, False), (137, True)):
-        select(normal(T, 40), codes, plane=plane_of(codes), wgmma=wgmma)
-    bottleneck(normal(3, 40), codes, 4, NO_MASK, False, NO_SCAN, table)
-    call("masked_decode", torch.zeros(3, 2).int(), None, table, None, None, *NO_MASK, False)
+        select(normal(T, 40), codes, scan=plane_of(codes), wgmma=wgmma)
+    bottleneck(normal(3, 40), codes, table, k=4)
+    emulated("masked_decode", ids=torch.zeros(3, 2).int(), table=table)
     assert kernels() == ALL_KERNELS
     with (emulation.ROOT / "tests/machine_code.csv").open(newline="") as file:
         assert {line["kernel"].replace("> >", ">>") for line in csv.DictReader(file)} == ALL_KERNELS
@@ -55,8 +57,8 @@ class TestEnds:
     @layouts
     def test_encode(self, layout, T, E, D, dtype):
         x, W_enc = layout(normal(T, D).to(dtype)), layout(normal(E, D, seed=1).to(dtype))
-        got = call("sae_encode", x, W_enc, normal(E), normal(D), True)
-        assert torch.equal(got, reference.sae_encode(x, W_enc, normal(E), normal(D), True))
+        given = dict(x=x, W_enc=W_enc, b_enc=normal(E), b_pre=normal(D), relu=True)
+        assert torch.equal(emulated("sae_encode", **given), call("sae_encode", on=reference, **given))
 
     @pytest.mark.parametrize("scans", [False, True])
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
@@ -70,12 +72,12 @@ class TestEnds:
         )
         z[0, -1] = 300.0
         inv_norm, bias = reference.inverse_norm(codes), normal(C)
-        plane = plane_of(codes, inv_norm) if scans else NO_SCAN
-        got = select(z, codes, inv_norm, bias, k, mask, plane=plane)
-        assert same(got, reference.codebook_quantize(z, codes, inv_norm, bias, k, *mask, True))
-        x, packed = layout(normal(T, E).to(dtype)), plane_of(codes) if scans else NO_SCAN
-        got = call("sae_encode_topk", x, codes, bias, normal(E), k, *mask, True, *packed)
-        assert same(got, reference.sae_encode_topk(x, codes, bias, normal(E), k, *mask, True))
+        scaled, plain = (plane_of(codes, inv_norm), plane_of(codes)) if scans else (None, None)
+        given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=mask, scan=scaled)
+        assert same(select(**given), call("codebook_quantize", on=reference, **given, return_hits=True))
+        x = layout(normal(T, E).to(dtype))
+        given = dict(x=x, W_enc=codes, b_enc=bias, b_pre=normal(E), k=k, mask=mask, relu=True, scan=plain)
+        assert same(emulated("sae_encode_topk", **given), call("sae_encode_topk", on=reference, **given))
 
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
     @pytest.mark.parametrize("T, D, C, k", [(1, 1, 1, 1), (3, 15, 33, 5), (2, 515, 65, 129)])
@@ -84,24 +86,28 @@ class TestEnds:
         ids = torch.randint(-1, C, (T, k), generator=torch.Generator().manual_seed(1)).int()
         ids[-1, -1] = C - 1
         table, residual = layout(normal(C, D).to(dtype)), layout(normal(T, D, seed=1).to(dtype))
-        mask = hurtful.masks(T, C, 0.3, 2)
-        arguments = (ids, normal(T, k), table, normal(D), residual, *mask, True)
-        assert hurtful.equal(call("masked_decode", *arguments), reference.masked_decode(*arguments))
+        given = dict(ids=ids, weights=normal(T, k), table=table, bias=normal(D), residual=residual, mean=True)
+        given["mask"] = hurtful.masks(T, C, 0.3, 2)
+        assert hurtful.equal(emulated("masked_decode", **given), call("masked_decode", on=reference, **given))
         ids[0, 0], ids[-1, 0] = C, -2
-        assert call("masked_decode", ids, None, table, None, residual, *NO_MASK, True)[[0, -1]].isnan().all()
+        y = emulated("masked_decode", ids=ids, table=table, residual=residual, mean=True)
+        assert y[[0, -1]].isnan().all()
 
     @pytest.mark.parametrize("scans", [False, True])
     @pytest.mark.parametrize("reselect", [False, True])
     @pytest.mark.parametrize("T, k", [(3, 4), (19, 13)])
     def test_bottleneck(self, T, k, reselect, scans):
         x, W_enc, codes, table = normal(T, 37), normal(35, 37, seed=1), normal(129, 35, seed=2), normal(129, 37, seed=3)
-        mask, receipts = hurtful.masks(T, 129, 0.3, 2), torch.zeros(2, 2, dtype=torch.int64)
-        mask[1][0] = 7  # does not exist
-        front = (x, W_enc, normal(35), normal(37), True, codes, None, normal(129), k)
-        back = (table, normal(37), True, True)
-        plane = plane_of(codes) if scans else NO_SCAN
-        got = call("codebook_bottleneck", *front, *mask, reselect, *plane, *back, receipts[0])
-        want = reference.codebook_bottleneck(*front, mask[0], mask[1].clamp(max=2), reselect, *back, receipts[1])
+        (masks, row), receipts = hurtful.masks(T, 129, 0.3, 2), torch.zeros(2, 2, dtype=torch.int64)
+        row[0] = 7  # does not exist
+        given = dict(
+            x=x, W_enc=W_enc, b_enc=normal(35), b_pre=normal(37), relu=True, codes=codes, bias=normal(129), k=k,
+            reselect=reselect, scan=plane_of(codes) if scans else None, table=table, b_dec=normal(37),
+            score_weights=True, mean=True,
+        )  # fmt: skip
+        got = bottleneck(**given, mask=(masks, row), receipt=receipts[0])
+        exists = masks, row.clamp(max=2)
+        want = call("codebook_bottleneck", on=reference, **given, mask=exists, receipt=receipts[1])
         assert got[0].isnan().all() and torch.equal(got[1:], want[1:])
 
 

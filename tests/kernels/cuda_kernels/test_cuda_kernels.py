@@ -9,6 +9,8 @@ import emulation
 import hurtful
 import pytest
 import torch
+from calls import arguments, call, plane_of, spread
+from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,27 +20,23 @@ pytestmark = [
     emulation.needed,
     pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library, which packs planes, was not built"),
 ]
-NO_MASK = (None, None)
-NO_SCAN = (None, None, None)
 NAN, INF = torch.nan, torch.inf
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def emulated(name: str, *, seed: int = 0, multiprocessors: int = 3, wgmma: bool | None = None, **given):
+    """The kernels of an operator: threads in the seed's order, memory that was not written full of NaN and -1.
 
-
-def call(name: str, *arguments, seed: int = 0, multiprocessors: int = 3, wgmma: bool | None = None):
-    """The kernels of an operator: threads in the seed's order, memory that nobody has written full of NaN and -1.
-
-    wgmma: with Hopper's kernel where it has one; None: every other seed.
+    wgmma: with Hopper's kernel where it has one; None: every other seed. select_plan and scan_state, which the
+    emulation alone has, must be given all that they take.
     """
-    emulated = emulation.load()
-    emulated.set_seed(seed)
-    emulated.set_multiprocessors(multiprocessors)
-    emulated.set_wgmma(seed % 2 == 0 if wgmma is None else wgmma)
+    machine = emulation.load()
+    machine.set_seed(seed)
+    machine.set_multiprocessors(multiprocessors)
+    machine.set_wgmma(seed % 2 == 0 if wgmma is None else wgmma)
+    every = arguments(name, **given) if hasattr(reference, name) else spread(**given)
     torch.use_deterministic_algorithms(True)
     try:
-        return getattr(emulated, name)(*arguments)
+        return getattr(machine, name)(**every)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -54,23 +52,16 @@ def kernels() -> set[str]:
     return names
 
 
-def plane_of(codes, inv_norm=None):
-    return tuple(torch.ops.cu_fast.pack_scan(codes, inv_norm))
-
-
-def select(z, codes, inv_norm=None, bias=None, k=4, mask=NO_MASK, hits=True, plane=NO_SCAN, **how):
-    return call("codebook_quantize", z, codes, inv_norm, bias, k, *mask, hits, *plane, **how)
+def select(z, codes, k=4, hits=True, **given):
+    return emulated("codebook_quantize", z=z, codes=codes, k=k, return_hits=hits, **given)
 
 
 def same(a, b) -> bool:
     return all(map(hurtful.equal, a, b))
 
 
-def bottleneck(x, codes, k, mask, reselect, plane, table, score_weights=False, mean=False, receipt=None, **how):
-    return call(
-        "codebook_bottleneck", x, None, None, None, False, codes, None, None, k, *mask, reselect, *plane, table, None,
-        score_weights, mean, receipt, **how,
-    )  # fmt: skip
+def bottleneck(x, codes, table, **given):
+    return emulated("codebook_bottleneck", x=x, codes=codes, table=table, **given)
 
 
 machines = st.sampled_from([1, 3, 8, 40])  # multiprocessors: into how many parts work is cut
@@ -89,8 +80,8 @@ def test_sae_encode(T, D, E, kind, w_kind, x_dtype, w_dtype, layout, biases, rel
     W_enc = hurtful.strided(hurtful.matrix(E, D, w_kind, w_dtype, seed + 1), layout)
     b_enc = hurtful.matrix(1, E, "gaussian", w_dtype, seed + 2)[0] if biases & 1 else None
     b_pre = hurtful.matrix(1, D, "gaussian", x_dtype, seed + 3)[0] if biases & 2 else None
-    got = call("sae_encode", x, W_enc, b_enc, b_pre, relu, seed=seed)
-    assert hurtful.equal(got, reference.sae_encode(x, W_enc, b_enc, b_pre, relu))
+    given = dict(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=relu)
+    assert hurtful.equal(emulated("sae_encode", **given, seed=seed), call("sae_encode", on=reference, **given))
 
 
 @settings(max_examples=150, deadline=None)
@@ -119,11 +110,11 @@ def test_codebook_quantize(
         bias = -0.5 * reference.canonical_dot(codes, codes)
     elif similarity == "signed":
         inv_norm = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
-    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 3)
-    plane = plane_of(codes, inv_norm) if scans else NO_SCAN
-    want = reference.codebook_quantize(z, codes, inv_norm, bias, k, *mask, hits)
-    got = select(z, codes, inv_norm, bias, k, mask, hits, plane, seed=seed, multiprocessors=multiprocessors)
-    assert same(got, want)
+    mask = None if share is None else hurtful.masks(T, C, share, seed + 3)
+    plane = plane_of(codes, inv_norm) if scans else None
+    given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=mask, return_hits=hits, scan=plane)
+    got = emulated("codebook_quantize", **given, seed=seed, multiprocessors=multiprocessors)
+    assert same(got, call("codebook_quantize", on=reference, **given))
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,11 +133,11 @@ def test_sae_encode_topk(
     W_enc = hurtful.strided(hurtful.matrix(E, D, w_kind, w_dtype, seed + 1), layout)
     b_enc = hurtful.matrix(1, E, "gaussian", w_dtype, seed + 2)[0] if biases & 1 else None
     b_pre = hurtful.matrix(1, D, "gaussian", x_dtype, seed + 3)[0] if biases & 2 else None
-    mask = NO_MASK if share is None else hurtful.masks(T, E, share, seed + 4)
-    arguments = (x, W_enc, b_enc, b_pre, min(k, E), *mask, relu)
-    plane = plane_of(W_enc) if scans else NO_SCAN
-    got = call("sae_encode_topk", *arguments, *plane, seed=seed, multiprocessors=multiprocessors)
-    assert same(got, reference.sae_encode_topk(*arguments))
+    mask = None if share is None else hurtful.masks(T, E, share, seed + 4)
+    plane = plane_of(W_enc) if scans else None
+    given = dict(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, k=min(k, E), mask=mask, relu=relu, scan=plane)
+    got = emulated("sae_encode_topk", **given, seed=seed, multiprocessors=multiprocessors)
+    assert same(got, call("sae_encode_topk", on=reference, **given))
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,9 +157,9 @@ def test_masked_decode(T, D, C, k, share, kind, dtype, weight_dtype, other_dtype
     table = hurtful.strided(hurtful.matrix(C, D, kind, dtype, seed + 1), layout)
     bias = hurtful.matrix(1, D, "gaussian", other_dtype, seed + 2)[0] if extras & 1 else None
     residual = hurtful.strided(hurtful.matrix(T, D, kind, other_dtype, seed + 3), layout) if extras & 2 else None
-    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 4)
-    arguments = (ids, weights, table, bias, residual, *mask, mean)
-    assert hurtful.equal(call("masked_decode", *arguments, seed=seed), reference.masked_decode(*arguments))
+    mask = None if share is None else hurtful.masks(T, C, share, seed + 4)
+    given = dict(ids=ids, weights=weights, table=table, bias=bias, residual=residual, mask=mask, mean=mean)
+    assert hurtful.equal(emulated("masked_decode", **given, seed=seed), call("masked_decode", on=reference, **given))
 
 
 @settings(max_examples=100, deadline=None)
@@ -187,23 +178,25 @@ def test_codebook_bottleneck(
     if T > 60:
         D, C = min(D, 20), min(C, 200)
     x = hurtful.strided(hurtful.matrix(T, D if encoded else E, kind, dtype, seed), layout)
-    encoder = (None, None, None)
+    W_enc = b_enc = b_pre = None
     if encoded:
         W_enc = hurtful.strided(hurtful.matrix(E, D, "gaussian", dtype, seed + 1), layout)
         b_enc = hurtful.matrix(1, E, "gaussian", dtype, seed + 2)[0] if biases & 1 else None
-        encoder = W_enc, b_enc, hurtful.matrix(1, D, "gaussian", dtype, seed + 3)[0] if biases & 2 else None
+        b_pre = hurtful.matrix(1, D, "gaussian", dtype, seed + 3)[0] if biases & 2 else None
     codes = hurtful.matrix(C, E, code_kind, dtype, seed + 4)
     inv_norm = reference.inverse_norm(codes) if norms else None
     bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 5)[0] if biases & 4 else None
     table = hurtful.strided(hurtful.matrix(C, D, "gaussian", dtype, seed + 6), layout)
     b_dec = hurtful.matrix(1, D, "gaussian", dtype, seed + 7)[0] if biases & 8 else None
-    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 8)
-    plane = plane_of(codes, inv_norm) if scans else NO_SCAN
+    mask = None if share is None else hurtful.masks(T, C, share, seed + 8)
+    plane = plane_of(codes, inv_norm) if scans else None
     receipts = [torch.tensor([100, 7]) if counts else None for _ in range(2)]
-    front = (x, *encoder, relu, codes, inv_norm, bias, min(k, C), *mask, reselect)
-    back = (table, b_dec, score_weights, mean)
-    want = reference.codebook_bottleneck(*front, *back, receipts[0])
-    got = call("codebook_bottleneck", *front, *plane, *back, receipts[1], seed=seed, multiprocessors=multiprocessors)
+    given = dict(
+        x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=relu, codes=codes, inv_norm=inv_norm, bias=bias, k=min(k, C),
+        mask=mask, reselect=reselect, scan=plane, table=table, b_dec=b_dec, score_weights=score_weights, mean=mean,
+    )  # fmt: skip
+    want = call("codebook_bottleneck", on=reference, **given, receipt=receipts[0])
+    got = emulated("codebook_bottleneck", **given, receipt=receipts[1], seed=seed, multiprocessors=multiprocessors)
     assert hurtful.equal(got, want)
     assert not counts or (torch.equal(*receipts) and receipts[1][0] == 100 + T)
 
@@ -214,8 +207,7 @@ def test_codebook_bottleneck(
 def test_wide(T, E, dtype):
     """More entries than a block holds of a row at a time."""
     z, codes = normal(T, E).to(dtype), normal(70, E, seed=1).to(dtype)
-    assert torch.equal(
-        call("sae_encode", z, codes, None, None, False), reference.sae_encode(z, codes, None, None, False)
-    )
-    want = reference.codebook_quantize(z, codes, None, None, 8, *NO_MASK, True)
-    assert same(select(z, codes, k=8), want) and same(select(z, codes, k=8, plane=plane_of(codes)), want)
+    given = dict(x=z, W_enc=codes)
+    assert torch.equal(emulated("sae_encode", **given), call("sae_encode", on=reference, **given))
+    want = call("codebook_quantize", on=reference, z=z, codes=codes, k=8, return_hits=True)
+    assert same(select(z, codes, k=8), want) and same(select(z, codes, k=8, scan=plane_of(codes)), want)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hurtful
 import torch
+from calls import plane_of
+from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cuda_kernels import INF, NAN, NO_MASK, call, normal, plane_of, pytestmark
+from test_cuda_kernels import INF, NAN, emulated, pytestmark
 
 from cu_fast.kernels import reference
 
@@ -20,7 +22,7 @@ CHUNK = 136
 
 def deleted_of(mask, T, C):
     ids = torch.arange(C)[None]
-    if mask[0] is None:
+    if mask is None:
         return torch.zeros(T, C, dtype=torch.bool)
     return reference.is_deleted(ids, mask[0], mask[1].clamp(-1, len(mask[0]) - 1))
 
@@ -28,10 +30,12 @@ def deleted_of(mask, T, C):
 class Scan:
     """What a scan leaves of one chunk, by the names of ScanWork, beside the canonical scores (NaN: not finite)."""
 
-    def __init__(self, z, codes, pre=None, inv_norm=None, bias=None, k=4, mask=NO_MASK, rides_along=False, **how):
+    def __init__(self, z, codes, pre=None, inv_norm=None, bias=None, k=4, mask=None, rides_along=False, **how):
         self.plane = plane_of(codes, inv_norm)
-        arguments = (z, codes, pre, inv_norm, bias, k, *mask, rides_along, *self.plane)
-        state = call("scan_state", *arguments, **how)
+        state = emulated(
+            "scan_state", z=z, codes=codes, pre=pre, inv_norm=inv_norm, bias=bias, k=k, mask=mask or (None, None),
+            rides_along=rides_along, scan=self.plane, **how,
+        )  # fmt: skip
         self.exact, self.count, self.tau, self.id, self.lower, self.upper, self.scored, self.maxima = state[:8]
         terms, low, high, self.high_steps = state[8:]
         self.unit, self.mean_dot, self.norm_in, self.miss, self.half_l1_out, self.slop = terms[:, :6].double().T
@@ -86,7 +90,7 @@ class Scan:
             found = torch.zeros(self.C, dtype=torch.bool).index_fill(0, ids, True)
             reaches = ~self.score[t].isnan() & (self.score[t] >= kth) & (self.rides_along | self.alive[t])
             assert (reaches <= found).all()
-            # Who has been scored was scored canonically; that are k of the best known, if there are so many.
+            # What has been scored was scored canonically; that are k of the best known, if there are so many.
             known = ~scored.isnan()
             assert torch.equal(scored[known], score[known])
             if (lower > -INF).sum() >= self.k:
@@ -119,7 +123,7 @@ class Scan:
         assert torch.equal(self.start[use].double(), -128 * low.sum(1))
         assert torch.equal(self.high_start[use].double(), -128 * high.sum(1))
         low, high, norm = low[:, :E], high[:, :E], z.norm(dim=1)
-        assert (self.high[self.T :] == 0).all() or self.T % 8  # what is there is multiplied, and looked at by nobody
+        assert (self.high[self.T :] == 0).all() or self.T % 8  # what is there is multiplied, and never looked at
         outliers = high != 0
         assert (outliers.sum(1) <= max(4, E // 64)).all()
         zero = torch.zeros_like(z)
@@ -154,11 +158,11 @@ def test_bounds_hold_and_nothing_is_missing(
     other = hurtful.matrix(C, 1, other_kind, torch.float32, seed + 2)[:, 0]
     pre = normal(E, seed=seed) if centred else None
     inv_norm = {"none": None, "signed": other}.get(epilogue, reference.inverse_norm(codes))
-    mask = NO_MASK if share is None else hurtful.masks(T, C, share, seed + 3)
+    mask = None if share is None else hurtful.masks(T, C, share, seed + 3)
     rides_along = rides_along and share is not None
-    scan = Scan(
-        z, codes, pre, inv_norm, other if epilogue == "biased" else None, min(k, C // 8), mask, rides_along, seed=seed
-    )
+    bias = other if epilogue == "biased" else None
+    options = dict(bias=bias, k=min(k, C // 8), mask=mask, rides_along=rides_along, seed=seed)
+    scan = Scan(z, codes, pre=pre, inv_norm=inv_norm, **options)
     scan.check()
     scan.check_terms()
 

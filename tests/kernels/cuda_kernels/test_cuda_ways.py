@@ -5,7 +5,9 @@ from __future__ import annotations
 import hurtful
 import pytest
 import torch
-from test_cuda_kernels import INF, NAN, NO_MASK, bottleneck, call, kernels, normal, plane_of, pytestmark, same, select
+from calls import call, plane_of
+from hurtful import normal
+from test_cuda_kernels import INF, NAN, bottleneck, emulated, kernels, pytestmark, same, select
 from test_cuda_scan import CHUNK, PLACES, Scan
 
 from cu_fast.kernels import reference
@@ -15,13 +17,17 @@ PLAN = ("scans", "chunk", "parts", "part_codes", "capacity", "score_parts", "sam
 
 
 def plan(T, C, E, k, scans, multiprocessors=3):
-    return dict(zip(PLAN, call("select_plan", T, C, E, k, scans, multiprocessors=multiprocessors)))
+    made = emulated("select_plan", T=T, C=C, E=E, k=k, has_plane=scans, multiprocessors=multiprocessors)
+    return dict(zip(PLAN, made, strict=True))
 
 
-def agrees(z, codes, k, mask=NO_MASK, **how):
-    got = select(z, codes, k=k, mask=mask, plane=plane_of(codes), **how)
-    want = reference.codebook_quantize(z, codes, None, None, k, *mask, True)
-    assert same(got, want)
+def wanted(z, codes, k, mask=None):
+    return call("codebook_quantize", on=reference, z=z, codes=codes, k=k, mask=mask, return_hits=True)
+
+
+def agrees(z, codes, k, mask=None, **how):
+    got = select(z, codes, k=k, mask=mask, scan=plane_of(codes), **how)
+    assert same(got, wanted(z, codes, k, mask))
     return got
 
 
@@ -84,9 +90,9 @@ class TestWays:
         assert flagged > CHUNK
         scores, ids, hits = agrees(z, codes, k, mask)
         assert hits.sum() > CHUNK
-        # They go nowhere if nobody asks for hits.
+        # They go nowhere if hits are not asked for.
         assert Scan(z, codes, k=k, mask=mask).check()["certified"] > CHUNK / 2
-        assert same(select(z, codes, k=k, mask=mask, hits=False, plane=plane_of(codes))[:2], (scores, ids))
+        assert same(select(z, codes, k=k, mask=mask, hits=False, scan=plane_of(codes))[:2], (scores, ids))
 
     def test_everything_deleted(self):
         z, codes = normal(9, 40), normal(150, 40, seed=1)
@@ -139,11 +145,13 @@ class TestWays:
         for k in (5, 20):
             got = agrees(z, codes, k, mask)
             for reselect in (True, False):
-                receipt = torch.zeros(2, dtype=torch.int64)
-                y = bottleneck(z, codes, k, mask, reselect, plane_of(codes), table, True, receipt=receipt)
-                expected = torch.zeros(2, dtype=torch.int64)
-                front = (z, None, None, None, False, codes, None, None, k, *mask, reselect, table, None, True, False)
-                assert hurtful.equal(y, reference.codebook_bottleneck(*front, expected))
+                receipt, expected = torch.zeros(2, 2, dtype=torch.int64)
+                given = dict(
+                    x=z, codes=codes, k=k, mask=mask, reselect=reselect, scan=plane_of(codes), table=table,
+                    score_weights=True,
+                )  # fmt: skip
+                want = call("codebook_bottleneck", on=reference, **given, receipt=expected)
+                assert hurtful.equal(bottleneck(**given, receipt=receipt), want)
                 assert torch.equal(receipt, expected) and (not reselect or receipt[1] == got[2].sum())
 
     def test_plans_are_all_taken(self):
@@ -162,8 +170,8 @@ class TestWays:
             z, codes = normal(T, 10), normal(C, 10, seed=1)
             mask = hurtful.masks(T, C, 0.3, 3)
             agrees(z, codes, k, mask, multiprocessors=multiprocessors)
-            want = reference.codebook_quantize(z, codes, None, None, k, *mask, True)
-            assert same(select(z, codes, k=k, mask=mask, multiprocessors=multiprocessors), want)
+            got = select(z, codes, k=k, mask=mask, multiprocessors=multiprocessors)
+            assert same(got, wanted(z, codes, k, mask))
         two = {False, True}
         assert seen >= {("lists", a, b) for a in two for b in two} | {("merged", a) for a in two}
         assert seen >= {("parts", scans, parts) for scans in two for parts in (1, 2, 33)}

@@ -10,6 +10,7 @@ import hurtful
 import numpy as np
 import pytest
 import torch
+from calls import call, plane_of, spread
 
 from cu_fast import ops
 from cu_fast.kernels import reference
@@ -184,7 +185,8 @@ def problem(seed, T, E, C):
     z[:: 1 + seed % 4, torch.randperm(E, generator=g)[: max(1, E // 60)]] *= 300
     packed = ops.pack_codes(torch.randn(C, E, generator=g), scan="fp32")
     bias = torch.randn(C, generator=g) if seed % 2 else None
-    return z, packed.codes, packed.inv_norm, bias, tuple(torch.ops.cu_fast.pack_scan(packed.codes, packed.inv_norm))
+    plane = plane_of(packed.codes, packed.inv_norm)
+    return dict(z=z, codes=packed.codes, inv_norm=packed.inv_norm, bias=bias, scan=plane)
 
 
 CASES = [  # seed, T, E, C, k, multiprocessors
@@ -204,15 +206,15 @@ def test_a_scan_leaves_the_same(seed, T, E, C, k, multiprocessors):
     """Every bound, bit by bit: both kernels add the same integers."""
     emulated = emulation.load()
     emulated.set_multiprocessors(multiprocessors)
-    z, codes, inv_norm, bias, plane = problem(seed, T, E, C)
-    table, row = hurtful.masks(T, C, 0.3, seed)
-    for mask in ((None, None, False), (table, row, True)):
+    given = problem(seed, T, E, C)
+    for mask, rides_along in (((None, None), False), (hurtful.masks(T, C, 0.3, seed), True)):
+        every = spread(**given, pre=None, k=k, mask=mask, rides_along=rides_along)
         states = []
         for chosen in (False, True, True):
             emulated.set_seed(seed + len(states))
             emulated.set_wgmma(chosen)
             emulated.launched()
-            states.append(emulated.scan_state(z, codes, None, inv_norm, bias, k, *mask, *plane))
+            states.append(emulated.scan_state(**every))
             assert ("scan_codes_sm90" in emulated.launched()) == chosen
         exact, count, tau, ids, lower, upper, _, maxima = states[0][:8]
         assert (exact == 0).all() and (count >= k).all() and (count <= PLACES).any()
@@ -229,11 +231,9 @@ def test_a_scan_leaves_the_same(seed, T, E, C, k, multiprocessors):
 def test_codebook_quantize(seed, T, E, C, k, multiprocessors):
     emulated = emulation.load()
     emulated.set_multiprocessors(multiprocessors)
-    z, codes, inv_norm, bias, plane = problem(seed, T, E, C)
-    mask = (*hurtful.masks(T, C, 0.3, seed), True)
-    wanted = reference.codebook_quantize(z, codes, inv_norm, bias, k, *mask)
+    given = dict(**problem(seed, T, E, C), k=k, mask=hurtful.masks(T, C, 0.3, seed), return_hits=True)
+    wanted = call("codebook_quantize", on=reference, **given)
     for chosen in (False, True):
         emulated.set_seed(seed)
         emulated.set_wgmma(chosen)
-        got = emulated.codebook_quantize(z, codes, inv_norm, bias, k, *mask, *plane)
-        assert all(map(hurtful.equal, got, wanted))
+        assert all(map(hurtful.equal, call("codebook_quantize", on=emulated, **given), wanted))

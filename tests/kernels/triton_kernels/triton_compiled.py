@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
+from calls import call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -68,23 +69,26 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         launch.TUNING = launch.Tuning(scan_start=-1 if scan else 1e9)
         z, codes = torch.empty(T, E, dtype=dtype), torch.empty(C, E, dtype=dtype)
         masks = (torch.empty(3, (C + 31) // 32, dtype=torch.int32), torch.empty(T, dtype=torch.int32))
-        plane = (torch.empty((C + 63) // 64, (E + 3) // 4, 64, 4, dtype=torch.uint8), torch.empty((C + 63) // 64, 196))
-        plane = (*plane, torch.empty(E)) if scan else (None, None, None)
+        groups = (C + 63) // 64
+        plane = (torch.empty(groups, (E + 3) // 4, 64, 4, dtype=torch.uint8), torch.empty(groups, 196), torch.empty(E))
+        given = dict(on=torch.ops.cu_fast_triton, k=k, scan=plane if scan else None)
         if rich:
-            codebook_quantize.codebook_quantize(z, codes, torch.empty(C), torch.empty(C), k, *masks, True, *plane)
+            norms = dict(inv_norm=torch.empty(C), bias=torch.empty(C))
+            call("codebook_quantize", z=z, codes=codes, **norms, mask=masks, return_hits=True, **given)
         else:
-            sae_encode.sae_encode_topk(z, codes, torch.empty(C), torch.empty(E), k, None, None, True, *plane)
+            biases = dict(b_enc=torch.empty(C), b_pre=torch.empty(E))
+            call("sae_encode_topk", x=z, W_enc=codes, **biases, relu=True, **given)
     for T, dtype in ((1, bf16), (4, fp32), (64, bf16)) if every else ((64, bf16),):
         x, W_enc = torch.empty(T, 512, dtype=dtype), torch.empty(1000, 512, dtype=dtype)
-        sae_encode.sae_encode(x, W_enc, torch.empty(1000), torch.empty(512), True)
+        given = dict(x=x, W_enc=W_enc, b_enc=torch.empty(1000), b_pre=torch.empty(512), relu=True)
+        call("sae_encode", on=torch.ops.cu_fast_triton, **given)
     for D, dtype, mean in ((4096, bf16, False), (512, fp32, True), (515, fp16, True))[: 3 if every else 2]:
-        ids, weights, table = (
-            torch.empty(64, 32, dtype=torch.int32),
-            torch.empty(64, 32),
-            torch.empty(1000, D, dtype=dtype),
-        )
-        masks = (torch.empty(3, 32, dtype=torch.int32), torch.empty(64, dtype=torch.int32))
-        masked_decode.masked_decode(ids, weights, table, torch.empty(D), torch.empty(64, D, dtype=dtype), *masks, mean)
+        given = dict(
+            ids=torch.empty(64, 32, dtype=torch.int32), weights=torch.empty(64, 32), bias=torch.empty(D),
+            table=torch.empty(1000, D, dtype=dtype), residual=torch.empty(64, D, dtype=dtype), mean=mean,
+            mask=(torch.empty(3, 32, dtype=torch.int32), torch.empty(64, dtype=torch.int32)),
+        )  # fmt: skip
+        call("masked_decode", on=torch.ops.cu_fast_triton, **given)
     for T, E, k, dtype in TRAINING if every else TRAINING[:1]:
         ids, weights = torch.zeros(T, k, dtype=torch.int32), torch.empty(T, k, dtype=dtype)
         g, codes = torch.empty(T, E, dtype=dtype), torch.empty(1000, E, dtype=dtype)

@@ -62,13 +62,13 @@ DOTS = {
     "one row": Dot(5, 4, 40, layout="one row"),
     "no tokens": Dot(0, 4, 40),
 }
-NOBODYS = 3  # of the codes, from 0 on, and a token that has none: nobody may look at what they hold
+UNUSED = 3  # of the codes, from 0 on, and a token that has none: what they hold may not be looked at
 
 
 def chosen(T: int, k: int, C: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """Ids with -1 among them, some codes twice; the first codes never, the first token none."""
-    ids = torch.randint(NOBODYS - 1, C, (T, k), generator=torch.Generator().manual_seed(1)).to(dtype)
-    ids[ids < NOBODYS] = -1
+    ids = torch.randint(UNUSED - 1, C, (T, k), generator=torch.Generator().manual_seed(1)).to(dtype)
+    ids[ids < UNUSED] = -1
     ids[1::2] = ids[1::2].sort(1).values
     if T > 1:
         ids[0] = -1
@@ -95,7 +95,7 @@ def dot(case: Dot) -> None:
     ids = chosen(case.T, case.k, C, case.ids)
     g = hurtful.matrix(max(case.T, 1), case.E, case.kind, case.g, 2)[: case.T]
     codes = hurtful.matrix(C, case.E, case.kind, case.dtype, 3)
-    codes[:NOBODYS] = torch.nan
+    codes[:UNUSED] = torch.nan
     g[(ids < 0).all(1)] = torch.nan
     g = g[1:2].expand_as(g) if case.layout == "one row" else hurtful.strided(g, case.layout)
     codes = hurtful.strided(codes, case.layout)
@@ -163,7 +163,7 @@ SCATTERS = {
 
 
 def scattered(case: Scatter) -> tuple:
-    """ids, weights and g; NaN where nobody looks: beside -1, and in tokens without a code."""
+    """ids, weights and g; NaN where nothing may look: beside -1, and in tokens without a code."""
     ids = chosen(case.T, case.k, case.C, case.ids)
     if case.hot:
         ids[ids == case.C - 1] = -1
@@ -202,7 +202,7 @@ def scatter(case: Scatter) -> None:
     want = added_in_order(ids, weights, g, case.C, 256)
     same([got], [want.to(torch.promote_types(case.g, case.weights))])
     places = torch.bincount(ids[ids >= 0].long(), minlength=case.C)[:, None]
-    assert (places[:NOBODYS] == 0).all() and (got[on(places[:, 0] == 0)] == 0).all()
+    assert (places[:UNUSED] == 0).all() and (got[on(places[:, 0] == 0)] == 0).all()
     assert not case.hot or places.max() == case.hot
     if case.kind == "gaussian":
         weights, g = weights.double().nan_to_num(), g.double().nan_to_num()

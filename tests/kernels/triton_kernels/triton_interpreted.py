@@ -18,11 +18,21 @@ from typing import NamedTuple
 import gpu_examples
 import hurtful
 import torch
+from calls import call, plane_of
 
 from cu_fast.kernels import reference
 
 on = functools.partial(gpu_examples.on, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def by_triton(name: str, **given):
+    """The Triton kernels of an operator, on the device that the cases are for."""
+    return call(name, on=torch.ops.cu_fast_triton, **on(given))
+
+
+def by_reference(name: str, **given):
+    return call(name, on=reference, **given)
 
 
 class Quantize(NamedTuple):
@@ -140,13 +150,13 @@ def selection(case: Quantize) -> None:
         bias = -0.5 * reference.canonical_dot(codes, codes)
     if case.score == "signed":
         inv_norm = noise
-    masks = (None, None) if case.share is None else hurtful.masks(case.T, case.C, case.share, 4)
-    plane = reference.pack_scan(codes, inv_norm) if case.scan else (None, None, None)
-    arguments = (z, codes, inv_norm, bias, case.k, *masks, case.hits)
+    given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=case.k, return_hits=case.hits)
+    given["mask"] = None if case.share is None else hurtful.masks(case.T, case.C, case.share, 4)
+    given["scan"] = plane_of(codes, inv_norm, on=reference) if case.scan else None
     launch.TUNING = launch.Tuning(scan_start=-1)._replace(**(case.tuning or {}))
     with Watch(codebook_quantize) as watch:
-        got = codebook_quantize.codebook_quantize(*on((*arguments, *plane)))
-    same(got, reference.codebook_quantize(*arguments))
+        got = by_triton("codebook_quantize", **given)
+    same(got, by_reference("codebook_quantize", **given))
     assert ("scan_codes" in watch.kernels) == case.scan, watch.kernels
     if case.scan:
         left = "none" if not any(watch.left) else "all" if all(watch.left) else "some"
@@ -156,33 +166,30 @@ def selection(case: Quantize) -> None:
 
 def wrong_mask_row(scan: bool) -> None:
     """A row that the table lacks poisons its token, and no other."""
-    from cu_fast.kernels.triton import codebook_quantize, launch
+    from cu_fast.kernels.triton import launch
 
     launch.TUNING = launch.Tuning(scan_start=-1)
     z, codes = hurtful.matrix(6, 40, "gaussian", fp32, 1), hurtful.matrix(300, 40, "gaussian", fp32, 2)
     table, row = hurtful.masks(6, 300, 0.5, 4)
-    scores, ids, hits = reference.codebook_quantize(z, codes, None, None, 5, table, row, True)
+    given = dict(z=z, codes=codes, k=5, mask=(table, row), return_hits=True)
+    scores, ids, hits = by_reference("codebook_quantize", **given)
     row[2], row[4] = 3, -2
-    plane = reference.pack_scan(codes, None) if scan else (None, None, None)
-    got = codebook_quantize.codebook_quantize(*on((z, codes, None, None, 5, table, row, True, *plane)))
+    got = by_triton("codebook_quantize", **given, scan=plane_of(codes, on=reference) if scan else None)
     for t in (2, 4):
         scores[t], ids[t], hits[t] = torch.nan, -1, 0
     same(got, (scores, ids, hits))
 
 
 def no_masks_in_the_table() -> None:
-    from cu_fast.kernels.triton import codebook_quantize
-
     z, codes = hurtful.matrix(3, 20, "gaussian", fp32, 1), hurtful.matrix(70, 20, "gaussian", fp32, 2)
     masks = torch.zeros(0, 3, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
-    want = reference.codebook_quantize(z, codes, None, None, 5, None, None, True)
-    given = z, codes, None, None, 5, *masks, True, None, None, None
-    same(codebook_quantize.codebook_quantize(*on(given)), want)
+    given = dict(z=z, codes=codes, k=5, return_hits=True)
+    same(by_triton("codebook_quantize", **given, mask=masks), by_reference("codebook_quantize", **given))
 
 
 def needs_its_bound(term: str) -> None:
     """Codes whose bytes promise more than they hold, and others that hold more: what is left out of the bound drops them."""
-    from cu_fast.kernels.triton import codebook_quantize, launch
+    from cu_fast.kernels.triton import launch
 
     launch.TUNING = launch.Tuning(scan_start=-1)
     C, E, k = 256, 64, 5
@@ -203,35 +210,31 @@ def needs_its_bound(term: str) -> None:
         codes[:, 2] = torch.where(better[:, 0], 50.4, 49.6)
     z[0], codes[:, 0] = 127 if term != "outliers" else 0, 127
     codes = torch.cat([codes, -codes])  # no mean
-    arguments = (z[None].contiguous(), codes, None, None, k, None, None, False)
-    want = reference.codebook_quantize(*arguments)
-    plane = reference.pack_scan(codes, None)
-    assert not plane[2].any()
-    same(codebook_quantize.codebook_quantize(*on((*arguments, *plane))), want)
+    given = dict(z=z[None].contiguous(), codes=codes, k=k, scan=plane_of(codes, on=reference))
+    assert not given["scan"][2].any()
+    same(by_triton("codebook_quantize", **given), by_reference("codebook_quantize", **given))
 
 
 def encode(T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, layout: str) -> None:
-    from cu_fast.kernels.triton import sae_encode
-
     x, W_enc = hurtful.matrix(T, D, kind, dtype, 1), hurtful.matrix(E, D, "gaussian", dtype, 2)
     x, W_enc = hurtful.strided(x, layout), hurtful.strided(W_enc, layout)
     b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (E, D))
-    arguments = x, W_enc, b_enc, b_pre, relu
-    same([sae_encode.sae_encode(*on(arguments))], [reference.sae_encode(*arguments)])
+    given = dict(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=relu)
+    same([by_triton("sae_encode", **given)], [by_reference("sae_encode", **given)])
 
 
 def encode_topk(T: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, scan: bool) -> None:
-    from cu_fast.kernels.triton import codebook_quantize, launch, sae_encode
+    from cu_fast.kernels.triton import codebook_quantize, launch
 
     launch.TUNING = launch.Tuning(scan_start=-1)
     x, W_enc = hurtful.matrix(T, 50, kind, dtype, 1), hurtful.matrix(200, 50, "gaussian", dtype, 2)
     b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (200, 50))
     b_enc = None if b_enc is None else b_enc - 20
-    arguments = (x, W_enc, b_enc, b_pre, 9, *hurtful.masks(T, 200, 0.3, 4), relu)
-    plane = reference.pack_scan(W_enc, None) if scan else (None, None, None)
+    given = dict(x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, k=9, mask=hurtful.masks(T, 200, 0.3, 4), relu=relu)
+    given["scan"] = plane_of(W_enc, on=reference) if scan else None
     with Watch(codebook_quantize) as watch:
-        got = sae_encode.sae_encode_topk(*on((*arguments, *plane)))
-    same(got, reference.sae_encode_topk(*arguments))
+        got = by_triton("sae_encode_topk", **given)
+    same(got, by_reference("sae_encode_topk", **given))
     assert ("scan_codes" in watch.kernels) == scan
 
 
@@ -267,8 +270,6 @@ DECODES = {
 
 
 def decode(case: Decode) -> None:
-    from cu_fast.kernels.triton import masked_decode
-
     g, C = torch.Generator().manual_seed(1), 90
     ids = torch.randint(-1, C, (case.T, case.k), generator=g, dtype=torch.int32)
     weights = None if case.weights is None else torch.randn(case.T, case.k, generator=g).to(case.weights)
@@ -279,46 +280,45 @@ def decode(case: Decode) -> None:
         residual = hurtful.strided(
             hurtful.matrix(max(case.T, 1), case.D, "gaussian", case.rest, 4)[: case.T], case.layout
         )
-    table_of_masks, row = (None, None) if case.share is None else hurtful.masks(case.T, C, case.share, 5)
-    want = reference.masked_decode(ids, weights, table, bias, residual, table_of_masks, row, case.mean)
+    mask = None if case.share is None else hurtful.masks(case.T, C, case.share, 5)
+    given = dict(ids=ids, weights=weights, table=table, bias=bias, residual=residual, mask=mask, mean=case.mean)
+    want = by_reference("masked_decode", **given)
     if case.faults:
+        table_of_masks, row = mask
         ids[1, 2], weights[1, 2] = -1, torch.nan
         ids[2, 5], ids[3, 0], row[4], row[5] = C, -2, 3, -2
         ids[6, 1], weights[6, 1] = -1, torch.inf  # adds nothing
-        rest = table, bias, residual, table_of_masks, torch.where(row.clamp(-1, 2) == row, row, -1), case.mean
-        want = reference.masked_decode(ids.clamp(-1, C - 1), weights, *rest)
+        exist = table_of_masks, torch.where(row.clamp(-1, 2) == row, row, -1)
+        want = by_reference("masked_decode", **given | dict(ids=ids.clamp(-1, C - 1), mask=exist))
         want[2:6] = torch.nan
-    got = masked_decode.masked_decode(*on((ids, weights, table, bias, residual, table_of_masks, row, case.mean)))
-    same([got], [want])
+    same([by_triton("masked_decode", **given)], [want])
 
 
 def ties_of_bf16() -> None:
     """Halfway between two numbers of bf16, and what rounds to Inf."""
-    from cu_fast.kernels.triton import masked_decode
-
     bits = torch.tensor(
         [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00008000, 0x7F7F8000, 0x00000001]
     )
     residual = torch.cat([bits.int().view(fp32), -bits.int().view(fp32)])[None]
     ids, table = torch.full((1, 1), -1, dtype=torch.int32), torch.zeros(1, 16, dtype=bf16)
-    got = masked_decode.masked_decode(*on((ids, None, table, None, residual, None, None, False)))
+    got = by_triton("masked_decode", ids=ids, table=table, residual=residual)
     assert torch.equal(got.cpu().view(torch.int16), residual.bfloat16().view(torch.int16)), got
 
 
 def does_not_depend_on_the_tiles() -> None:
     """Every tile that ships for some architecture gives the same bits."""
-    from cu_fast.kernels.triton import codebook_quantize, launch
+    from cu_fast.kernels.triton import launch
 
     launch.TUNING = launch.Tuning(scan_start=-1)
     z, codes = hurtful.matrix(20, 64, "outliers", bf16, 1), hurtful.matrix(300, 64, "gaussian", bf16, 2)
-    plane, arch_of = reference.pack_scan(codes, None), launch.arch_of
-    want = reference.codebook_quantize(z, codes, None, None, 5, None, None, False)
+    plane, arch_of = plane_of(codes, on=reference), launch.arch_of
+    given = dict(z=z, codes=codes, k=5)
+    want = by_reference("codebook_quantize", **given)
     try:
         for arch in ("sm_100", "gfx942"):
             launch.arch_of = lambda device, arch=arch: arch
-            for given in (plane, (None, None, None)):
-                arguments = z, codes, None, None, 5, None, None, False, *given
-                same(codebook_quantize.codebook_quantize(*on(arguments)), want)
+            for scan in (plane, None):
+                same(by_triton("codebook_quantize", **given, scan=scan), want)
     finally:
         launch.arch_of = arch_of
 

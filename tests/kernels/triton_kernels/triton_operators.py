@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import hurtful
-import test_native
 import torch
 import triton_interpreted
+from calls import every_operator, plane_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -22,8 +22,8 @@ D, E, C, K = 20, 16, 80, 4
 
 
 def opcheck(op: str, T: int, dtype: torch.dtype, mask: bool) -> None:
-    given = test_native.arguments(T, E, C, K, dtype=dtype, mask=mask, scan=False, layout="rows")
-    torch.library.opcheck(triton.operator(op), given[op])
+    given = every_operator(T, E, C, K, dtype=dtype, mask=mask, scan=False, layout="rows")
+    torch.library.opcheck(triton.operator(op), (), given[op])
 
 
 def stays_one_graph(function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -40,8 +40,7 @@ def stays_one_graph(function: Callable[..., tuple[Tensor, ...]]) -> None:
 
 def packed() -> ops.PackedCodes:
     codes = hurtful.matrix(C, D, "tied", torch.float32, 2)
-    plane = ops.ScanPlane(*reference.pack_scan(codes, None))
-    return ops.pack_codes(codes, "dot", scan="fp32")._replace(scan=plane)
+    return ops.pack_codes(codes, "dot", scan="fp32")._replace(scan=ops.ScanPlane(*plane_of(codes, on=reference)))
 
 
 def compiled_quantize(scan: bool) -> None:
