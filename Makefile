@@ -13,12 +13,15 @@ SOURCES := pyproject.toml setup.py sources.py $(shell find csrc -type f)
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest
+# A worker per core, with one thread each. What takes tens of seconds runs beside them (tests/helpers/background.py).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
-# Also what is too heavy for every check: all cases of tests/hostile.
+test: $(VENV)/installed
+	$(PYTEST)
+
+# Also what is too heavy for every check: tests/helpers/tiers.py.
 test-all: $(VENV)/installed
-	CU_FAST_TEST_ALL=1 $(BIN)/python -m pytest
+	CU_FAST_TEST_ALL=1 $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -14,7 +14,6 @@ Environment variables:
 """
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -127,17 +126,6 @@ def torch_directory() -> Path:
     raise RuntimeError("torch >= 2.11 is not installed in this environment")
 
 
-def write_compile_commands(includes, flags):
-    """For clangd and its like. It reads kernels as the emulation compiles them: as C++, without a CUDA toolkit."""
-    emulated = [*sources.FLAGS, "-DCU_FAST_EMULATED", f"-I{sysconfig.get_path('include')}", "-xc++"]
-    commands = [
-        {"directory": str(ROOT), "file": file, "arguments": ["c++", *[f"-I{i}" for i in includes], *how, "-c", file]}
-        for how, files in ((flags, sources.CPU + sources.HOST), (emulated, sources.CUDA + sources.EMULATION))
-        for file in files
-    ]
-    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=1) + "\n")
-
-
 class BuildNative(build_ext):
     """Compiles the sources side by side; a failure is reported, and fatal only where the environment says so."""
 
@@ -178,7 +166,7 @@ class BuildNative(build_ext):
         torch = torch_directory()
         includes = ["csrc", str(torch / "include")]
         flags = CXX_FLAGS + (cuda.cxx_flags if cuda else [])
-        write_compile_commands(includes, flags)
+        sources.write_compile_commands(includes, flags)
         # Kept until a source or what it is compiled with changes: an editable install and a wheel compile once.
         how = [
             flags, (torch / "version.py").read_text(), cuda and [cuda.nvcc, cuda.version, cuda.archs], self.compiler.compiler_so,

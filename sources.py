@@ -3,8 +3,10 @@
 setup.py builds it, and tests/helpers/emulation.py builds the same kernels for the CPU: a new file in csrc/ is in both.
 """
 
+import json
 import platform
 import re
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -33,6 +35,18 @@ FLAGS = [
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
+
+
+def write_compile_commands(includes: list[str], flags: list[str]) -> None:
+    """For clangd and its like. It reads kernels as the emulation compiles them: as C++, without a CUDA toolkit."""
+    emulated = [*FLAGS, "-DCU_FAST_EMULATED", f"-I{sysconfig.get_path('include')}", "-xc++"]
+    commands = [
+        {"directory": str(ROOT), "file": file, "arguments": ["c++", *[f"-I{i}" for i in includes], *how, "-c", file]}
+        for how, files in ((flags, CPU + HOST), (emulated, CUDA + EMULATION))
+        for file in files
+    ]
+    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=1) + "\n")
+
 
 # "80" is machine code for compute capability 8.0, "PTX 90" is PTX of 9.0, "90+PTX" is both. Machine code runs on the
 # same major version from its minor version on (8.0 on 8.9, 10.0 on 10.3, 12.0 on 12.1), that of 90a on 9.0 alone. PTX

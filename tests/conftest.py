@@ -36,8 +36,10 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_finish(session):
-    if not session.config.option.collectonly and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
-        background.start(dict.fromkeys(m.args[0] for item in session.items for m in item.iter_markers("background")))
+    if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        return
+    runs = (item for item in session.items if not any(mark.args[0] for mark in item.iter_markers("skipif")))
+    background.start(dict.fromkeys(mark.args[0] for item in runs for mark in item.iter_markers("background")))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import heavy
 
 from cu_fast.cli import demo
 
@@ -27,6 +28,7 @@ def make(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@heavy
 def test_it_runs_and_goes_on_where_it_stopped(make, tmp_path, monkeypatch, capsys):
     rows = [
         {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import heavy
 
 from cu_fast.evaluate import AnswerScores
 
@@ -49,6 +50,7 @@ def write_tofu(folder: Path) -> None:
             (folder / f"{file}.jsonl").write_text("\n".join(lines))
 
 
+@heavy
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     tofu, models, methods, study, persistence, report = (example[name] for name in NAMES[1:])
     write_tofu(tmp_path)

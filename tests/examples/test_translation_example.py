@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiers import heavy
 
 from cu_fast import evaluate as ev
 
@@ -45,6 +46,7 @@ def write_pairs(folder: Path, stories: int) -> None:
                 )
 
 
+@heavy
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     corpus, models, study, report = (example[name] for name in ("corpus", "models", "study", "report"))
     write_pairs(tmp_path, 20)

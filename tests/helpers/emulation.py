@@ -4,7 +4,7 @@ import emulation
 pytestmark = emulation.needed            # skips where there is no compiler or no ninja
 ops = emulation.load()                   # torch.ops.cu_fast_emulated, built when the sources have changed
 ops.set_seed(3)                          # the random order of threads
-emulation.run_under_address_sanitizer(["tests/test_cuda.py"])   # a subprocess in which load() finds ASan's build
+emulation.run_under_address_sanitizer([__file__])   # a subprocess in which load() finds ASan's build
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import background
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LIBRARIES = ("_emulated", "_selftest", "_selftest_hopper")
 FOLDERS = {"undefined": "build/emulation", "address": "build/emulation-address"}
 SANITIZERS = {
     "undefined": "-fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow",
@@ -48,9 +50,18 @@ def _compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-needed = pytest.mark.skipif(
-    not (shutil.which(_compiler().split()[0]) and _ninja()), reason="the emulation needs g++ and ninja"
-)
+def _in_background(sanitize: str) -> pytest.MarkDecorator:
+    code = f"import emulation\nfor library in emulation.LIBRARIES: emulation.build(library, {sanitize!r})"
+    return pytest.mark.background(background.Task(f"the {sanitize} build", (sys.executable, "-c", code)))
+
+
+needed = [
+    pytest.mark.skipif(
+        not (shutil.which(_compiler().split()[0]) and _ninja()), reason="the emulation needs g++ and ninja"
+    ),
+    _in_background(os.environ.get(VARIANT) or "undefined"),
+]
+needs_address_sanitizer = _in_background("address")
 
 
 def _sources():
@@ -86,7 +97,7 @@ def _build_file(sanitize: str) -> str:
         "rule link",
         f"  command = {_compiler()} -shared {SANITIZERS[sanitize]} $in -o $out $libraries",
     ]
-    libraries: dict[str, list[str]] = {"_emulated": [], "_selftest": [], "_selftest_hopper": []}
+    libraries: dict[str, list[str]] = {library: [] for library in LIBRARIES}
     for source in sources.EMULATION + sources.HOST + sources.CUDA:
         made = f"{folder}/{source.removeprefix('csrc/').replace('/', '_')}.o"
         include = python if alone.get(source, "").startswith("_selftest") else f"-isystem {torch / 'include'}"

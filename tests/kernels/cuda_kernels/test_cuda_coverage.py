@@ -11,6 +11,7 @@ import torch
 from calls import call, plane_of
 from hurtful import normal
 from test_cuda_kernels import bottleneck, emulated, kernels, pytestmark, same, select
+from tiers import heavy
 
 from cu_fast.kernels import reference
 
@@ -111,6 +112,8 @@ class TestEnds:
         assert got[0].isnan().all() and torch.equal(got[1:], want[1:])
 
 
+@heavy
+@emulation.needs_address_sanitizer
 def test_nothing_is_read_or_written_beyond_a_tensor():
     done = emulation.run_under_address_sanitizer([__file__, "-s", "-k", "TestEnds"])
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cu_fast.kernels import native, reference
 
 pytestmark = [
-    emulation.needed,
+    *emulation.needed,
     pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library, which packs planes, was not built"),
 ]
 NAN, INF = torch.nan, torch.inf

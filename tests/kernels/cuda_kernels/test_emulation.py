@@ -9,6 +9,7 @@ import sys
 import emulation
 import numpy as np
 import pytest
+from tiers import heavy
 
 pytestmark = emulation.needed
 SEEDS = range(20)
@@ -259,6 +260,8 @@ def test_below_a_stack_is_a_page_without_access(machine):
     assert done.returncode == -signal.SIGSEGV
 
 
+@heavy
+@emulation.needs_address_sanitizer
 def test_address_sanitizer():
     code = """
 import numpy

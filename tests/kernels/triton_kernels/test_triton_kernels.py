@@ -6,123 +6,90 @@ triton_operators.py, triton_compiled.py.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
 import types
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import background
 import pytest
 import torch
 import triton_gradients
 import triton_interpreted
 import triton_operators
+from tiers import TEST_ALL, heavy
 
-from cu_fast.kernels import native
 from cu_fast.kernels import triton as kernels
 from cu_fast.kernels.triton import launch
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed; pip install triton")
-EVERY = ("sm_90", "gfx942")  # compiled with every configuration that they take, the others with the main ones
+# Compiled with every configuration that they take by `make test-all`, the others always with the main ones.
+EVERY = ("sm_90", "gfx942") if TEST_ALL else ()
 # Whose products and sums are defined.
 SCORES = {
     "score_codes", "score_candidates", "encode_tile", "gather_sum", "dot_slots", "sum_pieces", "sum_codes",
 }  # fmt: skip
-SCRIPTS = {
-    "test_equals_the_reference": "triton_interpreted.py",
-    "test_gradients": "triton_gradients.py",
-    "test_is_an_operator_that_can_be_compiled": "triton_operators.py",
-}
 # What the tiles were chosen with. Older ones (torch 2.11 brings 3.6) spill a little, and on sm_100 use older matrix units.
 TUNED_FOR = (3, 9)
 OLDER = HAS_TRITON and kernels.version(importlib.metadata.version("triton")) < TUNED_FOR
 
 
-# Each takes tens of seconds of one core: those that the collected tests need are run side by side, from the first test on.
-PROCESSES = ThreadPoolExecutor(os.cpu_count())
-
-
-@functools.cache
-def started(script: str, *arguments: str) -> Future[list[dict]]:
-    """What a script prints, once it has ended."""
+def script(name: str, *arguments: str) -> background.Task:
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1",
-        "TRITON_CACHE_DIR": str(HERE.parents[2] / "build" / "triton"),
-        "TRITON_INTERPRET": "0" if script == "triton_compiled.py" else "1",
+        "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(HERE.parents[2] / "build/triton"),
+        "TRITON_INTERPRET": "0" if name == "triton_compiled.py" else "1",
     }  # fmt: skip
-
-    def run() -> list[dict]:
-        command = [sys.executable, HERE / script, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    return PROCESSES.submit(run)
+    return background.Task(name, (sys.executable, str(HERE / name), *arguments), tuple(environment.items()))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def start_what_is_needed(request):
-    for item in request.session.items if HAS_TRITON else ():
-        if item.path == Path(__file__):
-            if item.originalname in SCRIPTS:
-                started(SCRIPTS[item.originalname])
-            elif "arch" in getattr(getattr(item, "callspec", None), "params", {}):
-                started("triton_compiled.py", *of_arch(item.callspec.params["arch"]))
+INTERPRETED, GRADIENTS, REGISTERED = map(
+    script, ("triton_interpreted.py", "triton_gradients.py", "triton_operators.py")
+)
+COMPILED = {
+    arch: script("triton_compiled.py", arch, *(["every"] if arch in EVERY else [])) for arch in launch.SHARED_MEMORY
+}
 
 
-def passed(script: str, case: str) -> None:
-    failures = {line["case"]: line["failure"] for line in started(script).result()}
+def passed(task: background.Task, case: str) -> None:
+    failures = {line["case"]: line["failure"] for line in map(json.loads, task.output().splitlines())}
     assert failures[case] is None, failures[case]
 
 
 @needs_triton
+@pytest.mark.background(INTERPRETED)
 @pytest.mark.parametrize("name", triton_interpreted.CASES)
 def test_equals_the_reference(name):
-    passed("triton_interpreted.py", name)
+    passed(INTERPRETED, name)
 
 
 @needs_triton
+@pytest.mark.background(GRADIENTS)
 @pytest.mark.parametrize("name", triton_gradients.CASES)
 def test_gradients(name):
-    passed("triton_gradients.py", name)
+    passed(GRADIENTS, name)
 
 
 @needs_triton
+@pytest.mark.background(REGISTERED)
 @pytest.mark.parametrize("name", triton_operators.CASES)
 def test_is_an_operator_that_can_be_compiled(name):
-    passed("triton_operators.py", name)
-
-
-@pytest.mark.skipif(not native.available(), reason=str(native.failure()))
-@pytest.mark.parametrize("name", kernels.HOME)
-def test_schemas_are_those_of_the_native_operators(name):
-    ours, theirs = kernels.operator(name)._schema, getattr(torch.ops.cu_fast, name).default._schema
-
-    def arguments(schema):
-        return [(a.name, str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments]
-
-    assert arguments(ours) == arguments(theirs)
-    assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns]
-
-
-def of_arch(arch: str) -> tuple[str, ...]:
-    return (arch, "every") if arch in EVERY else (arch,)
+    passed(REGISTERED, name)
 
 
 def compiled(arch: str) -> list[dict]:
-    return started("triton_compiled.py", *of_arch(arch)).result()
+    return list(map(json.loads, COMPILED[arch].output().splitlines()))
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", launch.SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.background(task)) for arch, task in COMPILED.items()]
+)
 class TestCompiled:
     def test_fits_and_does_not_spill(self, arch):
         for kernel in compiled(arch):
@@ -156,6 +123,7 @@ class TestCompiled:
         assert roots and all(kernel["root"] == ["sqrt.rn.f32"] for kernel in roots), roots
 
 
+@heavy
 @needs_triton
 def test_every_configuration_was_compiled():
     seen = {(kernel["kernel"], kernel["config"]) for arch in launch.SHARED_MEMORY for kernel in compiled(arch)}
