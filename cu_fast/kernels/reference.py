@@ -119,61 +119,51 @@ def codebook_quantize(
         scores fp32 [T, k], ids int32 [T, k] and hits int32 [T] ([0] unless return_hits). A slot that no code can fill
         holds id -1 and score 0; a row of z with NaN or Inf holds id -1 and score NaN.
     """
+
+    def quantize(z: Tensor, mask_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        z = z.float()
+        finite_row = torch.isfinite(z).all(1, keepdim=True)
+        z = torch.where(finite_row, z, 0.0)
+        T, C = z.shape[0], codes.shape[0]
+        empty = -torch.inf  # a code's score is finite, so -inf marks an empty slot
+        best = z.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
+        best_unmasked = best
+
+        for c in range(0, C, BLOCK_C):
+            score = canonical_dot(z[:, None], codes[None, c : c + BLOCK_C])
+            if inv_norm is not None:
+                score = score * inv_norm[c : c + BLOCK_C]
+            if bias is not None:
+                score = score + bias[c : c + BLOCK_C]
+            score = score + 0.0  # -0.0 becomes +0.0
+            score = torch.where(torch.isfinite(score), score, empty)
+            ids = torch.arange(c, c + score.shape[1], dtype=torch.int32, device=z.device).expand(T, -1)
+            if mask_table is not None:
+                deleted = is_deleted(ids, mask_table, mask_row)
+                if return_hits:
+                    best_unmasked = _keep_best(
+                        torch.cat([best_unmasked[0], score], 1), torch.cat([best_unmasked[1], ids], 1), k
+                    )
+                score = torch.where(deleted, empty, score)
+            best = _keep_best(torch.cat([best[0], score], 1), torch.cat([best[1], ids], 1), k)
+
+        scores, ids = best
+        taken = (scores > empty) & finite_row
+        ids = torch.where(taken, ids, -1)
+        scores = torch.where(taken, scores, torch.where(finite_row, 0.0, torch.nan))
+        hits = torch.zeros(T, dtype=torch.int32, device=z.device)
+        if return_hits and mask_table is not None:
+            score, code = best_unmasked
+            hit = is_deleted(code, mask_table, mask_row) & (score > empty) & finite_row
+            hits = hit.sum(1, dtype=torch.int32)
+        return scores, ids, hits
+
     tiles = [
-        _quantize_tile(z[t : t + BLOCK_T], codes, inv_norm, bias, k, mask_table, row, return_hits)
+        quantize(z[t : t + BLOCK_T], None if mask_row is None else mask_row[t : t + BLOCK_T])
         for t in range(0, max(z.shape[0], 1), BLOCK_T)
-        for row in [None if mask_row is None else mask_row[t : t + BLOCK_T]]
     ]
     scores, ids, hits = (torch.cat(parts) for parts in zip(*tiles))
     return scores, ids, hits if return_hits else hits[:0]
-
-
-def _quantize_tile(
-    z: Tensor,
-    codes: Tensor,
-    inv_norm: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    mask_table: Tensor | None,
-    mask_row: Tensor | None,
-    return_hits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = z.float()
-    finite_row = torch.isfinite(z).all(1, keepdim=True)
-    z = torch.where(finite_row, z, 0.0)
-    T, C = z.shape[0], codes.shape[0]
-    empty = -torch.inf  # a code's score is finite, so -inf marks an empty slot
-    best = z.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
-    best_unmasked = best
-
-    for c in range(0, C, BLOCK_C):
-        score = canonical_dot(z[:, None], codes[None, c : c + BLOCK_C])
-        if inv_norm is not None:
-            score = score * inv_norm[c : c + BLOCK_C]
-        if bias is not None:
-            score = score + bias[c : c + BLOCK_C]
-        score = score + 0.0  # -0.0 becomes +0.0
-        score = torch.where(torch.isfinite(score), score, empty)
-        ids = torch.arange(c, c + score.shape[1], dtype=torch.int32, device=z.device).expand(T, -1)
-        if mask_table is not None:
-            deleted = is_deleted(ids, mask_table, mask_row)
-            if return_hits:
-                best_unmasked = _keep_best(
-                    torch.cat([best_unmasked[0], score], 1), torch.cat([best_unmasked[1], ids], 1), k
-                )
-            score = torch.where(deleted, empty, score)
-        best = _keep_best(torch.cat([best[0], score], 1), torch.cat([best[1], ids], 1), k)
-
-    scores, ids = best
-    taken = (scores > empty) & finite_row
-    ids = torch.where(taken, ids, -1)
-    scores = torch.where(taken, scores, torch.where(finite_row, 0.0, torch.nan))
-    hits = torch.zeros(T, dtype=torch.int32, device=z.device)
-    if return_hits and mask_table is not None:
-        score, code = best_unmasked
-        hit = is_deleted(code, mask_table, mask_row) & (score > empty) & finite_row
-        hits = hit.sum(1, dtype=torch.int32)
-    return scores, ids, hits
 
 
 def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
