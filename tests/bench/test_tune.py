@@ -365,6 +365,7 @@ def test_wrong_options_are_named():
 def test_show_and_env_say_which_table_is_in_force(user, monkeypatch):
     monkeypatch.setattr(tune, "arch_here", lambda: "sm_90")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("COLUMNS", "200")
 
     def env() -> str:
         return json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)["triton table"]
