@@ -1,5 +1,5 @@
 // Checks on the host, before a kernel starts: each names the argument, what it must be and what it was.
-// cu_fast/ops.py has checked shapes and types already; these hold for whoever calls the operators directly.
+// cu_fast.ops has checked shapes and types already; these are for direct callers of the operators.
 
 #pragma once
 

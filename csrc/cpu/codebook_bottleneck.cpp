@@ -25,15 +25,15 @@ int64_t weigh(const SelectParams& p, bool score_weights, const Mask& mask) {
 
 }  // namespace
 
-void Cpu::bottleneck(SelectParams p, bool rides_along, bool score_weights, DecodeParams decode,
+void Cpu::bottleneck(SelectParams p, bool counts_hits, bool score_weights, DecodeParams decode,
                      int64_t* receipt) const {
   const int64_t T = p.score.T;
   Tensor scores = empty({T, p.k}, ScalarType::Float), ids = empty({T, p.k}, ScalarType::Int);
-  std::vector<int32_t> hits(rides_along ? T : 0);
+  std::vector<int32_t> hits(counts_hits ? T : 0);
   p.scores = scores.mutable_data_ptr<float>();
   p.ids = ids.mutable_data_ptr<int32_t>();
-  p.hits = rides_along ? hits.data() : nullptr;
-  select(p, rides_along);
+  p.hits = counts_hits ? hits.data() : nullptr;
+  select(p, counts_hits);
   int64_t taken = weigh(p, score_weights, decode.mask);
   for (int32_t h : hits) taken += h;
   decode.ids = p.ids;

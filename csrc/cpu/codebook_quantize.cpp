@@ -74,7 +74,7 @@ void select_finish(const SelectParams& p, int64_t token) {
 
 }  // namespace
 
-void Cpu::select(SelectParams p, bool rides_along) const {
+void Cpu::select(SelectParams p, bool counts_hits) const {
   const auto exact = CU_FAST_DISPATCH(select_exact), scan = CU_FAST_DISPATCH(select_scan);
   const int64_t T = p.score.T, C = p.score.C;
   if (T == 0) return;
@@ -86,9 +86,9 @@ void Cpu::select(SelectParams p, bool rides_along) const {
   p.capacity = std::min(p.k, grid.part_codes);
   const int64_t places = p.parts * p.capacity;
   Tensor kept = empty({T, places}, ScalarType::Long);
-  Tensor deleted = empty({rides_along ? T : 0, places}, ScalarType::Long);
+  Tensor deleted = empty({counts_hits ? T : 0, places}, ScalarType::Long);
   p.kept = static_cast<uint64_t*>(kept.mutable_data_ptr());
-  p.deleted = rides_along ? static_cast<uint64_t*>(deleted.mutable_data_ptr()) : nullptr;
+  p.deleted = counts_hits ? static_cast<uint64_t*>(deleted.mutable_data_ptr()) : nullptr;
 
   const int64_t floats = round_up(scratch_floats(p.score) + (scans ? ScanScratch(p).floats() : 0), kLanes);
   Tensor scratch = empty({grid.workers, floats}, ScalarType::Float);

@@ -55,7 +55,7 @@ class Scan {
       row.upper = scratch_ + sizes_.upper() + n_ * sizes_.capacity;
       row.lower = scratch_ + sizes_.lower() + n_ * sizes_.capacity;
       row.id = reinterpret_cast<int32_t*>(scratch_ + sizes_.id()) + n_ * sizes_.capacity;
-      row.lower_all = sizes_.rides_along ? scratch_ + sizes_.lower_all() + n_ * sizes_.capacity : nullptr;
+      row.lower_all = sizes_.counts_hits ? scratch_ + sizes_.lower_all() + n_ * sizes_.capacity : nullptr;
       row.n = row.scored = 0;
       row.gives_up = false;
       row.trigger = 4 * kScanGroup;
@@ -293,8 +293,8 @@ class Scan {
 
     if (n < kScanGroup) reach &= (uint64_t{1} << n) - 1;
     const uint32_t* const mask = p.mask.bits(row.token);
-    const uint64_t gone = mask == nullptr ? 0 : deleted_of_group(mask, g, p.score.C);
-    if (p.deleted == nullptr) reach &= ~gone;
+    const uint64_t group_deleted = mask == nullptr ? 0 : deleted_of_group(mask, g, p.score.C);
+    if (p.deleted == nullptr) reach &= ~group_deleted;
     const Vec tau = Vec::broadcast(row.tau), widen = Vec::broadcast(kWiden),
               rounding_of = Vec::broadcast(rounding);
     const Vec norm_in = Vec::broadcast(row.norm_in), miss = Vec::broadcast(row.miss),
@@ -308,7 +308,8 @@ class Scan {
       const Vec score = Vec::load(approx + j), upper = score + error;
       const Vec lower = score - error;
       lanes &= Vec::not_below(upper, tau);
-      const uint32_t deleted = lanes & static_cast<uint32_t>(gone >> j);  // none, unless hits are counted
+      const uint32_t deleted =
+          lanes & static_cast<uint32_t>(group_deleted >> j);  // none, unless hits are counted
       if (deleted != 0) lanes &= ~deleted | Vec::not_below(upper, Vec::broadcast(row.tau_all));
       upper.store_lanes(lanes, row.upper + row.n);
       lower.store_lanes(lanes, row.lower + row.n);

@@ -29,14 +29,14 @@ inline constexpr int64_t kScanTokens = 256;
 // The scratch of one worker: where each array starts, in floats. Arrays have `rows` rows.
 struct ScanScratch {
   int64_t rows, width, outliers, capacity;
-  bool rides_along;  // hits are counted: deleted codes are candidates too
+  bool counts_hits;  // hits are counted: deleted codes are candidates too
 
   explicit ScanScratch(const SelectParams& p)
       : rows(std::min(p.score.T, kScanTokens)),
         width(round_up(p.score.E, kLanes)),
         outliers(max_outliers(p.score.E)),
         capacity(candidate_capacity(p.k)),
-        rides_along(p.deleted != nullptr) {}
+        counts_hits(p.deleted != nullptr) {}
 
   // Offsets of z, 4 codes widened, bytes of z, outliers, bounds and ids.
   int64_t z() const { return 0; }
@@ -46,7 +46,7 @@ struct ScanScratch {
   int64_t upper() const { return outlier() + rows * outliers * 2; }
   int64_t lower() const { return upper() + rows * capacity; }
   int64_t lower_all() const { return lower() + rows * capacity; }
-  int64_t id() const { return lower_all() + (rides_along ? rows * capacity : 0); }
+  int64_t id() const { return lower_all() + (counts_hits ? rows * capacity : 0); }
   int64_t floats() const { return id() + rows * capacity; }
 };
 

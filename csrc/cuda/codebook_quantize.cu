@@ -86,12 +86,12 @@ select_exact(SelectJob job) {
       }
       kept.merge();
       if (p.deleted == nullptr) continue;
-      TopList gone(list(t, true), stride, p.capacity, shared.queue[warp]);
+      TopList best_deleted(list(t, true), stride, p.capacity, shared.queue[warp]);
       for (int first = 0; first < Tile::kCodes; first += 32) {
         const bool deleted = mask.word(c0 + first, p.score.C) >> lane & 1;
-        gone.push(deleted ? shared.keys[t][first + lane] : kEmpty);
+        best_deleted.push(deleted ? shared.keys[t][first + lane] : kEmpty);
       }
-      gone.merge();
+      best_deleted.merge();
     }
   }
 

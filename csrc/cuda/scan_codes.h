@@ -123,9 +123,9 @@ CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, 
   int32_t place = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t who = ballot(passes[i]);
-    place += count_bits(who & before);
-    total += count_bits(who & ours);
+    const uint32_t passing = ballot(passes[i]);
+    place += count_bits(passing & before);
+    total += count_bits(passing & ours);
   }
   int32_t base = 0;
   if (g == 0 && total > 0) base = atomic_add(&work.count[t], total);
@@ -133,11 +133,11 @@ CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (!passes[i]) continue;
-    const bool gone = deleted >> i & 1;
+    const bool flagged = deleted >> i & 1;
     if (place < SelectTuning::kCandidates) {
       const int64_t at = t * SelectTuning::kCandidates + place;
-      work.id[at] = static_cast<int32_t>(static_cast<uint32_t>(first + i) | uint32_t{gone} << 31);
-      work.lower[at] = gone ? -INFINITY : bounds[i].lower;
+      work.id[at] = static_cast<int32_t>(static_cast<uint32_t>(first + i) | uint32_t{flagged} << 31);
+      work.lower[at] = flagged ? -INFINITY : bounds[i].lower;
       work.upper[at] = bounds[i].upper;
       work.scored[at] = quiet_nan();
     }

@@ -114,16 +114,16 @@ score_candidates(SelectJob job) {
         TopList kept(shared.kept, 1, p.k, shared.queue);
         for (int at = 0; at < shared.count; at += 32) {
           const int mine = at + lane_index();
-          const bool gone = mine < shared.count && id[shared.chosen[mine]] < 0;
-          kept.push(gone ? kEmpty : shared.keys[mine]);
+          const bool flagged = mine < shared.count && id[shared.chosen[mine]] < 0;
+          kept.push(flagged ? kEmpty : shared.keys[mine]);
         }
         kept.merge();
         if (p.deleted != nullptr) {
           TopList deleted(shared.deleted, 1, p.k, shared.queue);
           for (int at = 0; at < shared.count; at += 32) {
             const int mine = at + lane_index();
-            const bool gone = mine < shared.count && id[shared.chosen[mine]] < 0;
-            deleted.push(gone ? shared.keys[mine] : kEmpty);
+            const bool flagged = mine < shared.count && id[shared.chosen[mine]] < 0;
+            deleted.push(flagged ? shared.keys[mine] : kEmpty);
           }
           deleted.merge();
         }

@@ -131,15 +131,15 @@ class Arena {
 inline void take_memory(SelectJob& job, Arena& arena) {
   SelectParams& p = job.p;
   const SelectPlan& plan = job.plan;
-  const bool rides_along = p.deleted != nullptr;
+  const bool counts_hits = p.deleted != nullptr;
   p.parts = plan.parts;
   p.capacity = plan.capacity;
   const int64_t keys = plan.chunk * plan.parts * plan.capacity;
   p.kept = arena.take<uint64_t>(keys);
-  if (rides_along) p.deleted = arena.take<uint64_t>(keys);
+  if (counts_hits) p.deleted = arena.take<uint64_t>(keys);
   job.merged = p.k > SelectTuning::kFusedK ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
   job.merged_deleted =
-      p.k > SelectTuning::kFusedK && rides_along ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
+      p.k > SelectTuning::kFusedK && counts_hits ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
   if (!plan.scans) return;
   const int64_t steps = (p.score.E + 31) / 32, candidates = plan.chunk * SelectTuning::kCandidates;
   const int64_t fragments = (plan.chunk + 7) / 8 * steps * 64;

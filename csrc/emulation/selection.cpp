@@ -20,12 +20,12 @@ std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, boo
 std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const OptionalTensor& pre,
                                const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
                                const OptionalTensor& mask_table, const OptionalTensor& mask_row,
-                               bool rides_along, const OptionalTensor& scan_plane,
+                               bool counts_hits, const OptionalTensor& scan_plane,
                                const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
   const ScoreArguments in = score_arguments(kQuantizeNames, z, codes, pre, inv_norm, bias);
   const SelectArguments selected(in, {scan_plane, scan_terms, scan_mean}, k, {mask_table, mask_row},
                                  Cuda::kValues);
-  const SelectMemory memory(z, selected.p, rides_along);
+  const SelectMemory memory(z, selected.p, counts_hits);
   const int64_t T = in.score.T, E = in.score.E;
   const SelectPlan& plan = memory.job.plan;
   check(plan.scans && T > 0 && T <= plan.chunk, "this is not one chunk of a scan");
@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cu_fast_emulated, m) {
   m.def("select_plan(int T, int C, int E, int k, bool has_plane) -> int[]");
   m.def(
       "scan_state(Tensor z, Tensor codes, Tensor? pre, Tensor? inv_norm, Tensor? bias, int k, "
-      "Tensor? mask_table, Tensor? mask_row, bool rides_along, "
+      "Tensor? mask_table, Tensor? mask_row, bool counts_hits, "
       "Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> Tensor[]");
 }
 

@@ -24,9 +24,9 @@ class Cpu {
   // Each in cpu/<op>.cpp: cuts the work into shares of the threads, and runs the kernels of an instruction
   // set.
   void encode(const EncodeParams& p) const;
-  void select(SelectParams p, bool rides_along) const;
+  void select(SelectParams p, bool counts_hits) const;
   void decode(const DecodeParams& p) const;
-  void bottleneck(SelectParams p, bool rides_along, bool score_weights, DecodeParams decode,
+  void bottleneck(SelectParams p, bool counts_hits, bool score_weights, DecodeParams decode,
                   int64_t* receipt) const;
 };
 

@@ -54,15 +54,15 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
 // A selection's plan and memory.
 class SelectMemory {
  public:
-  // rides_along: deleted codes are kept too, for hits.
-  SelectMemory(const Tensor& like, const SelectParams& p, bool rides_along) {
+  // counts_hits: deleted codes are kept too, for hits.
+  SelectMemory(const Tensor& like, const SelectParams& p, bool counts_hits) {
     check(reinterpret_cast<uintptr_t>(p.scan.plane) % 16 == 0,
           "scan_plane must start at a multiple of 16 bytes");
     job.p = p;
     job.plan = plan_select(p.score.T, p.score.C, p.score.E, p.k, p.score.codes.dtype == Dtype::f32 ? 4 : 2,
                            p.scan.plane != nullptr, multiprocessors());
     uint64_t wanted = 0;
-    job.p.deleted = rides_along ? &wanted : nullptr;
+    job.p.deleted = counts_hits ? &wanted : nullptr;
     Arena count(nullptr);
     SelectJob sized = job;
     take_memory(sized, count);
@@ -92,16 +92,16 @@ class Cuda {
 
   void encode(const EncodeParams& p) const { launch_sae_encode(p, device_.stream()); }
 
-  void select(const SelectParams& p, bool rides_along) const {
-    launch_codebook_quantize(SelectMemory(first_, p, rides_along).job, device_.stream());
+  void select(const SelectParams& p, bool counts_hits) const {
+    launch_codebook_quantize(SelectMemory(first_, p, counts_hits).job, device_.stream());
   }
 
   void decode(const DecodeParams& p) const { launch_masked_decode(p, device_.stream()); }
 
   // With every code scored, two launches: the kernel that ends the selection decodes.
-  void bottleneck(const SelectParams& p, bool rides_along, bool score_weights, const DecodeParams& decode,
+  void bottleneck(const SelectParams& p, bool counts_hits, bool score_weights, const DecodeParams& decode,
                   int64_t* receipt) const {
-    const SelectMemory memory(first_, p, rides_along);
+    const SelectMemory memory(first_, p, counts_hits);
     if (decode.T == 0 || decode.D == 0) return;
     launch_codebook_bottleneck({memory.job, decode.mask, score_weights, decode.mean, decode.table,
                                 decode.bias, decode.D, decode.y, receipt},

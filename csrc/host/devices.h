@@ -24,14 +24,14 @@ Tensor encode(const Device& device, const ScoreArguments& in, bool relu) {
   return z;
 }
 
-// scores and ids, [T, k]; with rides_along deleted codes are counted in p.hits.
+// scores and ids, [T, k]; with counts_hits deleted codes are counted in p.hits.
 template <class Device>
-std::tuple<Tensor, Tensor> select(const Device& device, SelectParams p, bool rides_along) {
+std::tuple<Tensor, Tensor> select(const Device& device, SelectParams p, bool counts_hits) {
   Tensor scores = device.empty({p.score.T, p.k}, ScalarType::Float);
   Tensor ids = device.empty({p.score.T, p.k}, ScalarType::Int);
   p.scores = scores.mutable_data_ptr<float>();
   p.ids = ids.mutable_data_ptr<int32_t>();
-  device.select(p, rides_along);
+  device.select(p, counts_hits);
   return {std::move(scores), std::move(ids)};
 }
 

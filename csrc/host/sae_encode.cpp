@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> sae_encode_topk(const Tensor& x, const Tensor& W_enc,
   SelectArguments selected(in, {scan_plane, scan_terms, scan_mean}, k, {mask_table, mask_row},
                            Device::kValues);
   selected.p.relu = relu;
-  return select(device, selected.p, /*rides_along=*/false);
+  return select(device, selected.p, /*counts_hits=*/false);
 }
 
 }  // namespace

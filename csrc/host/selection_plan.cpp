@@ -41,7 +41,7 @@ std::string cuda_selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, int6
   if (plan.scans) {
     text << "int8 scan: " << plan.chunk << " tokens at a time, " << plan.sample_tiles << " of "
          << (C + kScanTile - 1) / kScanTile << " tiles of codes for the first threshold, " << plan.score_parts
-         << " blocks a token for its candidates";
+         << " blocks per token for its candidates";
   } else {
     text << "every code scored: " << plan.parts << " x " << plan.part_codes << " codes";
   }

@@ -1,6 +1,6 @@
 """What the benchmark measures on: a cell of the grid, and its tensors. Part of ``cu_fast.bench``.
 
-Letters as everywhere: T tokens, E code width, C codes, k codes kept a token, U masks in a table; D equals E here.
+Letters as everywhere: T tokens, E code width, C codes, k codes kept per token, U masks in a table; D equals E here.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 
 
 def ceilings() -> dict[str, float | str]:
-    """Peaks in 10^9 operations (2 a multiply-add) or bytes a second, "" where they cannot be measured."""
+    """Peaks in 10^9 operations (2 per multiply-add) or bytes per second, "" where they cannot be measured."""
     if not native.available():
         return dict.fromkeys(CEILINGS, "")
     rates = (_peak("int8"), _peak("fp32"), _read(MEMORY_READ), _read(L3_READ))

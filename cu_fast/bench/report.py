@@ -76,15 +76,15 @@ def _ratios(op: str, rows: list[Mapping[str, Any]]) -> Sheet:
 
 
 def _models(rows: list[Mapping[str, Any]]) -> Sheet:
-    header = ["model", "C, k", "bottleneck", "ms", "tokens a second", "added"]
+    header = ["model", "C, k", "bottleneck", "ms", "tokens per second", "added"]
     lines = {}
     for row in rows:
         c = config(row)
         codes = f"{c['C']}, {c['k']}"
         rate = f"{float(row['tokens_per_second']):.4g}" if row["status"] == "ok" else row["status"]
         added = "" if row["added_percent"] == "" else f"{float(row['added_percent']):+.1f} %"
-        who = row["kernel_provider"]
-        lines[c["data"], codes, who] = [c["data"], codes, who, _time(row), rate, added]
+        provider = row["kernel_provider"]
+        lines[c["data"], codes, provider] = [c["data"], codes, provider, _time(row), rate, added]
     return Sheet("models", header, list(lines.values()))
 
 

@@ -234,7 +234,7 @@ def forget(bundle: Bundle, author: Author, corpus: CodeCounts, before: Mapping[s
 
 @torch.inference_mode()
 def tokens_per_second(bundle: Bundle, rounds: int = 5, new_tokens: int = 64) -> dict[str, float]:
-    """Greedy tokens a second for one sequence on each implementation: interleaved, median of the rounds."""
+    """Greedy tokens per second for one sequence on each implementation: interleaved, median of the rounds."""
     inputs = bundle.tokenizer(prompt(bundle.authors[0].rows[0]["question"]), return_tensors="pt")
     (bottleneck,) = bundle.attachment.bottlenecks.values()
     before, rates = bottleneck.impl, {"reference": [], "cpu": []}

@@ -123,7 +123,7 @@ def test_a_script_gives_the_rows_of_the_command(op, script, monkeypatch):
 def test_models_are_measured_with_and_without(script, tmp_path, capsys):
     path, models = tmp_path / "rows.csv", script("bench_models")
     models.main(["--shape", "64,70,4", "--seconds", "1e-6", "--rounds", "1", "--output", str(path)])
-    assert "tokens a second" in capsys.readouterr().out
+    assert "tokens per second" in capsys.readouterr().out
     rows = bench.read_rows(path)
     assert [row["kernel_provider"] for row in rows] == ["none", "cu_fast", "torch_fp32"] * 2
     assert all(row["status"] == "ok" and row["kernel_name"] == "models" for row in rows), rows

@@ -22,7 +22,7 @@ EVERY_EPOCH = dict(save_strategy="epoch", num_train_epochs=3)
 
 
 def run(folder, *, rows=ROWS, layers=LAYERS, hidden=32, given=None, **settings):
-    """A run of six steps an epoch; the model that it made."""
+    """A run of six steps per epoch; the model that it made."""
     tokenizer = word_tokenizer()
     model = tiny_llama(tokenizer, hidden)
     options = dict(reseed_every=5, reseed_until=1.0) | (given or {})

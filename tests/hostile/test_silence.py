@@ -238,7 +238,7 @@ def test_detaching_waits_for_a_generate_whose_context_was_left(attachment, model
 
 
 def test_generators_in_turns(attachment, model, given):
-    """Python lets a generator's block reach into whoever resumes it; at the latest its end says so."""
+    """Python lets a generator's block reach into the code that resumes it; at the latest its end says so."""
 
     def stream(topics):
         with attachment.unlearn(topics):

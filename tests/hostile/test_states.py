@@ -239,7 +239,7 @@ def by_hand(cache):
     ("kind", "move"), [("dynamic", select), ("dynamic", reorder), ("dynamic", by_hand), ("static", reorder)]
 )
 def test_rows_of_a_cache_that_were_moved(attachment, given, kind, move):
-    """Under a mask for each sequence, a row's keys and values carry its mask; who moves rows moves masks."""
+    """Under a mask for each sequence, a row's keys and values carry its mask: moving rows moves masks."""
     model, more = attachment.model, {"input_ids": torch.tensor([[5], [6]])}
 
     def fill(topics):

@@ -130,7 +130,7 @@ class TestSelection:
 
 
 def test_offsets_beyond_two_to_the_31():
-    """C * E > 2^31: the last code is found. Zero pages that nobody writes to cost no memory."""
+    """C * E > 2^31: the last code is found. Zero pages that are never written cost no memory."""
     C, E = 2**15 + 5, 2**16
     codes = torch.from_numpy(np.zeros((C, E), dtype=np.int16)).view(torch.bfloat16)
     codes[-1, -1], codes[C // 2, 0] = 2.0, 1.0

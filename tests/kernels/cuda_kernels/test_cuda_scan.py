@@ -30,11 +30,11 @@ def deleted_of(mask, T, C):
 class Scan:
     """What a scan leaves of one chunk, by the names of ScanWork, beside the canonical scores (NaN: not finite)."""
 
-    def __init__(self, z, codes, pre=None, inv_norm=None, bias=None, k=4, mask=None, rides_along=False, **how):
+    def __init__(self, z, codes, pre=None, inv_norm=None, bias=None, k=4, mask=None, counts_hits=False, **how):
         self.plane = plane_of(codes, inv_norm)
         state = emulated(
             "scan_state", z=z, codes=codes, pre=pre, inv_norm=inv_norm, bias=bias, k=k, mask=mask or (None, None),
-            rides_along=rides_along, scan=self.plane, **how,
+            counts_hits=counts_hits, scan=self.plane, **how,
         )  # fmt: skip
         self.exact, self.count, self.tau, self.id, self.lower, self.upper, self.scored, self.maxima = state[:8]
         terms, low, high, self.high_steps = state[8:]
@@ -46,7 +46,7 @@ class Scan:
         score = score if inv_norm is None else score * inv_norm
         score = score if bias is None else score + bias
         self.score = torch.where(score.isfinite(), score + 0.0, NAN)
-        self.k, (self.T, self.C), self.rides_along = k, score.shape, rides_along
+        self.k, (self.T, self.C), self.counts_hits = k, score.shape, counts_hits
         self.deleted = deleted_of(mask, self.T, self.C)
         self.alive = ~self.deleted & ~self.score.isnan()
 
@@ -77,7 +77,7 @@ class Scan:
             assert self.tau[t] == maxima.sort(descending=True).values[self.k - 1]
             ids, gone, lower, upper, scored = self.candidates(t)
             assert len(ids.unique()) == len(ids) and (ids < self.C).all()
-            assert torch.equal(gone, self.deleted[t, ids]) and (self.rides_along or not gone.any())
+            assert torch.equal(gone, self.deleted[t, ids]) and (self.counts_hits or not gone.any())
             score = self.score[t, ids]
             assert not (score > upper).any() and not (score < lower).any()
             assert (lower[gone] == -INF).all()
@@ -88,7 +88,7 @@ class Scan:
                 continue
             ways["certified"] += 1
             found = torch.zeros(self.C, dtype=torch.bool).index_fill(0, ids, True)
-            reaches = ~self.score[t].isnan() & (self.score[t] >= kth) & (self.rides_along | self.alive[t])
+            reaches = ~self.score[t].isnan() & (self.score[t] >= kth) & (self.counts_hits | self.alive[t])
             assert (reaches <= found).all()
             # What has been scored was scored canonically; that are k of the best known, if there are so many.
             known = ~scored.isnan()
@@ -145,12 +145,12 @@ class Scan:
 @given(
     T=st.integers(1, 20) | st.sampled_from([8, 9, 16, 17, 64, 65, 129, 136]), E=st.integers(1, 80) | st.integers(80, 400),
     C=st.integers(8, 170) | st.integers(170, 1100), k=st.integers(1, 100) | st.integers(1, 9), share=hurtful.shares,
-    rides_along=st.booleans(), epilogue=st.sampled_from(["none", "cosine", "biased", "signed"]), centred=st.booleans(),
+    counts_hits=st.booleans(), epilogue=st.sampled_from(["none", "cosine", "biased", "signed"]), centred=st.booleans(),
     z_kind=hurtful.kinds, code_kind=hurtful.kinds, other_kind=hurtful.kinds, z_dtype=hurtful.dtypes,
     code_dtype=hurtful.dtypes, layout=hurtful.layouts, seed=hurtful.seeds,
 )  # fmt: skip
 def test_bounds_hold_and_nothing_is_missing(
-    T, E, C, k, share, rides_along, epilogue, centred, z_kind, code_kind, other_kind, z_dtype, code_dtype, layout, seed
+    T, E, C, k, share, counts_hits, epilogue, centred, z_kind, code_kind, other_kind, z_dtype, code_dtype, layout, seed
 ):
     C = min(C, 300) if T > 20 or E > 80 else C
     z = hurtful.strided(hurtful.matrix(T, E, z_kind, z_dtype, seed), layout)
@@ -159,9 +159,9 @@ def test_bounds_hold_and_nothing_is_missing(
     pre = normal(E, seed=seed) if centred else None
     inv_norm = {"none": None, "signed": other}.get(epilogue, reference.inverse_norm(codes))
     mask = None if share is None else hurtful.masks(T, C, share, seed + 3)
-    rides_along = rides_along and share is not None
+    counts_hits = counts_hits and share is not None
     bias = other if epilogue == "biased" else None
-    options = dict(bias=bias, k=min(k, C // 8), mask=mask, rides_along=rides_along, seed=seed)
+    options = dict(bias=bias, k=min(k, C // 8), mask=mask, counts_hits=counts_hits, seed=seed)
     scan = Scan(z, codes, pre=pre, inv_norm=inv_norm, **options)
     scan.check()
     scan.check_terms()

@@ -84,7 +84,7 @@ class TestWays:
     def test_deleted_codes_ride_along(self, k):
         z, codes = normal(CHUNK, 40), normal(900, 40, seed=1)
         mask = hurtful.masks(CHUNK, 900, 0.3, 2)
-        scan = Scan(z, codes, k=k, mask=mask, rides_along=True)
+        scan = Scan(z, codes, k=k, mask=mask, counts_hits=True)
         assert scan.check()["certified"] > CHUNK / 2
         flagged = sum(int(scan.candidates(t)[1].sum()) for t in range(CHUNK))
         assert flagged > CHUNK
@@ -98,7 +98,7 @@ class TestWays:
         z, codes = normal(9, 40), normal(150, 40, seed=1)
         mask = torch.full((1, 5), -1).int(), torch.zeros(9).int()
         assert (Scan(z, codes, k=5, mask=mask).count == 0).all()
-        scan = Scan(z, codes, k=5, mask=mask, rides_along=True)
+        scan = Scan(z, codes, k=5, mask=mask, counts_hits=True)
         scan.check()
         assert (scan.tau == -INF).all() and (scan.count == 150).all()
         agrees(z, codes, 5, mask)

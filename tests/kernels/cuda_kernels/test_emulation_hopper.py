@@ -207,8 +207,8 @@ def test_a_scan_leaves_the_same(seed, T, E, C, k, multiprocessors):
     emulated = emulation.load()
     emulated.set_multiprocessors(multiprocessors)
     given = problem(seed, T, E, C)
-    for mask, rides_along in (((None, None), False), (hurtful.masks(T, C, 0.3, seed), True)):
-        every = spread(**given, pre=None, k=k, mask=mask, rides_along=rides_along)
+    for mask, counts_hits in (((None, None), False), (hurtful.masks(T, C, 0.3, seed), True)):
+        every = spread(**given, pre=None, k=k, mask=mask, counts_hits=counts_hits)
         states = []
         for chosen in (False, True, True):
             emulated.set_seed(seed + len(states))
