@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from cu_fast.bench import tune, tune_grid
 from cu_fast.cli.app import app
+from cu_fast.cli.terminal import console
 from cu_fast.kernels.triton import launch, tiles
 
 HERE = Path(__file__).parent
@@ -344,7 +345,7 @@ def test_a_table_that_would_be_refused_is_not_written(user):
 
 
 def command(*arguments: str):
-    return CliRunner().invoke(app, ["tune", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["tune", *arguments])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -365,7 +366,7 @@ def test_wrong_options_are_named():
 def test_show_and_env_say_which_table_is_in_force(user, monkeypatch):
     monkeypatch.setattr(tune, "arch_here", lambda: "sm_90")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
 
     def env() -> str:
         return json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)["triton table"]
