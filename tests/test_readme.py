@@ -37,7 +37,7 @@ TEXTS = {
 }
 # How many blocks of Python each text holds; one that is not here holds none.
 BLOCKS = {"README.md": 4, "docs/models.md": 5}
-PATHS = "benchmarks|cu_fast|docs|examples|tests"
+PATHS = "benchmarks|csrc|cu_fast|docs|examples|tests"
 
 
 def found(pattern: str, texts: dict[str, str] = TEXTS) -> dict[str, list[str]]:
