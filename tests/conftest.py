@@ -35,6 +35,11 @@ def pytest_unconfigure(config):
         del os.environ[background.FOLDER]
 
 
+def pytest_sessionfinish(session, exitstatus):
+    if session.shouldfail or session.shouldstop or exitstatus == pytest.ExitCode.INTERRUPTED:
+        background.stop()
+
+
 def pytest_collection_finish(session):
     if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
         return

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import subprocess
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 # The folder of a run's outputs. conftest.py makes it before pytest's workers start, and removes it.
 FOLDER = "CU_FAST_TEST_OUTPUTS"
+_processes: list[subprocess.Popen] = []
+_stopped = threading.Event()
 
 
 class Task(NamedTuple):
@@ -35,10 +38,15 @@ class Task(NamedTuple):
         with open(kept.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not kept.exists():
-                done = subprocess.run(
-                    self.command, env=os.environ | dict(self.environment), capture_output=True, text=True
-                )
-                kept.write_text(done.stdout if done.returncode == 0 else f"failed\n{done.stderr[-6000:]}")
+                assert not _stopped.is_set(), f"{self.name} was stopped"
+                process = subprocess.Popen(
+                    self.command, env=os.environ | dict(self.environment), stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True,
+                )  # fmt: skip
+                _processes.append(process)
+                out, errors = process.communicate()
+                assert not _stopped.is_set(), f"{self.name} was stopped"
+                kept.write_text(out if process.returncode == 0 else f"failed\n{errors[-6000:]}")
         output = kept.read_text()
         assert not output.startswith("failed\n"), f"{self.name}: {output}"
         return output
@@ -50,3 +58,10 @@ def start(tasks: Iterable[Task]) -> None:
     for task in tasks:
         pool.submit(task.output)
     pool.shutdown(wait=False)
+
+
+def stop() -> None:
+    """Ends what this process has started: no test waits for it any more."""
+    _stopped.set()
+    for process in _processes:
+        process.kill()
