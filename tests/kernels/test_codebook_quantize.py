@@ -203,8 +203,8 @@ def test_no_tokens_by_codes_matrix_is_built():
     import torch
     from cu_fast import ops
     g = torch.Generator().manual_seed(0)
-    z, packed = torch.randn(512, 8, generator=g), ops.pack_codes(torch.randn(40_000, 8, generator=g), scan="fp32")
+    z, packed = torch.randn(2048, 8, generator=g), ops.pack_codes(torch.randn(40_000, 8, generator=g), scan="fp32")
     ops.codebook_quantize(z[:64], packed, k=4, impl="cpu")
     """
-    matrix = 512 * 40_000 * 4
+    matrix = 2048 * 40_000 * 4
     assert memory.growth(setup, "ops.codebook_quantize(z, packed, k=4, impl='cpu')") < matrix / 8
