@@ -1,6 +1,6 @@
-// Every operator of the library. Shapes and meaning: cu_fast/ops.py. host/<op>.cpp implements them for every
-// device (pack_scan and peak, which only a CPU has, are in cpu/), cu_fast/_native.py registers what they
-// return without data.
+// Every operator of the library: the schemas of cu_fast/kernels/operators.py, and what the library says of
+// itself. host/<op>.cpp implements them for every device (pack_scan and peak, which only a CPU has, are in
+// cpu/).
 
 #include "registration.h"
 

@@ -58,7 +58,7 @@ def simd_level() -> str:
 
 
 def cuda_build() -> str:
-    """The GPUs that the library holds code for, as CU_FAST_ARCHS in setup.py writes them: "80;90a;PTX 90".
+    """The GPUs that the library holds code for, in the notation of CU_FAST_ARCHS (sources.py): "80;90a;PTX 90".
 
     "" where there is no library, or where it was built without CUDA.
     """

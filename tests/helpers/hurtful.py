@@ -38,8 +38,8 @@ def matrix(rows: int, width: int, kind: str, dtype: torch.dtype, seed: int) -> T
         x = x * (1e-42 if dtype != torch.float16 else 1e-7)
     elif kind == "faulty":
         holes = torch.rand(rows, width, generator=g)
-        x[holes < 0.1 / width] = torch.nan
-        x[holes > 1 - 0.1 / width] = torch.inf
+        x[holes < 0.1 / max(width, 1)] = torch.nan
+        x[holes > 1 - 0.1 / max(width, 1)] = torch.inf
     elif kind == "zeros":
         x = torch.where(x > 0, 0.0, -0.0)
     elif kind == "outliers":

@@ -19,14 +19,12 @@ import torch
 from calls import call, every_operator
 
 from cu_fast.kernels import native, reference
+from cu_fast.kernels.operators import OPERATORS
 
 # Only a library that was never built is an excuse; one that does not load fails every test.
 needs_native = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
 x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
 LEVELS = ("scalar", "avx2", "avx512")
-OPERATORS = (
-    "codebook_quantize", "sae_encode", "sae_encode_topk", "masked_decode", "codebook_bottleneck", "pack_scan",
-)  # fmt: skip
 OPS = torch.ops.cu_fast
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import every_operator
 
 from cu_fast.kernels import triton
 from cu_fast.kernels.operators import OPERATORS
@@ -30,6 +31,10 @@ def parts(schema) -> tuple[list, list]:
 
 def test_every_native_operator_is_declared():
     assert set(NATIVE) == set(OPERATORS) | QUERIES
+
+
+def test_every_operator_has_arguments_to_be_tested_with():
+    assert set(every_operator(2, 20, 50, 4)) == set(OPERATORS)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

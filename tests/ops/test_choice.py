@@ -9,7 +9,7 @@ import torch
 
 from cu_fast import ops
 from cu_fast.kernels import reference
-from cu_fast.ops import choice
+from cu_fast.ops import choice, packing
 
 
 def test_cuda_says_why_it_cannot_run():
@@ -74,7 +74,7 @@ def test_a_gpu_has_a_plane_where_some_kernels_can_read_it(auto, monkeypatch, can
     auto("cuda:0", *can_run)
     monkeypatch.setattr(reference, "pack_scan", lambda codes, inv_norm: ("plane", "terms", "mean"))
     codes = types.SimpleNamespace(shape=(700, 40), device=torch.device("cuda:0"))
-    assert ops._pack_scan(codes, None, "auto") == (("plane", "terms", "mean") if packs else None)
+    assert packing._pack_scan(codes, None, "auto") == (("plane", "terms", "mean") if packs else None)
     if not packs:
         with pytest.raises(RuntimeError, match=r"needs kernels for cuda:0 tensors: 'cuda' cannot .*; 'triton' cannot"):
-            ops._pack_scan(codes, None, "int8")
+            packing._pack_scan(codes, None, "int8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import emulation
 import hurtful
@@ -19,6 +20,12 @@ from cu_fast.kernels.triton import HOME
 __all__ = ["pytestmark"]
 with (emulation.ROOT / "tests/machine_code.csv").open(newline="") as file:
     SHIPPED = {line["kernel"].replace("> >", ">>") for line in csv.DictReader(file)}
+
+
+def test_every_kernel_ships():
+    sources = "".join(path.read_text() for path in (emulation.ROOT / "csrc/cuda").glob("*.cu"))
+    written = set(re.findall(r"CU_FAST_KERNEL\([^)]*\)\s*(\w+)\(", sources))
+    assert written == {name.split("<")[0] for name in SHIPPED}, "make machine-code writes tests/machine_code.csv"
 
 
 def test_every_kernel_that_ships_has_run():

@@ -1,4 +1,4 @@
-"""The Triton kernels as machine code, without a GPU: python tests/triton_compiled.py sm_90 [every]
+"""The Triton kernels as machine code, without a GPU: python tests/kernels/triton_kernels/triton_compiled.py sm_90 [every]
 
 Runs the host functions for an architecture with launches written down instead of made, compiles what they would have
 started, and prints a line of JSON for each kernel. Without "every": one launch of each kernel that matters most.
@@ -6,6 +6,7 @@ started, and prints a line of JSON for each kernel. Without "every": one launch 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -21,7 +22,7 @@ from calls import call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cu_fast.kernels.triton import codebook_quantize, gather_dot, launch, masked_decode, sae_encode, scatter_sum
+from cu_fast.kernels.triton import HOME, gather_dot, launch, scatter_sum
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -63,8 +64,8 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         )
 
     launch.arch_of, launch.multiprocessors_of = (lambda device: arch), (lambda device: 132)
-    for module in (codebook_quantize, sae_encode, masked_decode, gather_dot, scatter_sum):
-        module.start = start
+    for name in {*HOME.values(), "gather_dot", "scatter_sum"}:
+        importlib.import_module(f"cu_fast.kernels.triton.{name}").start = start
     for T, E, C, k, dtype, scan, rich in EVERY if every else MAIN:
         launch.TUNING = launch.Tuning(scan_start=-1 if scan else 1e9)
         z, codes = torch.empty(T, E, dtype=dtype), torch.empty(C, E, dtype=dtype)

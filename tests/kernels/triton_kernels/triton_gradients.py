@@ -1,4 +1,4 @@
-"""The gradients of training as Triton kernels, as triton_interpreted.py has the operators: TRITON_INTERPRET=1 python tests/triton_gradients.py"""
+"""The gradients of training as Triton kernels, as triton_interpreted.py has the operators: TRITON_INTERPRET=1 python tests/kernels/triton_kernels/triton_gradients.py"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, against the reference: TRITON_INTERPRET=1 python tests/triton_interpreted.py
+"""The Triton kernels under Triton's interpreter, against the reference: TRITON_INTERPRET=1 python tests/kernels/triton_kernels/triton_interpreted.py
 
 Without TRITON_INTERPRET on a GPU. Prints a line of JSON for each case of CASES. In a process of its own: the interpreter
 cannot be left again, nor what a kernel did to a GPU's context.

@@ -1,6 +1,6 @@
 """torch.ops.cu_fast_triton under Triton's interpreter: what torch.library and torch.compile ask of operators.
 
-Prints a line of JSON for each case of CASES, as triton_interpreted.py does: TRITON_INTERPRET=1 python tests/triton_operators.py
+Prints a line of JSON for each case of CASES, as triton_interpreted.py does: TRITON_INTERPRET=1 python tests/kernels/triton_kernels/triton_operators.py
 """
 
 from __future__ import annotations
