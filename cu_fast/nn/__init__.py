@@ -1,6 +1,8 @@
 """Modules: SparseAutoencoder, Codebook, and the CodebookBottleneck that CodeUnlearn puts into a model."""
 
-from cu_fast.nn.bottleneck import Codebook, CodebookBottleneck, SparseAutoencoder
+from cu_fast.nn.autoencoder import SparseAutoencoder
+from cu_fast.nn.bottleneck import CodebookBottleneck
+from cu_fast.nn.codebook import Codebook
 from cu_fast.nn.config import BottleneckConfig
 
 __all__ = ["BottleneckConfig", "Codebook", "CodebookBottleneck", "SparseAutoencoder"]

@@ -1,4 +1,4 @@
-"""Modules: SparseAutoencoder, Codebook, and the CodebookBottleneck that CodeUnlearn puts into a model.
+"""CodebookBottleneck: what CodeUnlearn puts into a model, a SparseAutoencoder with a Codebook in its middle.
 
     x [..., D] -> z = act((x / rms - b_pre) W_enc^T + b_enc) [T, E]
                -> the k codes most similar to z
@@ -18,12 +18,12 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cu_fast import ops
 from cu_fast.kernels import reference
-from cu_fast.nn.autograd import gather_dot
+from cu_fast.nn.autoencoder import SparseAutoencoder
+from cu_fast.nn.codebook import Codebook
 from cu_fast.nn.config import BottleneckConfig
 from cu_fast.nn.training import TrainingPath
 
@@ -32,135 +32,6 @@ from cu_fast.nn.training import TrainingPath
 FOLD_LIMIT_BYTES = 2**30
 SAMPLE = 509  # elements of a parameter that refresh() compares; a prime, so that they lie in different columns
 FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
-
-
-class SparseAutoencoder(nn.Module):
-    """Encoder and decoder of the bottleneck: one linear layer each way (arXiv 2410.10866; ReLU by default).
-
-    Starts at the identity where code_dim equals d_model, else at a random orthogonal map and its transpose, so
-    that an untrained bottleneck keeps as much of x as it can.
-
-    Args:
-        d_model: D.
-        code_dim: E.
-        activation: of the encoder: "relu" or "none".
-    """
-
-    def __init__(self, d_model: int, code_dim: int, activation: ops.Activation = "relu") -> None:
-        super().__init__()
-        self.activation = activation
-        self.W_enc = nn.Parameter(torch.empty(code_dim, d_model))
-        self.b_enc = nn.Parameter(torch.zeros(code_dim))
-        self.b_pre = nn.Parameter(torch.zeros(d_model))
-        self.W_dec = nn.Parameter(torch.empty(d_model, code_dim))
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
-        with torch.no_grad():
-            if code_dim == d_model:
-                nn.init.eye_(self.W_enc)
-            else:
-                nn.init.orthogonal_(self.W_enc)
-            self.W_dec.copy_(self.W_enc.T)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """x [..., D] -> z [..., E], differentiable. Evaluation goes through ops.sae_encode instead."""
-        z = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
-        return torch.relu(z) if self.activation == "relu" else z
-
-    def decode(self, q: Tensor) -> Tensor:
-        """q [..., E] -> [..., D], differentiable."""
-        return F.linear(q, self.W_dec, self.b_dec)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] -> (reconstruction [..., D], z [..., E]), differentiable."""
-        z = self.encode(x)
-        return self.decode(z), z
-
-
-class Codebook(nn.Module):
-    """C codes of width E and the statistics of their use.
-
-    Args:
-        num_codes: C.
-        code_dim: E.
-        similarity: "cosine", "dot" or "l2".
-
-    Attributes:
-        codes: parameter [C, E].
-        counts: int64 [C], how often each code was kept in training since ``reset_usage()``.
-    """
-
-    def __init__(self, num_codes: int, code_dim: int, similarity: ops.Similarity = "cosine") -> None:
-        super().__init__()
-        self.similarity = similarity
-        self.codes = nn.Parameter(torch.randn(num_codes, code_dim) / code_dim**0.5)
-        self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
-
-    def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
-        """The codes as the operators take them; shares their memory. ``scan``: as for ``ops.pack_codes``."""
-        return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
-
-    def similarities(self, z: Tensor, ids: Tensor, impl: ops.Impl = "auto") -> Tensor:
-        """Scores of given codes, differentiable in z and the codes.
-
-        Args:
-            z: [T, E].
-            ids: int32 or int64 [T, k], -1 <= id < C.
-            impl: "auto", "reference", "cpu", "cuda" or "triton".
-
-        Returns:
-            [T, k] in the dtype of the codes; 0 for id -1.
-        """
-        scores = gather_dot(ids, z, self.codes, impl)
-        if self.similarity == "dot":
-            return scores
-        norms = gather_dot(ids, z.new_ones(len(z), 1), self.codes.norm(dim=-1, keepdim=True), impl)
-        return scores / norms.clamp(min=1e-12) if self.similarity == "cosine" else scores - 0.5 * norms.square()
-
-    def usage(self) -> dict[str, float]:
-        """How the codes were used in training since ``reset_usage()``.
-
-        Returns:
-            used: share of the codes that were kept at least once.
-            dead: number of codes that were never kept.
-            entropy: of the codes' frequencies, in nats.
-            perplexity: exp(entropy), the effective number of codes.
-        """
-        frequency = self.counts.double() / self.counts.sum().clamp(min=1)
-        entropy = float(torch.special.entr(frequency).sum())
-        used = int((self.counts > 0).sum())
-        return {
-            "used": used / self.counts.numel(),
-            "dead": self.counts.numel() - used,
-            "entropy": entropy,
-            "perplexity": float(torch.tensor(entropy).exp()),
-        }
-
-    def reset_usage(self) -> None:
-        """Set ``counts`` to 0, in place."""
-        self.counts.zero_()
-
-    @torch.no_grad()
-    def reseed_dead(self, z: Tensor, generator: torch.Generator | None = None) -> int:
-        """Move every code not kept since ``reset_usage()`` onto a random row of z.
-
-        A moved code gets the mean norm of the codes in use, so that a dot product selects it neither never nor always.
-
-        Args:
-            z: [T, E].
-            generator: on the CPU, for the draws; None = torch's global one.
-
-        Returns:
-            How many codes were moved.
-        """
-        dead = (self.counts == 0).nonzero()[:, 0]
-        if len(dead) == 0 or len(z) == 0:
-            return 0
-        rows = torch.randint(len(z), (len(dead),), generator=generator)
-        fresh = F.normalize(z[rows.to(z.device)].float(), dim=-1)
-        alive = self.codes[self.counts > 0]
-        norm = alive.float().norm(dim=-1).mean() if len(alive) else self.codes.float().norm(dim=-1).mean()
-        self.codes[dead] = (fresh * norm).to(self.codes.dtype)
-        return len(dead)
 
 
 class CodebookBottleneck(TrainingPath):

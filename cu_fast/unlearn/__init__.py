@@ -1,10 +1,9 @@
-"""Which codes belong to a topic (find), how strong a deletion may be (strength), for which prompts it holds (gate)."""
+"""Which codes belong to a topic (count, find), how strong a deletion may be (strength), for which prompts it holds (gate)."""
 
+from cu_fast.unlearn.count import CodeCounts, count_codes
 from cu_fast.unlearn.find import (
-    CodeCounts,
     CodeEvidence,
     Finding,
-    count_codes,
     enrichment,
     find_mask,
     p_values,

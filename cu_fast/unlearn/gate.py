@@ -25,7 +25,7 @@ from torch import Tensor
 from cu_fast.kernels import reference
 from cu_fast.masks import Mask
 from cu_fast.ops.checks import check_choice
-from cu_fast.unlearn.find import reader_of
+from cu_fast.unlearn.count import reader_of
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer

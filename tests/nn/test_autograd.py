@@ -253,7 +253,7 @@ def test_the_bottlenecks_gradient_is_what_torch_would_find(name, settings, monke
     x, upstream = 3 * torch.randn(40, 24), torch.randn(40, 24)
     got = step(made_by(name, **settings), x, upstream)
     monkeypatch.setattr(training, "gather_sum", plain_sum)
-    monkeypatch.setattr("cu_fast.nn.bottleneck.gather_dot", plain_dot)
+    monkeypatch.setattr("cu_fast.nn.codebook.gather_dot", plain_dot)
     alike(got, step(made_by(name, **settings), x, upstream), rtol=1e-4, atol=1e-5)
 
 
@@ -341,7 +341,7 @@ def test_a_loss_curve_is_the_references(name, monkeypatch):
     ours = [curve(name, seed, "cpu") for seed in (0, 1)]
     assert torch.equal(curve(name, 0, "reference"), ours[0])  # the same codes and sums, bit for bit; one gradient
     monkeypatch.setattr(training, "gather_sum", plain_sum)
-    monkeypatch.setattr("cu_fast.nn.bottleneck.gather_dot", plain_dot)
+    monkeypatch.setattr("cu_fast.nn.codebook.gather_dot", plain_dot)
     spread = (ours[0] - ours[1]).abs().max()
     assert (curve(name, 0) - ours[0]).abs().max() < 0.1 * spread and ours[0][-1] < ours[0][0]
 
