@@ -23,7 +23,7 @@ _HOME = {
     "topics_of": "unlearn",
     "within_loss": "unlearn",
 }
-_MODULES = ("bench", "evaluate", "hf", "masks", "nn", "ops", "train", "unlearn")
+_MODULES = ("bench", "evaluate", "hf", "masks", "nn", "ops", "sae", "train", "unlearn")
 __all__ = sorted(_HOME)
 
 

@@ -18,6 +18,7 @@ ROOMS = [
     "masks",
     "ops",
     "nn",
+    "sae",
     "hf",
     "rows",
     "evaluate",

@@ -1,0 +1,116 @@
+"""What a released autoencoder computes here is what its own library computes: the same latents fire, to fp32's accuracy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from releases import RELEASES, C, D, K, gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify, write
+
+from cu_fast import ops
+from cu_fast.sae import FAMILIES, load_sae
+from cu_fast.sae.released import entries, names_in
+
+EPS = 2.0**-24  # half a step of fp32, relative: what one rounding may change
+
+
+def tokens(d: int, T: int = 60) -> torch.Tensor:
+    """Tokens with a mean and with lengths of their own, so that a missing token scale shows."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(T, d, generator=generator) * torch.linspace(0.5, 4, T)[:, None] + 0.4
+
+
+def compare(release, sae) -> None:
+    """The same latents fire; activations and what they write agree within the roundings of fp32.
+
+    Of a dot product of D terms, at most D + 8: each term and sum, and w, rho, b and the two results. The sizes are those
+    of the terms, and an activation that is off by ``wrong`` writes that much times |v|.
+    """
+    x = tokens(sae.d_in)
+    a = sae.activations(x)
+    truth = release.encode(x.double())
+    assert torch.equal(a > 0, truth > 0)
+    fire = int((truth > 0).sum())
+    assert 0.02 * truth.numel() < fire < 0.9 * truth.numel(), "the fixture says nothing where all or none fires"
+    rho, sigma = (1.0, 1.0) if sae.scale == "none" else (scale.double() for scale in sae._token_scales(x))
+    enc, bias, dec = sae.enc.double().abs(), sae.bias.double().abs(), sae.dec.double().abs()
+    wrong = (sae.d_in + 8) * EPS * (rho * (x.double().abs() @ enc.T) + bias)
+    assert ((a.double() - truth).abs() <= wrong).all()
+    assert wrong.max() < 1e-3, "a bound that passes everything tests nothing"
+
+    written = release.decode(truth, x.double()) - release.decode(torch.zeros_like(truth), x.double())
+    bound = sigma * (((wrong * (truth > 0)) + (sae.num_latents + 8) * EPS * truth) @ dec)
+    got = sae.decode(a, None if sae.scale == "none" else x).double()
+    assert ((got - written).abs() <= bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_it_computes_what_its_library_computes(name, tmp_path):
+    family, make = RELEASES[name]
+    release = make(tmp_path)
+    sae = load_sae(release.folder)
+    assert (sae.family, sae.num_latents, sae.d_in) == (family, C, D)
+    compare(release, sae)
+
+
+@pytest.mark.parametrize("make", [gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify])
+def test_orientation_is_the_familys_where_shapes_do_not_tell(make, tmp_path):
+    release = make(tmp_path, d=32, c=32)
+    compare(release, load_sae(release.folder))
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_one_family_recognises_it(name, tmp_path):
+    family, make = RELEASES[name]
+    folder = make(tmp_path).folder
+    files = names_in(folder)
+    keys = {file: set(entries(folder / file)) for file in files if not file.endswith(".json")}
+    assert len(keys) == 1
+    assert [known.NAME for known in FAMILIES if known.recognises(files, keys)] == [family]
+
+
+def test_every_family_has_a_release_here():
+    assert {family for family, _ in RELEASES.values()} == {family.NAME for family in FAMILIES}
+
+
+def test_what_a_release_says_is_kept(tmp_path):
+    sae = load_sae(gemma_scope(tmp_path).folder)
+    assert (sae.site, sae.provenance.l0, sae.provenance.dtype) == ("gemma-scope-2b-pt-res/layer_3", 71, "F32")
+    cache = tmp_path / "models--google--gemma-scope-2b-pt-res" / "snapshots" / "0a1b"
+    cache.mkdir(parents=True)
+    (cache / "layer_3").symlink_to(tmp_path / "gemma-scope-2b-pt-res" / "layer_3")
+    linked = load_sae(cache / "layer_3" / "width_16k" / "average_l0_71")
+    assert (linked.site, linked.sha256()) == (sae.site, sae.sha256())
+
+    sae = load_sae(gemma_scope_2(tmp_path / "a").folder)
+    assert (sae.site, sae.site_out, sae.provenance.model) == ("model.layers.5.output", None, "gemma-v3-270m")
+    sae = load_sae(gemma_scope_2(tmp_path / "b", d_out=20).folder)
+    assert (sae.site, sae.site_out) == ("model.layers.5.pre_feedforward_layernorm.output", "model.layers.5.output")
+    assert load_sae(gemma_scope_2(tmp_path / "c", config=False).folder).site is None
+
+    sae = load_sae(sparsify(tmp_path, dtype=torch.bfloat16).folder)
+    assert (sae.site, sae.k, sae.provenance.l0, sae.provenance.dtype) == ("layers.3.mlp", K, K, "BF16")
+    sae = load_sae(sparsify(tmp_path, c=2 * D, num_latents=0, expansion_factor=2).folder)
+    assert sae.num_latents == 2 * D
+
+    sae = load_sae(sae_lens(tmp_path).folder)
+    assert (sae.site, sae.provenance.l0, sae.provenance.model) == ("blocks.8.hook_resid_post", None, "gpt2-small")
+    old = sae_lens(tmp_path, metadata={}, hook_point="blocks.8.hook_resid_post", architecture="jumprelu")
+    assert load_sae(old.folder).site == "blocks.8.hook_resid_post"
+
+
+def test_files_beside_it_do_not_matter(tmp_path):
+    folder = sae_lens(tmp_path).folder
+    before = load_sae(folder).sha256()
+    write(folder / "sparsity.safetensors", {"sparsity": torch.zeros(C)})
+    write(folder / "optimizer" / "state.safetensors", {"W_enc": torch.zeros(3)})
+    (folder / "README.md").write_text("of the release")
+    (folder / "training_state.pt").write_bytes(b"never opened")
+    assert load_sae(folder).sha256() == before
+
+
+def test_a_topk_is_the_fused_selection(tmp_path):
+    sae = load_sae(sparsify(tmp_path).folder)
+    x = tokens(D)
+    selection = ops.sae_encode(x, sae.enc, sae.bias, k=K)
+    dense = torch.zeros(len(x), C).scatter(1, selection.ids.long(), selection.scores)
+    assert torch.equal(sae.activations(x), dense)
