@@ -1,4 +1,4 @@
-"""Installs the wheel that `make wheel` made into a new environment, away from the sources, and checks it there.
+"""Installs the wheel that `make wheel` made into a new environment, away from the sources, and tests it there.
 
     python tests/wheel_check.py torch==2.13.0
 
@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[1]
 MOST = 60 * 2**20  # bytes
 # What `import cu_fast` and its operators need; all of transformers is not.
 NEEDED = ["numpy"]
+TESTS = [
+    ROOT / f"tests/kernels/test_{name}.py"
+    for name in ("codebook_quantize", "sae_encode", "masked_decode", "codebook_bottleneck")
+]
 
 # Run by the new environment's Python: what a user sees, line by line.
 INSIDE = """
@@ -82,6 +86,12 @@ def check_installed(wheel: Path, torch: str, folder: Path) -> tuple[Path, str]:
     check(done.returncode == 0, f"the installed package does not work:\n{done.stdout}{done.stderr}")
     simd, built, failure = done.stdout.splitlines()
     print(f"CPU kernels: {simd}\nCUDA kernels for: {built or 'none'}\nCUDA kernels here: {failure}")
+    subprocess.run([*pip, "pytest", "hypothesis"], cwd=folder, check=True)
+    # Without conftest.py, which needs transformers. From here the sources are not on the path.
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-c", ROOT / "pyproject.toml"]
+    done = subprocess.run([*pytest, *TESTS], cwd=folder, env=environment, capture_output=True, text=True)
+    check(done.returncode == 0, f"the operators' tests fail on the installed package:\n{done.stdout[-6000:]}")
+    print(f"the operators' tests on it: {done.stdout.splitlines()[-1]}")
     (library,) = folder.glob("venv/lib/python*/site-packages/cu_fast/_C.abi3.so")
     return library, built
 
