@@ -302,6 +302,7 @@ class Attachment:
 
     @mask_mode.setter
     def mask_mode(self, mode: MaskMode) -> None:
+        self._check_usable()
         check_choice("mask_mode", mode, MASK_MODES)
         self._active.check_idle("mask_mode cannot change")
         for bottleneck in self.bottlenecks.values():
@@ -337,6 +338,7 @@ class Attachment:
 
     def reset_report(self) -> None:
         """Set the counts of :meth:`report` to 0."""
+        self._check_usable()
         for bottleneck in self.bottlenecks.values():
             bottleneck.reset_receipt()
 
@@ -346,6 +348,7 @@ class Attachment:
         Raises:
             RuntimeError: no training forward has run.
         """
+        self._check_usable()
         losses = [bottleneck.auxiliary_loss() for bottleneck in self.bottlenecks.values()]
         return sum(loss.to(losses[0].device) for loss in losses)
 

@@ -59,11 +59,13 @@ def check_vector(name: str, tensor: Tensor | None, size: int, letter: str, devic
         device: of the other arguments.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: no tensor, or another dtype.
         ValueError: another shape or device.
     """
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor, or None")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} is {tensor.dtype}; it should be float32, bfloat16 or float16")
     if tuple(tensor.shape) != (size,):
@@ -97,7 +99,7 @@ def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device:
         device: of the other arguments.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: no tensor, or another dtype.
         ValueError: another shape or device, only one of the two, or, on a CPU, a row beyond the table.
     """
     if table is None and row is None:
@@ -107,6 +109,8 @@ def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device:
         raise ValueError(f"{missing} is None; mask_table and mask_row come together")
     words = (C + 31) // 32
     for name, tensor in (("mask_table", table), ("mask_row", row)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor, or None")
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name} is {tensor.dtype}; it should be int32")
         if tensor.device != device:

@@ -267,7 +267,8 @@ def test_no_use_after_detach(attachment, given, tmp_path):
         attachment.detach, attachment.report, lambda: attachment.unlearn("a").__enter__(),
         lambda: attachment.observe(print).__enter__(), lambda: attachment.save(tmp_path / "x"),
         lambda: attachment.add_mask(mask, "x"), lambda: attachment.load_mask(tmp_path),
-        lambda: attachment.remove_mask("a"),
+        lambda: attachment.remove_mask("a"), attachment.reset_report, attachment.auxiliary_loss,
+        lambda: setattr(attachment, "mask_mode", "ablate"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"the attachment was detached; attach\(\) again"):
             use()

@@ -157,6 +157,7 @@ packed_64 = ops.pack_codes(torch.ones(64, 8))
         (dict(mask_table=None), ValueError, ["mask_table is None"]),
         (dict(mask_table=torch.zeros(1, 3, dtype=torch.int32)), ValueError, ["mask_table", "2]"]),
         (dict(mask_table=torch.zeros(1, 2, dtype=torch.int64)), TypeError, ["mask_table", "int64"]),
+        (dict(mask_table=[[0, 0]]), TypeError, ["mask_table is list"]),
         (dict(mask_row=torch.zeros(3, dtype=torch.int32)), ValueError, ["mask_row", "[2]"]),
         (dict(mask_row=torch.tensor([0, 1], dtype=torch.int32)), ValueError, ["mask_row holds 1"]),
         (dict(mask_row=torch.tensor([-2, 0], dtype=torch.int32)), ValueError, ["mask_row holds -2"]),

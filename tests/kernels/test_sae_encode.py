@@ -101,6 +101,7 @@ def test_a_faulty_row_is_nan_even_where_relu_would_hide_it(impl):
         (dict(W_enc=torch.ones(8)), ValueError, ["W_enc", "two dimensions"]),
         (dict(b_enc=torch.ones(3)), ValueError, ["b_enc", "[16]"]),
         (dict(b_pre=torch.ones(8).int()), TypeError, ["b_pre", "int32"]),
+        (dict(b_pre=[0.0] * 8), TypeError, ["b_pre is list"]),
         (dict(activation="gelu"), ValueError, ["activation", "gelu"]),
         (dict(k=17), ValueError, ["k is 17", "16"]),
         (dict(mask_row=torch.zeros(2, dtype=torch.int32)), ValueError, ["need k"]),
