@@ -142,7 +142,7 @@ def _read_npz(path: Path, found: Mapping[str, Entry]) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: torch.from_numpy(archive[key]) for key in found}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a sound npz file ({error}); it may be truncated") from error
 
 

@@ -102,6 +102,18 @@ def test_an_npz_whose_bits_changed(tmp_path):
     refused(path.parent, str(path), "is not a sound npz file", "CRC")
 
 
+def test_an_npz_exchanged_between_its_headers_and_its_weights(tmp_path, monkeypatch):
+    path = file_of(gemma_scope(tmp_path).folder)
+    load = np.load
+
+    def exchanged(*arguments, **options):
+        np.savez(path, W_enc=np.zeros((2, 2), np.float32))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", exchanged)
+    refused(path.parent, str(path), "is not a sound npz file", "is not a file in the archive")
+
+
 def test_an_npz_that_claims_more_than_it_holds(tmp_path):
     path = file_of(gemma_scope(tmp_path).folder)
     with zipfile.ZipFile(path) as archive:
