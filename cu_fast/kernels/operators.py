@@ -77,6 +77,11 @@ def _scan_plane(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     return plane, _fp32(a.codes, groups, 196), _fp32(a.codes, E)
 
 
+def _deletion(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    T, kept = a.x.shape[0], a.x if a.residual is None else a.residual
+    return kept.new_empty(kept.shape), _int32(a.x, T), _fp32(a.x, T)
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
@@ -89,6 +94,7 @@ OPERATORS = {
             lambda a: a.table.new_empty((a.x.shape[0], a.table.shape[1])),
             writes=("receipt",),
         ),
+        Operator("delete_latents", _deletion),
         Operator("pack_scan", _scan_plane),
     )
 }

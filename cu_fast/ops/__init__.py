@@ -3,6 +3,7 @@
     sae_encode         z   = act((x - b_pre) W_enc^T + b_enc)               x [T, D] -> z [T, E]
     codebook_quantize  ids = the k best codes by score(z, j), not deleted    z [T, E] -> scores, ids [T, k]
     masked_decode      y   = reduce_i(w_i table[ids_i]) + bias + residual    ids [T, k] -> y [T, D]
+    delete_latents     y   = x + sigma sum_i (new_i - a_i) dec_i             x [T, D] -> y [T, D]
 
 T tokens, D model width, E code width, C codes, k codes kept per token, U masks in a table. Scores are defined
 numbers and selection is a total order (score descending, then id ascending), so every implementation returns
@@ -40,6 +41,14 @@ from cu_fast.ops.checks import (
     shape,
 )
 from cu_fast.ops.choice import Impl, available_impls, choose, resolve
+from cu_fast.ops.latents import (
+    Deletion,
+    LatentKind,
+    LatentMasks,
+    Latents,
+    TokenScale,
+    delete_latents,
+)
 from cu_fast.ops.packing import (
     SIMILARITIES,
     PackedCodes,
@@ -58,7 +67,11 @@ __all__ = [
     "SIMILARITIES",
     "WEIGHTS",
     "Activation",
+    "Deletion",
     "Impl",
+    "LatentKind",
+    "LatentMasks",
+    "Latents",
     "MaskMode",
     "PackedCodes",
     "Reduce",
@@ -66,11 +79,13 @@ __all__ = [
     "ScanPlane",
     "Selection",
     "Similarity",
+    "TokenScale",
     "Weight",
     "available_impls",
     "choose_scan",
     "codebook_bottleneck",
     "codebook_quantize",
+    "delete_latents",
     "masked_decode",
     "pack_codes",
     "resolve",

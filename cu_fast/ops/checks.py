@@ -108,18 +108,33 @@ def check_mask(table: Tensor | None, row: Tensor | None, T: int, C: int, device:
         missing = "mask_table" if table is None else "mask_row"
         raise ValueError(f"{missing} is None; mask_table and mask_row come together")
     words = (C + 31) // 32
-    for name, tensor in (("mask_table", table), ("mask_row", row)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}; it should be a tensor, or None")
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} is {tensor.dtype}; it should be int32")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; it should be on {device} like the others")
+    if not isinstance(table, Tensor):
+        raise TypeError(f"mask_table is {type(table).__name__}; it should be a tensor, or None")
+    if table.dtype != torch.int32:
+        raise TypeError(f"mask_table is {table.dtype}; it should be int32")
+    if table.device != device:
+        raise ValueError(f"mask_table is on {table.device}; it should be on {device} like the others")
     if table.dim() != 2 or table.shape[1] != words:
         raise ValueError(f"mask_table has shape {shape(table)}; it should be [U, {words}], a bit for each of {C} codes")
+    check_row(row, T, table.shape[0], device)
+
+
+def check_row(row: Tensor, T: int, U: int, device: torch.device) -> None:
+    """Raises for anything but a mask_row, int32 [T], of a table of U masks; on a CPU also for a row beyond the table.
+
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: another shape, device or value.
+    """
+    if not isinstance(row, Tensor):
+        raise TypeError(f"mask_row is {type(row).__name__}; it should be a tensor, or None")
+    if row.dtype != torch.int32:
+        raise TypeError(f"mask_row is {row.dtype}; it should be int32")
+    if row.device != device:
+        raise ValueError(f"mask_row is on {row.device}; it should be on {device} like the others")
     if tuple(row.shape) != (T,):
         raise ValueError(f"mask_row has shape {shape(row)}; it should be [{T}], a row of the table per token")
-    check_values("mask_row", row, table.shape[0])
+    check_values("mask_row", row, U)
 
 
 def check_values(name: str, tensor: Tensor, limit: int) -> None:

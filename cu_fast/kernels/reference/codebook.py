@@ -1,65 +1,15 @@
-"""The operators in plain PyTorch: the specification, the fallback, and the oracle of every test.
-
-Written to be read next to the operator contract in ``docs/contract.md``, not to be fast. It runs on any device,
-and like every implementation it never builds the [T, C] matrix: codes are visited in tiles, and a list of the best k is
-kept. Signatures are the operators' schemas (``operators.py``), so the int8 plane that kernels scan is an argument here
-too, and ignored.
-
-T tokens, D model width, E code width, C codes, k codes kept per token, U masks in a table.
-
-Unlike the native kernels, PyTorch follows the process's denormal setting: under ``torch.set_flush_denormal(True)`` tiny
-products differ here.
-"""
+"""Encode, selection and decode: section 1 of the contract."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-LANES = 16  # partial sums of the canonical dot product
+from cu_fast.kernels.reference.canonical import canonical_dot
+
 BLOCK_C = 1024  # codes per tile
-PACK_CODES = 4096  # codes that pack_scan widens at a time
-NORM_CODES = 512  # codes that squared_norm reads at a time on a CPU
 NO_SCAN = (None, None, None)
 BLOCK_T = 64  # tokens per tile: bounds the memory of a tile at BLOCK_T * BLOCK_C * LANES floats
-
-
-def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product over the last dimension as a defined fp32 number.
-
-    16 partial sums, then a tree; multiply, then add, never fused.
-
-    Args:
-        a: [..., E], widened to fp32.
-        b: [..., E], widened to fp32; the leading dimensions of a and b broadcast.
-
-    Returns:
-        fp32 [...].
-    """
-    a, b = a.float(), b.float()
-    if pad := -a.shape[-1] % LANES:
-        a, b = torch.nn.functional.pad(a, (0, pad)), torch.nn.functional.pad(b, (0, pad))
-    partial = torch.zeros_like(a[..., :LANES] * b[..., :LANES])
-    for e in range(0, a.shape[-1], LANES):
-        partial += a[..., e : e + LANES] * b[..., e : e + LANES]
-    width = LANES
-    while width > 1:
-        width //= 2
-        partial = partial[..., :width] + partial[..., width : 2 * width]
-    return partial[..., 0]
-
-
-def squared_norm(codes: Tensor) -> Tensor:
-    """canonical(c, c): codes [C, E] -> fp32 [C]. On a CPU NORM_CODES at a time, so that they stay in its cache."""
-    at_once = codes.device.type != "cpu" or torch.compiler.is_compiling()
-    chunk = len(codes) if at_once else NORM_CODES
-    return torch.cat([canonical_dot(some, some) for some in codes.split(chunk)])
-
-
-def inverse_norm(codes: Tensor) -> Tensor:
-    """1 / sqrt(canonical(c, c)), each step rounded to fp32; 0 for a zero code. codes [C, E] -> fp32 [C]."""
-    squared = squared_norm(codes)
-    return torch.where(squared == 0, 0.0, 1.0 / torch.sqrt(squared))
 
 
 def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
@@ -164,60 +114,6 @@ def codebook_quantize(
     ]
     scores, ids, hits = (torch.cat(parts) for parts in zip(*tiles))
     return scores, ids, hits if return_hits else hits[:0]
-
-
-def pack_scan(codes: Tensor, inv_norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as the int8 plane of the certified scan, with the terms of its error: ``csrc/core/scan.h``.
-
-    Norms are computed in fp64 and rounded up. The host never waits for the device.
-
-    Args:
-        codes: [C, E].
-        inv_norm: fp32 [C], or None = 1.
-
-    Returns:
-        plane uint8 [ceil(C/64), ceil(E/4), 64, 4], terms fp32 [ceil(C/64), 196] and mean fp32 [E] (0 = not centred).
-    """
-    C, E = codes.shape
-    inv = torch.ones(C, device=codes.device) if inv_norm is None else inv_norm
-    inv = inv.double()
-    chunks = range(0, C, PACK_CODES)
-    norm = torch.cat([codes[c : c + PACK_CODES].double().norm(dim=1) for c in chunks])
-
-    def in_range(x: Tensor) -> Tensor:
-        return (x == 0) | ((x >= 2.0**-40) & (x <= 2.0**40))
-
-    certified = in_range(norm) & in_range(norm * inv.abs()) & inv.isfinite()
-    total = sum(
-        torch.where(certified[c : c + PACK_CODES, None], codes[c : c + PACK_CODES].double(), 0.0).sum(0) for c in chunks
-    )
-    mean = (total / certified.sum()).float()
-    square = torch.where(certified, norm, 0.0).square().sum()
-    mean = torch.where(mean.double().square().sum() * certified.sum() > 0.1 * square, mean, 0.0)
-    mean_norm = mean.double().norm()
-    certified &= mean_norm * inv.abs() <= 2.0**40
-
-    G, width = (C + 63) // 64, (E + 3) // 4 * 4
-    plane = torch.full((G * 64, width), 128, dtype=torch.uint8, device=codes.device)
-    terms = torch.zeros(4, G * 64, dtype=torch.float32, device=codes.device)
-    for c in chunks:
-        some = slice(c, min(c + PACK_CODES, C))
-        use, abs_inv = certified[some], inv[some].abs()
-        d = torch.where(use[:, None], codes[some].double() - mean.double(), 0.0)
-        step = d.abs().amax(1) / 127
-        q = torch.where(step[:, None] > 0, (d / step[:, None]).round(), 0.0)
-        plane[some, :E] = (q + 128).to(torch.uint8)
-        size = q.norm(dim=1) * step
-        residual = (d - step[:, None] * q).norm(dim=1)
-        bounds = torch.stack([residual, size, norm[some] + mean_norm + 2 * size]) * abs_inv * (1 + 1e-9)
-        bounds = torch.nextafter(bounds.float(), bounds.new_tensor(torch.inf).float())
-        uncertified = bounds.new_tensor([torch.inf, 0.0, 0.0])[:, None]
-        terms[0, some] = torch.where(use, (inv[some] * step).float(), 0.0)
-        terms[1:, some] = torch.where(use, bounds, uncertified)
-    largest = terms.view(4, G, 64).abs().amax(2).T
-    terms = torch.cat([terms[:3].view(3, G, 64).transpose(0, 1).reshape(G, 192), largest], 1)
-    plane = plane.view(G, 64, width // 4, 4).transpose(1, 2).contiguous()
-    return plane, terms, mean
 
 
 def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
