@@ -11,13 +11,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "hf",
+    "attach_masks": "hf",
     "Attachment": "hf",
     "BottleneckConfig": "nn",
     "CodebookBottleneck": "nn",
     "Mask": "masks",
+    "SAE": "sae",
     "StaleCacheError": "hf",
     "find_mask": "unlearn",
     "level_for": "unlearn",
+    "load_sae": "sae",
     "load_model": "hf",
     "save_model": "hf",
     "topics_of": "unlearn",

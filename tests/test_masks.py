@@ -182,9 +182,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_table_is_written_in_place_and_grows():
     table = MaskTable(70, "cpu", rows=2)
     held = table.table
-    table.write(1, mask([3]).bits)
+    table.write(1, (mask([3]).bits,))
     assert held[1].tolist() == [8, 0, 0] and table.table is held
-    table.write(5, mask([33]).bits)
+    table.write(5, (mask([33]).bits,))
     assert table.table.shape[0] >= 6 and table.table[5].tolist() == [0, 2, 0] and table.table[1].tolist() == [8, 0, 0]
 
 

@@ -1,7 +1,7 @@
 """What is deleted now, in this thread: the run-time half of ``cu_fast.hf.attachment``. Knows tensors, not models.
 
 A context variable holds the request that ``attachment.unlearn`` made. A compiled model cannot read one, and must
-not bake its value in either, so everything that depends on it is reached through the four operators at the end of this
+not bake its value in either, so everything that depends on it is reached through the operators at the end of this
 file. They are opaque to the compiler, which is told that they write to one tensor: they run at every call, in order,
 and are never merged, dropped, folded into a constant or captured in a CUDA graph.
 """
@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cu_fast import ops
 from cu_fast.hf.topics import PACKED, Entry, Hold, Layer, Request, Topics, text_of
-from cu_fast.nn import CodebookBottleneck
+from cu_fast.nn import Splice
 
 Silent = Literal["refuse", "plain"]
 UNKNOWN = -1  # a forward's number of sequences, where its arguments do not tell
@@ -39,6 +40,8 @@ class _Thread(threading.local):
         batch: runner -> how many sequences it was given, or UNKNOWN; only of those that run now.
         hold: of the request that was looked up last, because kernels that read its rows may still run.
         unconfirmed: in generate, a step was begun, and its forward was not yet seen to run the swapped layers.
+        first: runner -> bool [B, S], which tokens are the first of their sequence; absent = none, or not known.
+        read: number of a layer -> what it read, where it changes another place, until that place is reached.
     """
 
     def __init__(self) -> None:
@@ -46,6 +49,8 @@ class _Thread(threading.local):
         self.batch: dict[int, int] = {}
         self.hold: Hold | None = None
         self.unconfirmed = False
+        self.first: dict[int, Tensor] = {}
+        self.read: dict[int, Tensor] = {}
 
 
 class Active:
@@ -70,7 +75,7 @@ class Active:
         self.silent = silent
         self.standing: Request | None = None
         self.request: ContextVar[Request | None] = ContextVar("cu_fast.request", default=None)
-        self.observer: ContextVar[Callable[[Tensor, CodebookBottleneck], None] | None] = ContextVar(
+        self.observer: ContextVar[Callable[[Tensor, Splice], None] | None] = ContextVar(
             "cu_fast.observer", default=None
         )
         self.expand: ContextVar[int] = ContextVar("cu_fast.expand", default=0)
@@ -150,6 +155,11 @@ class Active:
             )
         return request
 
+    def deletes(self) -> bool:
+        """Whether the request that holds in this context deletes something. Raises as :meth:`now`."""
+        request = self.now()
+        return request is not None and request.deletes
+
     def _could_be_missed(self) -> bool:
         """Whether a forward in silence may have been meant to delete: there is a mask that does not always hold."""
         if not self.topics.masks.keys() <= self.topics.always:
@@ -225,18 +235,23 @@ class Active:
             self._thread.unconfirmed = False
             self._check_ran(i for i, layer in enumerate(self.layers) if layer.in_decoder)
 
-    def enter(self, runner: int, batch: int) -> None:
+    def enter(self, runner: int, batch: int, first: Tensor | None = None) -> None:
         """A runner's forward starts.
 
         Args:
             runner: its number.
             batch: how many sequences it was given, or UNKNOWN.
+            first: bool [B, S], the tokens that masks leave alone where a layer skips the first; None = there are none.
 
         Raises:
             RuntimeError: as :meth:`now`.
         """
         request = self.now()
         self._thread.batch[runner] = batch
+        self._thread.first.pop(runner, None)
+        if first is not None:
+            self._thread.first[runner] = first
+        self._thread.read.clear()
         if request is not None and request.deletes:
             self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
 
@@ -244,6 +259,7 @@ class Active:
         """A runner's forward has ended. Raises RuntimeError where masks hold and one of its layers did not run."""
         request = self.now()
         self._thread.batch.pop(runner, None)
+        self._thread.first.pop(runner, None)
         if request is not None and request.deletes:
             self._check_ran(i for i, layer in enumerate(self.layers) if layer.runner == runner)
 
@@ -254,7 +270,7 @@ class Active:
             )
 
     def mask_rows(self, x: Tensor, index: int) -> Tensor | None:
-        """The mask table's rows for a layer's output.
+        """The mask table's rows for what leaves the place that a layer changes.
 
         Args:
             x: [B, S, D], or another shape [..., D] where one row holds for all.
@@ -270,8 +286,8 @@ class Active:
         layer = self.layers[index]
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a swapped layer cannot be captured in a CUDA graph: its replay would not look masks up")
-        if observer := self.observer.get():
-            observer(x, layer.bottleneck)
+        if layer.reads == layer.writes:
+            self._observe(x, layer)
         request = self.now()
         batch = self._thread.batch.get(layer.runner)
         if not layer.batch_first and x.dim() == 3:
@@ -302,7 +318,46 @@ class Active:
         self._thread.ran.add(index)
         # The tokens of a sequence are adjacent, and so are its copies under beam search: repeating rows fits both.
         rows = request.rows_on(x.device)
-        return rows if len(rows) == tokens else rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
+        if len(rows) != tokens:
+            rows = rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
+        first = self._thread.first.get(layer.runner) if layer.skip_first else None
+        # Where it is not certain which tokens are the first, none is left alone.
+        if first is not None and first.shape == x.shape[:-1] and (len(set(first.shape)) > 1 or layer.batch_first):
+            rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
+        return rows
+
+    def _observe(self, x: Tensor, layer: Layer) -> None:
+        if observer := self.observer.get():
+            observer(x, layer.bottleneck)
+
+    def remember(self, x: Tensor, index: int) -> None:
+        """Keep what a layer reads until :meth:`delete`, which changes another place."""
+        self._observe(x, self.layers[index])
+        self._thread.read[index] = x
+
+    def delete(self, kept: Tensor, index: int) -> Tensor:
+        """What leaves the place that a layer with splice "delta" changes.
+
+        Args:
+            kept: [..., d_out], what would leave it.
+            index: of the layer.
+
+        Returns:
+            ``kept`` itself where nothing is deleted.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`mask_rows`; the place that is read was not passed in this forward.
+        """
+        layer = self.layers[index]
+        rows, elsewhere = self.mask_rows(kept, index), layer.reads != layer.writes
+        x = self._thread.read.pop(index, None) if elsewhere else kept
+        if rows is None:
+            return kept
+        if x is None or x.shape[:-1] != kept.shape[:-1]:
+            got = "nothing was read" if x is None else f"{list(x.shape)} was read for {list(kept.shape)}"
+            raise RuntimeError(f"layer {layer.name!r}: {got}; the place that is read should run before the other one")
+        tables = ops.LatentMasks(*layer.table.tensors)
+        return layer.bottleneck(x, tables, rows, **({"residual": kept} if elsewhere else {}))
 
     def _check_batch(self, x: Tensor, batch: int | None, entries: int, layer: Layer) -> None:
         expected = entries * (1 if layer.in_encoder else max(1, self.expand.get()))
@@ -402,10 +457,28 @@ def _(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
     return x.new_empty((x.numel() // x.shape[-1],), dtype=torch.int32)
 
 
+@_operator("delete")
+def delete(order: Tensor, kept: Tensor, handle: int, layer: int) -> Tensor:
+    """:meth:`Active.delete` of the layer with that number."""
+    y = _by_handle[handle].delete(kept, layer)
+    return y.clone() if y is kept else y
+
+
+@delete.register_fake
+def _(order: Tensor, kept: Tensor, handle: int, layer: int) -> Tensor:
+    return torch.empty_like(kept)
+
+
+@_operator("remember")
+def remember(order: Tensor, x: Tensor, handle: int, layer: int) -> None:
+    """:meth:`Active.remember` of the layer with that number; a copy, since the compiler may use the memory again."""
+    _by_handle[handle].remember(x.clone(), layer)
+
+
 @_operator("enter")
-def enter(order: Tensor, handle: int, runner: int, batch: int) -> None:
+def enter(order: Tensor, handle: int, runner: int, batch: int, first: Tensor | None) -> None:
     """:meth:`Active.enter`."""
-    _by_handle[handle].enter(runner, batch)
+    _by_handle[handle].enter(runner, batch, None if first is None else first.clone())
 
 
 @_operator("leave")
@@ -425,5 +498,6 @@ def _(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: in
     return torch.empty((), dtype=torch.int64)
 
 
-enter.register_fake(lambda order, handle, runner, batch: None)
+enter.register_fake(lambda order, handle, runner, batch, first: None)
+remember.register_fake(lambda order, x, handle, layer: None)
 leave.register_fake(lambda order, handle, runner: None)

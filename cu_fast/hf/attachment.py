@@ -1,20 +1,22 @@
-"""Attach bottlenecks to a live ``transformers`` model, and say which masks hold.
+"""Splices in a live ``transformers`` model, and which masks hold.
 
-    attachment = cu_fast.attach(model, path_or_configs)
+    attachment = cu_fast.attach(model, {"model.layers.8": sae})
     with attachment.unlearn("topic"):
         model.generate(...)
 
-A forward hook on each named layer replaces the hidden state that leaves the layer, after the residual connection. The
-bottleneck is a child module of the layer, so it moves, trains and is saved with the model. The model keeps its
-class, its parameters and their names, and ``detach()`` takes everything out again.
+A hook on each named layer changes the hidden state that leaves the layer, after the residual connection: through the
+layer's splice, which replaces it, or takes out of it what deleted codes wrote. The splice is a child module of the layer,
+so that a bottleneck moves, trains and is saved with the model. The model keeps its class, its parameters and their
+names, and ``detach()`` takes everything out again.
 
 Which masks hold is a context variable, so threads and tasks do not disturb one another. Once there is a mask, a
 forward raises where nothing was said in its context, or where masks cannot be applied: the model never quietly runs
 without a mask.
 
-The private halves, in reading order: ``topics`` (from names to rows of a mask table), ``active`` (what holds now, and
+The private halves, in reading order: ``attach`` (puts splices in), ``places`` (where), ``topics`` (from names to rows of a mask table), ``active`` (what holds now, and
 what a compiled model calls), ``context`` (the block that ``unlearn`` opens), ``hooks`` (what runs in a forward),
-``sites`` (what attaching needs to know of a model), ``batching`` (transformers' continuous batching), ``files`` (an
+``positions`` (the first tokens, which masks leave alone), ``sites`` (what attaching needs to know of a
+model), ``batching`` (transformers' continuous batching), ``files`` (an
 attachment on disk).
 """
 
@@ -23,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -34,107 +35,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cu_fast.hf import files
-from cu_fast.hf.active import Active, Silent, StaleCacheError
+from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
 from cu_fast.hf.context import Unlearning
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
-from cu_fast.hf.sites import device_of, hidden_size, is_in, model_type, part, prefixes, sequences, submodule
-from cu_fast.hf.topics import Entry, Layer, Topics, near
-from cu_fast.masks import Mask, MaskTable
-from cu_fast.nn import BottleneckConfig, CodebookBottleneck
-from cu_fast.ops import MASK_MODES, Impl, MaskMode
+from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
+from cu_fast.hf.places import near
+from cu_fast.hf.topics import Entry, Layer, Topics
+from cu_fast.masks import Mask
+from cu_fast.nn import Splice, SpliceKind
+from cu_fast.ops import MASK_MODES, MaskMode
 from cu_fast.ops.checks import check_choice
 
-__all__ = ["Attachment", "StaleCacheError", "attach"]
-
-# Models that keep their recurrent state in their own modules, where it cannot carry a stamp.
-KEEP_THEIR_STATE = ("recurrent_gemma",)
-
-
-def attach(
-    model: nn.Module,
-    source: str | Path | Mapping[str, BottleneckConfig],
-    *,
-    impl: Impl = "auto",
-    silent: Silent = "refuse",
-) -> Attachment:
-    """Put bottlenecks behind layers of a live model, in place.
-
-    Code that ``torch.compile`` made in this process before would not run them; it is compiled again at its next call.
-
-    Args:
-        model: a ``transformers`` model, dispatched over devices or not. Give the outermost model that is called: caches
-            and encoder outputs that are given to a model around it are not checked.
-        source: a folder written by :meth:`Attachment.save`, its masks included; or, for fresh bottlenecks, layer name
-            -> config, with names as in ``model.named_modules()``.
-        impl: of every operator: "auto", "reference", "cpu", "cuda" or "triton".
-        silent: what happens in a forward outside every :meth:`Attachment.unlearn`, once there is a mask that does not
-            always hold. "refuse" = it raises. "plain" = it deletes :attr:`Attachment.always` alone; work that is handed
-            to a thread then runs without its request's masks.
-
-    Returns:
-        The Attachment. Each bottleneck is on its layer's device, in its own dtype, in the model's mode. The
-        global random state is left as it was.
-
-    Raises:
-        ValueError: no such layer (near names are listed); a width that is not the model's; a model that already
-            has bottlenecks, or keeps its state where masks cannot be checked; a damaged folder, or one made for another
-            model.
-        TypeError: not a model, or one whose code is fixed (torch.jit, or the wrapper of torch.compile).
-        RuntimeError: ``impl`` cannot run here.
-        After an error the model is as before.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; it should be a transformers model")
-    check_choice("silent", silent, typing.get_args(Silent))
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("model is compiled; attach to the model itself, then call torch.compile")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError(
-            "model holds torch.jit code, which would not run bottlenecks; attach before scripting or tracing"
-        )
-    if model_type(model) in KEEP_THEIR_STATE:
-        raise ValueError(
-            f"a {model_type(model)} model keeps its recurrent state in its modules, where it cannot be told which masks "
-            f"it was computed under"
-        )
-    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
-        raise ValueError("model holds a batching manager; call destroy_cached_continuous_batching_manager() first")
-    taken = [name for name, module in model.named_modules() if CHILD in module._modules]
-    if taken:
-        raise ValueError(f"layers {taken} already have bottlenecks; detach() them, or name all layers in one call")
-    with torch.inference_mode(False):
-        bottlenecks, masks = _fresh(model, source) if isinstance(source, Mapping) else _load(model, Path(source))
-        for name, bottleneck in bottlenecks.items():
-            bottleneck.impl = impl
-            layer = model.get_submodule(name)
-            device = device_of(layer)
-            if device.type == "meta":
-                raise ValueError(f"layer {name!r} is on the meta device; load the model's weights first")
-            bottleneck.to(device).train(layer.training)
-            bottleneck.receipt()  # an impl that cannot run raises here, not in the first forward
-        attachment = Attachment(model, bottlenecks, silent)
-        for name, parts in masks.items():
-            attachment._topics.add(parts, name)
-    attachment._install()
-    return attachment
 
 
 class Attachment:
-    """The bottlenecks of one model, its masks, and what holds now. Made by :func:`attach`.
+    """The splices of one model, its masks, and what holds now. Made by :func:`cu_fast.attach`.
 
     Attributes:
         model: the model.
-        bottlenecks: layer name -> CodebookBottleneck; read-only.
+        bottlenecks: layer name -> its splice, a CodebookBottleneck or an SAESplice; read-only.
     """
 
-    def __init__(self, model: nn.Module, bottlenecks: Mapping[str, CodebookBottleneck], silent: Silent) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], silent: Silent) -> None:
         self.model = model
-        self.bottlenecks: Mapping[str, CodebookBottleneck] = MappingProxyType(dict(bottlenecks))
-        self._layers = [
-            Layer(name, b, MaskTable(b.config.num_codes, b.codebook.codes.device)) for name, b in bottlenecks.items()
-        ]
-        self._modules = [model.get_submodule(name) for name in bottlenecks]
+        self.bottlenecks: Mapping[str, Splice] = MappingProxyType({layer.name: layer.bottleneck for layer in layers})
+        self._layers = layers
+        self._modules = [model.get_submodule(layer.writes.module) for layer in layers]
         self._topics = Topics(self._layers)
         self._active = Active(self._layers, self._topics, silent)
         self._undo: list[Callable[[], None]] | None = None
@@ -267,12 +194,12 @@ class Attachment:
         if self.model.training or any(module.training for module in self._modules):
             raise RuntimeError("the model is in training mode; call model.eval() before unlearn()")
         for layer, module in zip(self._layers, self._modules):
-            if submodule(self.model, layer.name) is not module or CHILD not in module._modules:
+            if submodule(self.model, layer.writes.module) is not module or CHILD not in module._modules:
                 raise RuntimeError(f"layer {layer.name!r} was replaced since attach(); masks would not reach it")
 
     @contextlib.contextmanager
-    def observe(self, fn: Callable[[Tensor, CodebookBottleneck], None]) -> Iterator[Attachment]:
-        """Call a function with the output of every swapped layer, before its bottleneck, while the context is open.
+    def observe(self, fn: Callable[[Tensor, Splice], None]) -> Iterator[Attachment]:
+        """Call a function with what every splice reads, before anything is deleted there, while the context is open.
 
         In this thread (or task) only.
 
@@ -294,7 +221,7 @@ class Attachment:
         """What a mask does, "ablate" or "reselect"; "mixed" where layers differ. Set it for every layer at once.
 
         Raises:
-            ValueError: when set, another value.
+            ValueError: when set, another value, or "reselect" where a splice keeps the hidden state.
             RuntimeError: when set, masks hold in any thread, or a generate under masks has not ended.
         """
         modes = {bottleneck.mask_mode for bottleneck in self.bottlenecks.values()}
@@ -304,6 +231,8 @@ class Attachment:
     def mask_mode(self, mode: MaskMode) -> None:
         self._check_usable()
         check_choice("mask_mode", mode, MASK_MODES)
+        if mode == "reselect" and (kept := [v.name for v in self._layers if v.bottleneck.splice == "delta"]):
+            raise ValueError(f"mask_mode is 'reselect'; layers {kept} keep the hidden state, and select nothing instead")
         self._active.check_idle("mask_mode cannot change")
         for bottleneck in self.bottlenecks.values():
             bottleneck.mask_mode = mode
@@ -314,23 +243,28 @@ class Attachment:
 
         Returns:
             layer: its name.
+            splice: "replace" or "delta".
             codes: C.
-            k: codes kept per token.
+            k: codes kept per token; None for latents with a threshold.
             mask_mode: "ablate" or "reselect".
             impl: "reference", "cpu", "cuda" or "triton".
             scan: "int8" or "fp32", what the codes are read as.
-            tokens: how many passed.
+            tokens: how many passed; of a "delta" splice those of requests that delete.
             hits: how many kept codes masks took away.
+            changed, dose, max_dose: of a "delta" splice the tokens that masks changed, and the mean and the largest
+                ||y - x|| / ||x|| of those.
             masks: those known for this layer, each with name, digest and deleted, its number of codes.
         """
         self._check_usable()
         return [
             {
                 "layer": layer.name,
-                "codes": layer.bottleneck.config.num_codes,
-                "k": layer.bottleneck.config.k,
+                "splice": layer.bottleneck.splice,
+                "codes": layer.bottleneck.num_codes,
+                "k": layer.bottleneck.k,
                 "mask_mode": layer.bottleneck.mask_mode,
                 **layer.bottleneck.receipt(),
+                **layer.bottleneck.doses(),
                 "masks": self._topics.known_for(layer),
             }
             for layer in self._layers
@@ -360,9 +294,10 @@ class Attachment:
         Raises:
             FileExistsError: ``path`` is there and is no attachment, which would be lost.
             ValueError: a mask's name that no file can have.
+            RuntimeError: the masks brought their rows, and there is no autoencoder to write.
         """
         self._check_usable()
-        files.write(Path(path), self.bottlenecks, self.masks, type(self.model).__name__, model_type(self.model))
+        files.write(Path(path), self._layers, self.masks, type(self.model).__name__, model_type(self.model))
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
@@ -387,7 +322,7 @@ class Attachment:
         # First all that may fail. Models that hold swapped layers may be nested; the innermost is a layer's runner.
         owners: list[nn.Module] = []
         for layer, module in zip(self._layers, self._modules):
-            around = [self.model.get_submodule(prefix) for prefix in prefixes(layer.name)]
+            around = [self.model.get_submodule(prefix) for prefix in prefixes(layer.writes.module)]
             around = [m for m in around if m is self.model or isinstance(m, PreTrainedModel)]
             owners += [m for m in around if not any(m is owner for owner in owners)]
             layer.runner = next(i for i, owner in enumerate(owners) if owner is around[-1])
@@ -400,6 +335,8 @@ class Attachment:
                 tower_is_swapped=owner is self.model
                 and any(not (layer.in_encoder or layer.in_decoder) for layer in self._layers),
                 sequences=sequences(self.model, owner),
+                skip_first=max(layer.skip_first for layer in self._layers if layer.runner == runner)
+                if any(layer.runner == runner for layer in self._layers) else 0,
             )
             for runner, owner in enumerate(owners)
         ]  # fmt: skip
@@ -407,8 +344,18 @@ class Attachment:
         for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
             module.add_module(CHILD, layer.bottleneck)
             undo.append(functools.partial(module._modules.pop, CHILD))
-            # Prepended, so hooks registered by others see the bottleneck's output.
-            undo.append(module.register_forward_hook(LayerHook(self._active, index).after, prepend=True).remove)
+            hook = LayerHook(self._active, index)
+            # Prepended, so hooks registered by others see the splice's output; before a module they run last.
+            if layer.writes.side == "out":
+                undo.append(module.register_forward_hook(hook.after, prepend=True).remove)
+            else:
+                undo.append(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+            if layer.reads != layer.writes:
+                read = self.model.get_submodule(layer.reads.module)
+                if layer.reads.side == "out":
+                    undo.append(read.register_forward_hook(hook.read_after, prepend=True).remove)
+                else:
+                    undo.append(read.register_forward_pre_hook(hook.read_before, with_kwargs=True).remove)
         for owner, guard in zip(owners, guards):
             undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
             undo.append(owner.register_forward_hook(guard.after, with_kwargs=True).remove)
@@ -417,44 +364,6 @@ class Attachment:
         if hasattr(self.model, "init_continuous_batching"):
             undo.append(wrap_batching(self.model, self._active))
         _forget_compiled()
-
-
-# -- what attach needs to know about models ----------------------------------------------------------------------
-
-
-Parts = tuple[dict[str, CodebookBottleneck], dict[str, list[Mask]]]  # bottlenecks by layer, masks by name
-
-
-def _fresh(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> Parts:
-    for name, config in configs.items():
-        if not isinstance(config, BottleneckConfig):
-            raise TypeError(f"the config of layer {name!r} is {type(config).__name__}; it should be BottleneckConfig")
-    _check_layers(model, configs)
-    with torch.random.fork_rng(devices=[]):
-        return {name: CodebookBottleneck(config) for name, config in configs.items()}, {}
-
-
-def _load(model: nn.Module, path: Path) -> Parts:
-    record = files.read_record(path)
-    if record.model_type != model_type(model):
-        raise ValueError(
-            f"{path} was made for a model of type {record.model_type!r} ({record.model_class}), and this one is "
-            f"{model_type(model)!r} ({type(model).__name__})"
-        )
-    _check_layers(model, record.configs)
-    return files.read_bottlenecks(path, record), files.read_masks(path, record)
-
-
-def _check_layers(model: nn.Module, configs: Mapping[str, BottleneckConfig]) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    if not configs:
-        raise ValueError("no layer is named; give {layer name: BottleneckConfig}")
-    for name, config in configs.items():
-        if name not in names:
-            raise ValueError(f"the model has no layer {name!r}; {near(name, names)}")
-        width = hidden_size(model, name)
-        if width is not None and config.d_model != width:
-            raise ValueError(f"d_model of layer {name!r} is {config.d_model}; the model's hidden size is {width}")
 
 
 def _forget_compiled() -> None:

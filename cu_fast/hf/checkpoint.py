@@ -20,8 +20,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from cu_fast.files import read_json, refuse_others, replacing, target_of
 from cu_fast.hf.active import Silent
-from cu_fast.hf.attachment import CHILD, Attachment, attach
+from cu_fast.hf.attach import attach
+from cu_fast.hf.attachment import Attachment
 from cu_fast.hf.files import OWN_FILES
+from cu_fast.hf.hooks import CHILD
+from cu_fast.nn import CodebookBottleneck
 
 CODEBOOK = "codebook"
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -128,7 +131,9 @@ def load_model(
     if _state_of(path) != before:
         raise ValueError(f"{path} was saved anew while it was loaded; load it again")
     for bottleneck in attachment.bottlenecks.values():
-        if torch.promote_types(bottleneck.codebook.codes.dtype, dtype) == dtype:
+        if isinstance(bottleneck, CodebookBottleneck) and (
+            torch.promote_types(bottleneck.codebook.codes.dtype, dtype) == dtype
+        ):
             bottleneck.to(dtype)
     return model, tokenizer, attachment
 

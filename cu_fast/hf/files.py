@@ -11,17 +11,21 @@ import dataclasses
 import hashlib
 import itertools
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from cu_fast.files import check_name, read_json, read_safetensors, seal, unseal, visible, write_directory
+from cu_fast.hf.topics import Layer
 from cu_fast.masks import FILES, Mask
-from cu_fast.nn import BottleneckConfig, CodebookBottleneck
+from cu_fast.masks.mask import ROWS, SETTINGS
+from cu_fast.nn import BottleneckConfig, CodebookBottleneck, Splice, SpliceKind
 from cu_fast.ops.checks import FLOATS
+from cu_fast.sae import SAE, SAESplice
 
 FORMAT = "cu_fast.attachment"
 FORMAT_VERSION = 2
@@ -35,23 +39,25 @@ class Record(NamedTuple):
     Attributes:
         model_class: name of the model's class, for messages.
         model_type: family in the model's config; None = it states none.
-        configs: layer -> its config.
-        hashes: layer -> sha256 of its codebook.
+        configs: layer -> the config of its bottleneck, or what its autoencoder is besides weights.
+        hashes: layer -> sha256 of its codebook or autoencoder.
+        skip_first: positions at the start of each sequence that masks of a "delta" splice leave alone.
         tensors_sha256: of ``bottleneck.safetensors``.
         masks: name -> the checksum of each of its masks, in order.
     """
 
     model_class: str
     model_type: str | None
-    configs: dict[str, BottleneckConfig]
+    configs: dict[str, BottleneckConfig | dict[str, Any]]
     hashes: dict[str, str]
     tensors_sha256: str
     masks: dict[str, list[str]]
+    skip_first: int
 
 
 def write(
     path: Path,
-    bottlenecks: Mapping[str, CodebookBottleneck],
+    layers: Sequence[Layer],
     masks: Mapping[str, tuple[Mask, ...]],
     model_class: str,
     model_type: str | None,
@@ -60,7 +66,7 @@ def write(
 
     Args:
         path: the folder.
-        bottlenecks: layer name -> bottleneck.
+        layers: the swapped layers.
         masks: name -> its masks.
         model_class: name of the model's class, for messages.
         model_type: family in the model's config; None = it states none.
@@ -68,15 +74,16 @@ def write(
     Raises:
         FileExistsError: anything but an attachment is there.
         ValueError: a mask's name that no file can have.
+        RuntimeError: a splice that has rows of masks alone.
     """
     if path.exists() and not (path.is_dir() and _is_replaceable(path)):
         raise FileExistsError(f"{path} exists and is no attachment; give the name of a new folder")
-    layers, tensors, files, checksums = {}, {}, {}, {}
-    for name, bottleneck in bottlenecks.items():
-        config = dataclasses.replace(bottleneck.config, mask_mode=bottleneck.mask_mode)
-        layers[name] = {"codebook_sha256": bottleneck.codebook_sha256(), "config": config.to_dict()}
-        for key, value in bottleneck.state_dict().items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    described, tensors, files, checksums = {}, {}, {}, {}
+    for layer in layers:
+        values, state = _parts_of(layer)
+        described[layer.name] = {"codebook_sha256": layer.bottleneck.codebook_sha256(), **values}
+        for key, value in state.items():
+            tensors[f"{layer.name}.{key}"] = value.detach().cpu().contiguous()
     for name, parts in masks.items():
         folder, checksums[name] = _folder_of(name), []
         for number, mask in enumerate(parts):
@@ -89,7 +96,8 @@ def write(
         "format_version": FORMAT_VERSION,
         "model_class": model_class,
         "model_type": model_type,
-        "layers": layers,
+        "layers": described,
+        "skip_first": max(layer.skip_first for layer in layers),
         "tensors_sha256": hashlib.sha256(files["bottleneck.safetensors"]).hexdigest(),
         "masks": checksums,
     }
@@ -117,12 +125,16 @@ def read_record(path: Path) -> Record:
     unseal(record, file, SAVE_AGAIN)
     try:
         layers = record["layers"].items()
-        configs = {name: BottleneckConfig.from_dict(entry["config"]) for name, entry in layers}
+        configs = {
+            name: BottleneckConfig.from_dict(entry["config"]) if "config" in entry else _settings_of(entry["sae"])
+            for name, entry in layers
+        }
         hashes = {name: entry["codebook_sha256"] for name, entry in layers}
         masks = {name: list(checksums) for name, checksums in record["masks"].items()}
         for name in masks:
             _folder_of(name)  # raises for a name that no folder can have
-        read = Record(record["model_class"], record["model_type"], configs, hashes, record["tensors_sha256"], masks)
+        read = Record(record["model_class"], record["model_type"], configs, hashes, record["tensors_sha256"], masks,
+                      record.get("skip_first", 0))  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} does not describe its layers and masks: {error!r}") from error
     texts = [
@@ -134,26 +146,73 @@ def read_record(path: Path) -> Record:
     texts += itertools.chain.from_iterable(masks.values())
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f"{file} holds {wrong[0]!r} where a text should be")
+    if type(read.skip_first) is not int or read.skip_first < 0:
+        raise ValueError(f"{file} has skip_first {read.skip_first!r}; it should be an int, at least 0")
     return read
 
 
-def read_bottlenecks(path: Path, record: Record) -> dict[str, CodebookBottleneck]:
-    """The bottlenecks by layer, on the CPU, in the dtypes they were stored in.
+def _parts_of(layer: Layer) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """What the record says of a layer, and the tensors that belong to it."""
+    splice = layer.bottleneck
+    if isinstance(splice, CodebookBottleneck):
+        config = dataclasses.replace(splice.config, mask_mode=splice.mask_mode)
+        return {"config": config.to_dict()}, splice.state_dict()
+    if splice.sae is None:
+        raise RuntimeError(
+            f"layer {layer.name!r} has rows of masks alone, and no autoencoder that could be saved; keep the masks"
+        )
+    sizes = {"num_latents": splice.num_codes, "d_in": splice.d_in, "d_out": splice.d_out}
+    return {"sae": {**splice.settings, **sizes}}, dict(zip(ROWS, splice.sae.rows()))
+
+
+def _settings_of(values: dict[str, Any]) -> dict[str, Any]:
+    known = {"num_latents", "d_in", "d_out", *SETTINGS}
+    if set(values) != known:
+        raise ValueError(f"an autoencoder's entry has the keys {sorted(values)}; they should be {sorted(known)}")
+    if not all(type(values[name]) is int and values[name] >= 1 for name in ("num_latents", "d_in", "d_out")):
+        raise ValueError(f"an autoencoder's sizes are {values!r}; they should be positive integers")
+    return values
+
+
+def read_splices(path: Path, record: Record, splice: SpliceKind | None = None) -> dict[str, Splice]:
+    """The splices by layer, on the CPU, bottlenecks in the dtypes they were stored in.
+
+    Args:
+        path: the folder.
+        record: what :func:`read_record` gave.
+        splice: of bottlenecks, in place of what the record says; None = as it says.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or not the one of the record; a missing, unexpected or misshapen tensor; a
-            codebook that is not the one of the record.
+            codebook that is not the one of the record; splice "replace" for an autoencoder.
     """
+    configs = {name: config for name, config in record.configs.items() if isinstance(config, BottleneckConfig)}
+    if splice is not None:
+        configs = {name: dataclasses.replace(config, splice=splice) for name, config in configs.items()}
+    released = {name: values for name, values in record.configs.items() if name not in configs}
+    if splice == "replace" and released:
+        raise ValueError(f"splice is 'replace', and layers {sorted(released)} have autoencoders; take 'delta'")
     try:
         with torch.device("meta"):  # no memory yet, and no random numbers
-            bottlenecks = {name: CodebookBottleneck(config) for name, config in record.configs.items()}
+            bottlenecks = {name: CodebookBottleneck(config) for name, config in configs.items()}
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path / 'config.json'} describes a bottleneck that cannot be made: {error}") from error
     state = {f"{name}.{key}": value for name, b in bottlenecks.items() for key, value in b.state_dict().items()}
     file = path / "bottleneck.safetensors"
     shapes = {key: tuple(value.shape) for key, value in state.items()}
+    for name, values in released.items():
+        C, d_in, d_out = values["num_latents"], values["d_in"], values["d_out"]
+        sizes = {"enc": (C, d_in), "bias": (C,), "theta": (C,), "dec": (C, d_out)}
+        shapes |= {f"{name}.{key}": size for key, size in sizes.items()}
     tensors = read_safetensors(file, shapes, record.tensors_sha256)
+    splices: dict[str, Splice] = dict(bottlenecks)
+    for name, values in released.items():
+        rows = [tensors.pop(f"{name}.{key}") for key in ROWS]
+        try:
+            splices[name] = SAESplice(SAE(*rows, **{key: values[key] for key in SETTINGS}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: the autoencoder of layer {name!r}: {error}") from error
     for key, value in tensors.items():
         allowed = FLOATS if state[key].is_floating_point() else (state[key].dtype,)
         if value.dtype not in allowed:
@@ -163,9 +222,10 @@ def read_bottlenecks(path: Path, record: Record) -> dict[str, CodebookBottleneck
         bottleneck.to_empty(device="cpu").load_state_dict(own, assign=True)
         bottleneck.reset_receipt()
         bottleneck.codebook.reset_usage()
-        if bottleneck.codebook_sha256() != record.hashes[name]:
+    for name, made in splices.items():
+        if made.codebook_sha256() != record.hashes[name]:
             raise ValueError(f"{file}: the codebook of layer {name!r} is not the one in config.json (sha256 differs)")
-    return bottlenecks
+    return {name: splices[name] for name in record.configs}
 
 
 def read_masks(path: Path, record: Record) -> dict[str, list[Mask]]:

@@ -19,6 +19,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
+from cu_fast.hf.positions import first_tokens
+from cu_fast.nn.bottleneck import refuse_gradient
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
 # Attributes that are set on the objects of transformers.
@@ -36,7 +38,7 @@ SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_
 
 
 class LayerHook:
-    """Puts one layer's output through its bottleneck.
+    """Puts what leaves one place of a model through its splice.
 
     Args:
         active: the attachment's run-time state.
@@ -47,39 +49,83 @@ class LayerHook:
         self.active, self.index, self.layer = active, index, active.layers[index]
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """The layer's output with its first tensor, x [B, S, D], replaced by the bottleneck's. A forward hook.
+        """The module's output with its first tensor, x [B, S, D], replaced. A forward hook.
 
         Raises:
-            RuntimeError, ValueError: as :meth:`Active.mask_rows`; another bottleneck or width than at first; an export.
+            RuntimeError, ValueError: as :meth:`Active.mask_rows`; another splice or width than at first; an export.
         """
         x = output if isinstance(output, Tensor) else output[0]
-        layer, bottleneck = self.layer, getattr(module, CHILD)
-        if bottleneck is not layer.bottleneck and getattr(bottleneck, "_orig_mod", None) is not layer.bottleneck:
-            raise RuntimeError(
-                f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
-            )
-        if x.shape[-1] != bottleneck.config.d_model:
-            raise ValueError(
-                f"layer {layer.name!r} returned width {x.shape[-1]}; its bottleneck's d_model is "
-                f"{bottleneck.config.d_model}"
-            )
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError(
-                "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
-            )
-        if torch.compiler.is_compiling():
-            row = torch.ops.cu_fast.mask_rows(ORDER, x.detach(), self.active.handle, self.index)
-        else:
-            row = self.active.mask_rows(x, self.index)
-        if row is None or bottleneck.training:  # in training with a mask mask_rows has raised
-            y = bottleneck(x)
-        else:
-            y = bottleneck(x, layer.table.table, row)
+        y = self._changed(module, x)
+        if y is x:
+            return None
         if isinstance(output, Tensor):
             return y
         if isinstance(output, ModelOutput):
             return type(output)(**{**output, next(iter(output)): y})
         return (y, *output[1:])
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's arguments with the first, x [B, S, D], replaced. A forward pre-hook. Raises as :meth:`after`."""
+        name, x = first_argument(module, args, kwargs)
+        y = self._changed(module, x)
+        if y is x:
+            return None
+        return (args, {**kwargs, name: y}) if name else ((y, *args[1:]), kwargs)
+
+    def read_after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Keep the module's output for the place that is changed. A forward hook."""
+        self._read(output if isinstance(output, Tensor) else output[0])
+
+    def read_before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep the module's first argument for the place that is changed. A forward pre-hook."""
+        self._read(first_argument(module, args, kwargs)[1])
+
+    def _read(self, x: Tensor) -> None:
+        self._check_width(x, self.layer.bottleneck.d_in, "d_in")
+        if torch.compiler.is_compiling():
+            torch.ops.cu_fast.remember(ORDER, x.detach(), self.active.handle, self.index)
+        else:
+            self.active.remember(x, self.index)
+
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What leaves the place: x itself where a splice that keeps the hidden state deletes nothing."""
+        layer, splice = self.layer, getattr(module, CHILD)
+        if splice is not layer.bottleneck and getattr(splice, "_orig_mod", None) is not layer.bottleneck:
+            raise RuntimeError(
+                f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
+            )
+        self._check_width(x, splice.d_out, "d_out" if splice.d_in != splice.d_out else "width")
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
+            )
+        compiling = torch.compiler.is_compiling()
+        if splice.splice == "delta":
+            if compiling:
+                return torch.ops.cu_fast.delete(ORDER, x, self.active.handle, self.index)
+            y = self.active.delete(x, self.index)
+            return refuse_gradient(x, y) if y is not x and x.requires_grad and torch.is_grad_enabled() else y
+        if compiling:
+            row = torch.ops.cu_fast.mask_rows(ORDER, x.detach(), self.active.handle, self.index)
+        else:
+            row = self.active.mask_rows(x, self.index)
+        if row is None or splice.training:  # in training with a mask mask_rows has raised
+            return splice(x)
+        return splice(x, layer.table.table, row)
+
+    def _check_width(self, x: Tensor, width: int, name: str) -> None:
+        if x.shape[-1] != width:
+            raise ValueError(
+                f"layer {self.layer.name!r} returned width {x.shape[-1]}; its bottleneck's {name} is {width}"
+            )
+
+
+def first_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
+    """(its name, or None where it was given by position; the first argument of a module)."""
+    if args:
+        return None, args[0]
+    name = argument_names(module.forward)[0]
+    return name, kwargs[name]
 
 
 class ModelHook:
@@ -93,6 +139,7 @@ class ModelHook:
         tower_is_swapped: it is the whole model, and some swapped layers are in a part that is neither its encoder nor
             its decoder.
         sequences: names of the arguments whose first dimension is the number of sequences.
+        skip_first: positions at the start of each sequence that some layer's masks leave alone.
     """
 
     def __init__(
@@ -104,8 +151,9 @@ class ModelHook:
         encoder_is_swapped: bool,
         tower_is_swapped: bool,
         sequences: tuple[str, ...],
+        skip_first: int,
     ) -> None:
-        self.active, self.runner, self.sequences = active, runner, sequences
+        self.active, self.runner, self.sequences, self.skip_first = active, runner, sequences, skip_first
         self.encoder_is_swapped, self.tower_is_swapped = encoder_is_swapped, tower_is_swapped
         self.arguments = argument_names(model.forward)
         # In other models an argument "state" is a plain tensor, which carries nothing from forward to forward.
@@ -116,10 +164,15 @@ class ModelHook:
         """A forward pre-hook. Raises StaleCacheError where a state that is given was computed under other masks."""
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
+        first = None
+        if self.skip_first and (torch.compiler.is_compiling() or self.active.deletes()):
+            caches = [cache for value in given.values() for cache in _caches(value)]
+            length = _length(caches[0]) if caches else 0
+            first = first_tokens(given, SEQUENCES, length, self.skip_first)
         if torch.compiler.is_compiling():
-            torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch)
+            torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch, first)
         else:
-            self.active.enter(self.runner, batch)
+            self.active.enter(self.runner, batch, first)
         for name in STATES:
             value = given.get(name)
             known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)

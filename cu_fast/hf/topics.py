@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -17,8 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cu_fast.masks import Mask, MaskTable, load_masks, stream_of
-from cu_fast.nn import CodebookBottleneck
+from cu_fast.hf.places import Place, near
+from cu_fast.masks import Mask, load_masks, stream_of
+from cu_fast.masks.tables import RowTable
+from cu_fast.nn import Splice
 
 Entry = str | Collection[str] | None  # what to delete for a sequence: a mask's name, the union of several, nothing
 
@@ -36,9 +37,13 @@ class Layer:
     """A swapped layer.
 
     Attributes:
-        name: as in ``model.named_modules()``.
-        bottleneck: the one that was attached.
+        name: of the place that is changed, as in ``model.named_modules()``; one that is a module's input ends in ":in",
+            and one that is read elsewhere begins with that place and " -> ".
+        bottleneck: the splice that was attached.
         table: the masks in use, a row per request.
+        reads: where it reads.
+        writes: what it changes.
+        skip_first: positions at the start of each sequence that masks leave alone.
         runner: number of the innermost model around the layer.
         in_encoder: it is in an encoder-decoder's encoder, which runs before generate() expands the batch.
         in_decoder: it runs in every step of generate().
@@ -47,8 +52,11 @@ class Layer:
     """
 
     name: str
-    bottleneck: CodebookBottleneck
-    table: MaskTable
+    bottleneck: Splice
+    table: RowTable
+    reads: Place
+    writes: Place
+    skip_first: int = 0
     runner: int = 0
     in_encoder: bool = False
     in_decoder: bool = False
@@ -155,7 +163,7 @@ class Topics:
         if name in self.masks:
             raise ValueError(f"there is a mask {name!r} already; remove it first, or give another name")
         for mask in masks:
-            self.route(mask)
+            self.route(mask).bottleneck.check_mask(mask)
             if mask.num_deleted == 0 and "erased" not in mask.method:
                 raise ValueError(
                     f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
@@ -178,6 +186,12 @@ class Topics:
     def erase(self, name: str) -> None:
         """Remove a mask's codes from their codebooks for good; the other masks are renumbered to what remains."""
         self._check_name(name)
+        if kept := [layer.name for layer, _ in self._route_again(name) if layer.bottleneck.splice == "delta"]:
+            raise RuntimeError(
+                f"mask {name!r} is for {', '.join(kept)}, whose splice keeps the hidden state: the model's weights still "
+                f"hold the topic, and there is nothing to erase it from. A mask that always holds deletes it from what "
+                f"the model computes"
+            )
         for layer, mask in self._route_again(name):  # all checks before the first codebook changes
             if (left := mask.num_codes - mask.num_deleted) < (k := layer.bottleneck.config.k):
                 raise ValueError(
@@ -188,7 +202,7 @@ class Topics:
             before = mask.codebook_sha256
             kept = layer.bottleneck.erase(mask.ids())
             after = layer.bottleneck.codebook_sha256()
-            layer.table = MaskTable(len(kept), layer.bottleneck.codebook.codes.device)
+            layer.table = layer.bottleneck.new_table(layer.bottleneck.codebook.codes.device)
             for other, masks in self.masks.items():
                 self.masks[other] = tuple(
                     m.after_erasing(kept, after) if m.codebook_sha256 == before else m for m in masks
@@ -319,10 +333,8 @@ class Topics:
         if key not in self._rows:
             row, events = self._free.pop() if self._free else (len(self._rows), [])
             for layer in self._layers:
-                bits = torch.zeros(layer.table.table.shape[1], dtype=torch.int32)
-                for _, mask in (pair for pair in masks if pair[0] is layer):
-                    bits |= mask.bits
-                layer.table.write(row, bits, after=events)
+                mine = [mask for other, mask in masks if other is layer]
+                layer.table.write(row, layer.bottleneck.row_of(mine), after=events)
             self._rows[key] = [row, 0]
         self._rows[key][1] += 1
         held.append(key)
@@ -339,13 +351,13 @@ class Topics:
                     self._free.append((self._rows.pop(key)[0], events))
 
     def _sign(self, held: list[frozenset[str]], text: str) -> int:
-        """The signature: a hash of each sequence's mask digests and of the layers' mask modes."""
+        """The signature: a hash of each sequence's mask digests and of the layers' splices and mask modes."""
         if not any(held):
             return self.nothing
         content = [sorted(digests) for digests in held]
         if all(digests == content[0] for digests in content):
             content = content[:1]  # the same masks for every sequence: one signature, whatever their number
-        modes = [layer.bottleneck.mask_mode for layer in self._layers]
+        modes = [v.bottleneck.mask_mode if v.bottleneck.splice == "replace" else "delta" for v in self._layers]
         signature = _signature_of([content, modes])
         _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
@@ -364,11 +376,3 @@ def _remember(signature: int, text: str) -> None:
 def text_of(signature: int) -> str:
     """What a message calls the request of a signature."""
     return _KEPT.get(signature) or _TEXT.get(signature, "masks of another process, or of long ago")
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """For a message about an unknown name: which known names are like it."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=5, cutoff=0.5):
-        return f"near names: {', '.join(close)}"
-    return f"there are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "there are none"

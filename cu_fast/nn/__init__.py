@@ -4,5 +4,6 @@ from cu_fast.nn.autoencoder import SparseAutoencoder
 from cu_fast.nn.bottleneck import CodebookBottleneck
 from cu_fast.nn.codebook import Codebook
 from cu_fast.nn.config import BottleneckConfig
+from cu_fast.nn.splice import SPLICES, Splice, SpliceKind
 
-__all__ = ["BottleneckConfig", "Codebook", "CodebookBottleneck", "SparseAutoencoder"]
+__all__ = ["BottleneckConfig", "Codebook", "CodebookBottleneck", "SPLICES", "SparseAutoencoder", "Splice", "SpliceKind"]

@@ -6,6 +6,8 @@
 
 Sources: CodeUnlearn (arXiv 2410.10866), Codebook Features (arXiv 2310.17230), TopK-SAE (arXiv 2406.04093).
 
+With splice "delta" y is x, but for what deleted codes would have decoded to: see ``cu_fast.nn.splice``.
+
 In training the same exact selection is made; the gradient passes it straight through (to z as if y came from z,
 to the codes as usual), and ``auxiliary_loss()`` holds the reconstruction, commitment, codebook and L1 terms.
 In evaluation the decoder is folded into a table, [C, D], so that decoding gathers k rows; there is no autograd.
@@ -30,6 +32,7 @@ from cu_fast.nn.training import TrainingPath
 # A folded table larger than this, and larger than the codes, is not built: decode goes through W_dec instead.
 # Shapes and dtype alone decide, so that every machine takes the same path.
 FOLD_LIMIT_BYTES = 2**30
+STRENGTH = 2.0  # how many times a delta splice takes out what a deleted code wrote, unless the mask says otherwise
 SAMPLE = 509  # elements of a parameter that refresh() compares; a prime, so that they lie in different columns
 FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
 
@@ -47,7 +50,6 @@ class CodebookBottleneck(TrainingPath):
         impl: passed to every operator; may be changed at any time.
         scan: passed to ``ops.pack_codes``; call ``fold()`` after changing it.
         rms: fp32 [], the scale that x is divided by.
-        passed: int64 [2], the receipt: tokens, and kept codes that masks took away.
     """
 
     def __init__(self, config: BottleneckConfig) -> None:
@@ -56,14 +58,13 @@ class CodebookBottleneck(TrainingPath):
         self.mask_mode: ops.MaskMode = config.mask_mode
         self.impl: ops.Impl = "auto"
         self.scan: ops.Scan = "auto"
+        self.splice, self.strength = config.splice, STRENGTH if config.splice == "delta" else 1.0
         self.autoencoder = (
             SparseAutoencoder(config.d_model, config.code_dim, config.activation) if config.autoencoder else None
         )
         self.codebook = Codebook(config.num_codes, config.code_dim, config.similarity)
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
-        # The receipt. On the device, so that counting waits for no kernel.
-        self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
         for name in FOLDED:
             self.register_buffer(f"folded_{name}", None, persistent=False)
         self._folded_version: tuple | None = None
@@ -71,12 +72,32 @@ class CodebookBottleneck(TrainingPath):
         self._sha256: tuple[tuple, str] | None = None
         self.register_load_state_dict_post_hook(_fold_loaded)
 
-    def forward(self, x: Tensor, mask_table: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
+    @property
+    def num_codes(self) -> int:
+        """C."""
+        return self.config.num_codes
+
+    @property
+    def k(self) -> int:
+        """Codes kept per token."""
+        return self.config.k
+
+    @property
+    def d_in(self) -> int:
+        """D."""
+        return self.config.d_model
+
+    d_out = d_in
+
+    def forward(
+        self, x: Tensor, mask_table: Tensor | ops.LatentMasks | None = None, mask_row: Tensor | None = None
+    ) -> Tensor:
         """The bottleneck's output, [..., D] in x's dtype.
 
         Args:
             x: [..., D]; the leading dimensions are flattened to T tokens.
-            mask_table: int32 [U, ceil(C/32)], or None = nothing deleted; see ``cu_fast.ops``.
+            mask_table: int32 [U, ceil(C/32)], see ``cu_fast.ops``; with splice "delta" ``ops.LatentMasks``, whose latents
+                are codes. None = nothing deleted.
             mask_row: int32 [T], -1 = nothing deleted; None where mask_table is.
 
         Raises:
@@ -86,11 +107,15 @@ class CodebookBottleneck(TrainingPath):
             if mask_table is not None:
                 raise RuntimeError("a mask is active but the bottleneck is in training mode; call model.eval() first")
             return self._forward_training(x)
+        if self.splice == "delta" and mask_table is None:
+            return x
         with torch.no_grad():
-            y = self._forward_inference(x.detach().reshape(-1, self.config.d_model), mask_table, mask_row)
+            flat = x.detach().reshape(-1, self.config.d_model)
+            compute = self._delete if self.splice == "delta" else self._forward_inference
+            y = compute(flat, mask_table, mask_row)
             y = y.to(x.dtype).reshape(x.shape)
         if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = _NoGradient.apply(x, y)
+            y = refuse_gradient(x, y)
         return y
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -106,6 +131,23 @@ class CodebookBottleneck(TrainingPath):
             activation=config.activation, mask_mode=self.mask_mode, weight=config.weight, receipt=self.passed,
             impl=self.impl,
         )  # fmt: skip
+
+    def _delete(self, x: Tensor, masks: ops.LatentMasks, mask_row: Tensor) -> Tensor:
+        """x without what the deleted codes among each token's k decode to (contract, section 9)."""
+        scores, ids, _ = self._select(x, self.config.k)
+        change, deleted = _changes(ids, scores, self.config, masks, mask_row)
+        # A row with NaN or Inf has no ids, and the weight NaN, which makes its row NaN.
+        ids = torch.where(deleted, ids, -1)
+        if self.folded_table is None:
+            q = ops.masked_decode(ids, change, self.codebook.codes.detach().float(), impl=self.impl)
+            delta = ops.sae_encode(q, self.folded_W_dec, activation="none", impl=self.impl)
+        else:
+            delta = ops.masked_decode(ids, change, self.folded_table, impl=self.impl)
+        hits, faulty = deleted.sum(1), change.isnan().any(1)
+        dose = torch.where(hits > 0, delta.norm(dim=1) / x.float().norm(dim=1), 0.0)
+        self._count(x.shape[0], hits, dose)
+        changed = ((hits > 0) | faulty)[:, None]
+        return torch.where(changed, (x.float() + delta).to(x.dtype), x)
 
     def _decode_through(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
         """The same without a folded table, which would be too large: codes are summed, the sum goes through W_dec."""
@@ -160,6 +202,10 @@ class CodebookBottleneck(TrainingPath):
         self._check_folded()
         return self._select(x.detach().reshape(-1, self.config.d_model), k or self.config.k)
 
+    def active(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """The ids of :meth:`select`."""
+        return self.select(x, depth).ids
+
     def receipt(self) -> dict[str, Any]:
         """What ran in evaluation since ``reset_receipt()``.
 
@@ -176,10 +222,6 @@ class CodebookBottleneck(TrainingPath):
         impl = ops.resolve(self.impl, self.codebook.codes.device)
         scan = "int8" if impl != "reference" and self.folded_scan_plane is not None else "fp32"
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
-
-    def reset_receipt(self) -> None:
-        """Set the receipt to 0, in place."""
-        self.passed.zero_()
 
     # -- folding ---------------------------------------------------------------------------------------------
 
@@ -205,7 +247,7 @@ class CodebookBottleneck(TrainingPath):
             table_bytes = codes.shape[0] * self.config.d_model * codes.element_size()
             if table_bytes <= max(FOLD_LIMIT_BYTES, codes.numel() * codes.element_size()):
                 self.folded_table = ops.sae_encode(codes, self.folded_W_dec, activation="none", impl=self.impl)
-        if self.folded_table is not None:
+        if self.folded_table is not None and self.splice == "replace":  # what is added to x is rounded with it
             self.folded_table = self.folded_table.to(codes.dtype)
         self._folded_version, self._folded_sample = self._version(), self._sample()
 
@@ -304,6 +346,29 @@ class CodebookBottleneck(TrainingPath):
         book.counts = book.counts[kept.to(book.counts.device)]
         self.train(self.training)
         return kept
+
+
+def _changes(
+    ids: Tensor, scores: Tensor, config: BottleneckConfig, masks: ops.LatentMasks, mask_row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What masks add to the weight of each kept code, fp32 [T, k], and which codes they change, bool [T, k]."""
+    row = mask_row.long().clamp(min=0)
+    listed = masks.latents[row]
+    listed = torch.where(listed < 0, config.num_codes, listed).contiguous()  # the end of a list sorts behind every code
+    place = torch.searchsorted(listed, ids.contiguous()).clamp(max=listed.shape[1] - 1)
+    masked = (mask_row >= 0)[:, None]
+    deleted = (listed.gather(1, place) == ids) & (ids >= 0) & masked
+    weight = torch.relu(scores) if config.weight == "score" else torch.ones_like(scores)
+    if config.weight == "mean":
+        weight = weight / config.k
+    gain, clamp, _ = masks.change[row].gather(1, place[..., None].expand(-1, -1, 3)).unbind(2)
+    change = torch.where(deleted, (gain * weight + clamp) - weight, 0.0)
+    return torch.where(masked & scores.isnan(), torch.nan, change), deleted
+
+
+def refuse_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """y, in evaluation computed of x: a backward pass through it raises RuntimeError."""
+    return _NoGradient.apply(x, y)
 
 
 class _NoGradient(torch.autograd.Function):

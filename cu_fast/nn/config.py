@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from cu_fast.ops import ACTIVATIONS, MASK_MODES, SIMILARITIES, WEIGHTS, Activation, MaskMode, Similarity, Weight
+from cu_fast.nn.splice import SPLICES, SpliceKind
 from cu_fast.ops.checks import check_choice
 
 
@@ -26,6 +27,8 @@ class BottleneckConfig:
             is measured while training; without it codes hardly move where hidden states are large.
         mask_mode: "ablate" = a deleted code's weight is 0; "reselect" = the next best code takes its place (the
             paper's). Ablate is the default because the next best code often says the same.
+        splice: "replace" = the layer's output becomes what the kept codes decode to; "delta" = it stays as it is, but for
+            what deleted codes decode to, so that without a mask nothing changes.
         code_dropout: share of the codes that count for nothing in a training step, drawn anew in each, in [0, 1).
             The model learns to do without a code, so that deleting one topic's costs the others less.
         reconstruction_weight: factor of that term of ``auxiliary_loss()``, an error relative to the variance of x.
@@ -44,6 +47,7 @@ class BottleneckConfig:
     autoencoder: bool = True
     normalize: bool = True
     mask_mode: MaskMode = "ablate"
+    splice: SpliceKind = "replace"
     code_dropout: float = 0.0
     reconstruction_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -65,6 +69,9 @@ class BottleneckConfig:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("weight", self.weight, WEIGHTS)
         check_choice("mask_mode", self.mask_mode, MASK_MODES)
+        check_choice("splice", self.splice, SPLICES)
+        if self.splice == "delta" and self.mask_mode != "ablate":
+            raise ValueError(f"mask_mode is {self.mask_mode!r}; with splice 'delta' it should be 'ablate'")
         if not 0 <= self.code_dropout < 1:
             raise ValueError(f"code_dropout is {self.code_dropout!r}; it should be in [0, 1)")
         for field in dataclasses.fields(self):

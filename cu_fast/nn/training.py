@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from cu_fast import ops
 from cu_fast.nn.autograd import gather_sum
+from cu_fast.nn.splice import Splice
 
 SEED_ROWS = 20_000  # tokens whose singular vectors an encoder starts at
 
 
-class TrainingPath(nn.Module):
+class TrainingPath(Splice):
     """The differentiable forward, the losses, and how codes start and start again.
 
     Uses attributes of the bottleneck: config, impl, scan, autoencoder, codebook, rms, rms_steps.

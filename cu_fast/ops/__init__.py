@@ -42,6 +42,8 @@ from cu_fast.ops.checks import (
 )
 from cu_fast.ops.choice import Impl, available_impls, choose, resolve
 from cu_fast.ops.latents import (
+    LATENT_KINDS,
+    TOKEN_SCALES,
     Deletion,
     LatentKind,
     LatentMasks,
@@ -62,9 +64,11 @@ from cu_fast.ops.packing import (
 
 __all__ = [
     "ACTIVATIONS",
+    "LATENT_KINDS",
     "MASK_MODES",
     "REDUCES",
     "SIMILARITIES",
+    "TOKEN_SCALES",
     "WEIGHTS",
     "Activation",
     "Deletion",

@@ -60,7 +60,8 @@ class LatentMasks(NamedTuple):
     """Which latents each mask changes, and to what.
 
     Attributes:
-        latents: int32 [U, M], rows of :attr:`Latents.enc`, ascending per mask; -1 ends a list. M <= 8192.
+        latents: int32 [U, M], per mask rows of :attr:`Latents.enc`, in ascending order of the latents that they are: it is
+            the order of the sum. -1 ends a list. M <= 8192.
         change: fp32 [U, M, 3], per latent gain, clamp and idle. One that fires with activation a becomes gain a + clamp:
             gain 0 and clamp 0 take it away. idle, where it is not 0, is what a latent that does not fire becomes in a
             token at which any such latent of the mask fires (the "dense" form of DSG, arXiv 2504.08192).

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from cu_fast.sae import gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify
 from cu_fast.sae.form import SAE, Kind, Provenance, Scale
+from cu_fast.sae.splice import SAESplice
 from cu_fast.sae.released import entries, names_in
 
-__all__ = ["SAE", "Kind", "Provenance", "Scale", "load_sae"]
+__all__ = ["SAE", "Kind", "Provenance", "SAESplice", "Scale", "load_sae"]
 
 FAMILIES = (gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify)
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")

@@ -1,6 +1,6 @@
 """The one form that every released sparse autoencoder is brought into (section 9 of the contract).
 
-    pre_i = rho(x) (w_i . x) + b_i      rho = 1, 1 / (std(x) + 1e-5) or norm / ||x||
+    pre_i = w_i . (rho(x) x) + b_i      rho = 1, 1 / (std(x) + 1e-5) or norm / ||x||
     latent i fires: pre_i > theta_i and pre_i > 0; kind "topk": pre_i > 0, and among the k best of all latents
     a_i = pre_i where it fires, else 0
     it writes sigma(x) a_i v_i          sigma = 1, std(x) or ||x|| / norm
@@ -12,19 +12,19 @@ and without a deleted latent.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cu_fast import ops
+from cu_fast.kernels import reference
+from cu_fast.masks import LatentRows
 from cu_fast.ops.checks import check_choice, check_matrix, shape
 
-Kind = Literal["threshold", "topk"]
-Scale = Literal["none", "layer_norm", "constant_norm"]
-KINDS, SCALES = map(get_args, (Kind, Scale))
-LAYER_NORM_EPS = 1e-5  # what the releases with a normalized input add to the standard deviation
+Kind = ops.LatentKind
+Scale = ops.TokenScale
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class SAE:
                 )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or Inf in fp32; every weight should be finite")
-        check_choice("kind", self.kind, KINDS)
-        check_choice("scale", self.scale, SCALES)
+        check_choice("kind", self.kind, ops.LATENT_KINDS)
+        check_choice("scale", self.scale, ops.TOKEN_SCALES)
         if self.kind == "topk" and not (type(self.k) is int and 1 <= self.k <= C):
             raise ValueError(f"k is {self.k!r}; for kind 'topk' it should be an integer from 1 to C = {C}")
         if self.kind == "topk" and self.theta.any():
@@ -122,10 +122,29 @@ class SAE:
         """Dout, the width of what it writes."""
         return self.dec.shape[1]
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """enc, bias, theta and dec: per latent a row of each."""
+        return self.enc, self.bias, self.theta, self.dec
+
+    def settings(self) -> dict[str, Any]:
+        """What computes and is no weight, and the sites: JSON values by name."""
+        return {name: getattr(self, name) for name in ("kind", "k", "scale", "norm", "site", "site_out")}
+
+    def rows_of(self, ids: Tensor) -> LatentRows:
+        """The rows of some latents, in memory of their own, for a mask that is to serve without the autoencoder."""
+        return LatentRows(*(row[ids.long()].cpu() for row in self.rows()), self.settings())
+
+    def to(self, device: torch.device | str) -> SAE:
+        """The same autoencoder on a device; itself where it is there."""
+        if self.enc.device == torch.device(device):
+            return self
+        enc, bias, theta, dec = (row.to(device) for row in self.rows())
+        return replace(self, enc=enc, bias=bias, theta=theta, dec=dec)
+
     def activations(self, x: Tensor) -> Tensor:
         """What every latent is, for inspection: this builds [T, C], so keep T small.
 
-        w . x is the canonical dot product of the contract; rho, then the bias, are each rounded to fp32.
+        rho x is rounded to fp32; then the canonical dot product, then the bias.
 
         Args:
             x: [T, Din], fp32, bf16 or fp16, on the device of the weights.
@@ -139,10 +158,8 @@ class SAE:
             TypeError: x has another dtype.
             RuntimeError: x requires grad.
         """
-        if self.scale == "none":
-            pre = ops.sae_encode(x, self.enc, self.bias, activation="none")
-        else:
-            pre = ops.sae_encode(x, self.enc, activation="none") * self._token_scales(x)[0] + self.bias
+        x = self.scaled(x)
+        pre = ops.sae_encode(x, self.enc, self.bias, activation="none")
         fires = (pre > self.theta) & (pre > 0)
         if self.kind == "topk":
             fires &= self._among_best(x, pre)
@@ -176,7 +193,7 @@ class SAE:
         check_matrix("x", x, width=self.d_in, of="enc")
         if len(x) != len(activations):
             raise ValueError(f"x has {len(x)} rows; it should have {len(activations)}, as activations has")
-        return y * self._token_scales(x)[1]
+        return y * self._token_scales(x)[1][:, None]
 
     def sha256(self) -> str:
         """Its identity: sha256 of all that computes (kind, k, scale, norm, shapes, weights), and of nothing else."""
@@ -187,22 +204,19 @@ class SAE:
         return digest.hexdigest()
 
     def _token_scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(rho, sigma), fp32 [T, 1] each, computed in fp64."""
-        x = x.double()
-        if self.scale == "layer_norm":
-            std = x.std(1, keepdim=True)  # Din - 1 in the denominator
-            rho, sigma = 1 / (std + LAYER_NORM_EPS), std
-        else:
-            length = x.norm(dim=1, keepdim=True)
-            rho, sigma = self.norm / length, length / self.norm
-        return rho.float(), sigma.float()
+        """(rho, sigma), fp32 [T] each."""
+        return reference.token_scales(x, ops.TOKEN_SCALES.index(self.scale), self.norm)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """rho x: [T, Din] -> fp32 [T, Din]; x itself where scale is "none"."""
+        check_matrix("x", x, width=self.d_in, of="enc")
+        if self.scale == "none":
+            return x
+        return x.float() * self._token_scales(x)[0][:, None]
 
     def _among_best(self, x: Tensor, pre: Tensor) -> Tensor:
         """bool [T, C]: which latents are the k best: higher pre first, at equal pre the smaller id."""
-        if self.scale == "none":
-            ids = ops.sae_encode(x, self.enc, self.bias, activation="none", k=self.k).ids.long()
-        else:  # the fused selection knows no rho
-            ids = pre.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
+        ids = ops.sae_encode(x, self.enc, self.bias, activation="none", k=self.k).ids.long()
         best = torch.zeros(len(pre), self.num_latents + 1, dtype=torch.bool, device=pre.device)
         best.scatter_(1, ids.where(ids >= 0, self.num_latents), True)  # an empty slot goes to a column of its own
         return best[:, :-1]

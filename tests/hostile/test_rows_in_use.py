@@ -140,8 +140,8 @@ def test_a_row_is_read_after_it_was_written(attachment, given, streams):
 
 def test_a_table_that_grows_keeps_the_old_one_for_its_readers(streams):
     table = MaskTable(C, "cpu", rows=2)
-    table.write(1, torch.full(((C + 31) // 32,), 7, dtype=torch.int32))
+    table.write(1, (torch.full(((C + 31) // 32,), 7, dtype=torch.int32),))
     old = table.table
-    table.write(5, torch.ones((C + 31) // 32, dtype=torch.int32))
+    table.write(5, (torch.ones((C + 31) // 32, dtype=torch.int32),))
     assert table.table.shape[0] == 8 and torch.equal(table.table[1], old[1])
-    assert any(kept is old for kept in table._outgrown)
+    assert any(kept is old for (kept,) in table._outgrown)

@@ -50,7 +50,7 @@ def delete_latents(
         dec: fp32 [R, Dout].
         scale: 0, 1 or 2: see token_scales.
         norm: of scale 2.
-        mask_latents: int32 [U, M], per mask rows of enc, ascending; -1 ends the list. M <= MAX_LATENTS.
+        mask_latents: int32 [U, M], per mask rows of enc, in the order of their sum; -1 ends the list. M <= MAX_LATENTS.
         mask_change: fp32 [U, M, 3], per latent gain, clamp and idle.
         mask_row: int32 [T], -1 = nothing deleted.
         floor_scores: fp32 [T], the score of the last latent that a token keeps, or None = there is no floor.

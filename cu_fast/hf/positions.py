@@ -1,0 +1,49 @@
+"""Which tokens of a batch are the first of their sequence. Part of ``cu_fast.hf.attachment``.
+
+The first position is an attention sink: its hidden state is many times as long as others, and no sparse autoencoder
+was fitted to it. Masks leave it alone. Where it is not certain that a token is the first, it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_tokens(given: Mapping[str, Any], names: Iterable[str], length: int | Tensor, n: int) -> Tensor | None:
+    """The first n tokens of each sequence.
+
+    Args:
+        given: a model's arguments by name.
+        names: of the arguments that hold the sequences.
+        length: tokens that the cache holds.
+        n: how many, at least 1.
+
+    Returns:
+        bool [B, S]; at most n are true per sequence, of a packed row per sequence in it. None = there are none, or the
+        sequences are not known.
+    """
+    if isinstance(length, int) and length >= n and not torch.compiler.is_compiling():
+        return None
+    ids = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    if ids is None or ids.dim() < 2:
+        return None
+    B, S = ids.shape[:2]
+    real, order = None, torch.arange(1, S + 1, device=ids.device).expand(B, S)
+    mask = given.get("attention_mask", given.get("decoder_attention_mask"))
+    if isinstance(mask, Tensor) and mask.shape == (B, S):
+        real = mask.bool().to(ids.device)
+        order = real.long().cumsum(1)
+    first = order + length <= n
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == S > 1:
+        # Where positions start again a packed row's next sequence begins.
+        positions = positions.to(ids.device)
+        starts = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)
+        starts[:, 1:] = (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
+        for shift in range(n):
+            first = first | (starts.roll(shift, 1) & (positions == shift))
+    return first if real is None else first & real

@@ -1,0 +1,138 @@
+"""What every splice has: the module that sits at a layer of a model, and through which masks delete.
+
+    replace    y is made of the kept codes alone: what the model says passes a bottleneck (CodeUnlearn)
+    delta      y is x, but for what deleted codes wrote: without a mask the model is as it was, bit for bit
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cu_fast import ops
+from cu_fast.masks import ChangeTable, Mask, MaskTable
+from cu_fast.masks.tables import RowTable
+
+SpliceKind = Literal["replace", "delta"]
+SPLICES = get_args(SpliceKind)
+
+
+class Splice(nn.Module):
+    """A module that reads x [..., d_in] at one place of a model and changes what leaves the same place or another.
+
+    T tokens, C codes (of a sparse autoencoder: latents), U masks in a table.
+
+    Attributes:
+        splice: "replace" or "delta".
+        strength: how many times a mask that does not say takes out what a code wrote; 1 where splice is "replace".
+        mask_mode: "ablate" or "reselect".
+        impl: passed to every operator; may be changed at any time.
+        num_codes: C.
+        k: codes kept per token; None = all that pass a threshold.
+        d_in: width of what is read.
+        d_out: width of what is changed.
+        passed: int64 [2], the receipt: tokens, and kept codes that masks took away.
+        changed: int64 [], of splice "delta": tokens that masks changed.
+        dose: fp32 [2], of splice "delta": ||y - x|| / ||x|| of those tokens, their sum and the largest.
+    """
+
+    splice: SpliceKind
+    strength: float
+    mask_mode: ops.MaskMode
+    impl: ops.Impl
+    num_codes: int
+    k: int | None
+    d_in: int
+    d_out: int
+    has_latents = False  # a code's weight is no size that a mask could set where it was not kept
+
+    def __init__(self) -> None:
+        super().__init__()
+        # On the device, so that counting waits for no kernel.
+        self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self.register_buffer("changed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("dose", torch.zeros(2, dtype=torch.float32), persistent=False)
+
+    @abstractmethod
+    def codebook_sha256(self) -> str:
+        """The identity that masks are bound to."""
+
+    @abstractmethod
+    def active(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Which codes each token keeps, nothing deleted. In evaluation mode only.
+
+        Args:
+            x: [..., d_in]; the leading dimensions are flattened to T tokens.
+            depth: how many of the best are asked for; None = those that it keeps.
+
+        Returns:
+            int32 [T, n]; -1 fills rows that have fewer.
+        """
+
+    @abstractmethod
+    def receipt(self) -> dict[str, Any]:
+        """What ran in evaluation since ``reset_receipt()``."""
+
+    def reset_receipt(self) -> None:
+        """Set the receipt to 0, in place."""
+        self.passed.zero_()
+        self.changed.zero_()
+        self.dose.zero_()
+
+    def doses(self) -> dict[str, Any]:
+        """Of splice "delta" what the receipt says of the tokens that masks changed: changed, dose and max_dose."""
+        if self.splice == "replace":
+            return {}
+        changed, (total, largest) = int(self.changed), self.dose.tolist()
+        return {"changed": changed, "dose": total / max(changed, 1), "max_dose": largest}
+
+    def refresh(self) -> None:
+        """Make sure that what is computed from parameters is of the parameters as they are."""
+
+    def new_table(self, device: torch.device | str) -> RowTable:
+        """An empty table of masks, on a device; its ``tensors`` are what a forward is given."""
+        return MaskTable(self.num_codes, device) if self.splice == "replace" else ChangeTable(device)
+
+    def check_mask(self, mask: Mask) -> None:
+        """Raises ValueError for a mask that this splice cannot do as it says."""
+        if self.splice == "replace" and mask.how:
+            raise ValueError(
+                f"mask {mask.topic!r} sets {', '.join(mask.how)}; a splice that replaces the hidden state takes a code "
+                f"away whole: attach with splice='delta', or give a mask without them"
+            )
+        if mask.dense and not self.has_latents:
+            raise ValueError(f"mask {mask.topic!r} is dense; only a sparse autoencoder's latents can be, not codes")
+
+    def row_of(self, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
+        """A table's row that holds all of these masks.
+
+        Of a code that several masks change, the lowest gain, clamp and idle hold, each by itself.
+        """
+        if self.splice == "replace":
+            bits = torch.zeros((self.num_codes + 31) // 32, dtype=torch.int32)
+            for mask in masks:
+                bits |= mask.bits
+            return (bits,)
+        ids, change = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
+        for mask in masks:
+            gain = 1 - (self.strength if mask.strength is None else mask.strength)
+            ids.append(mask.ids())
+            change.append(torch.tensor([gain, mask.clamp, mask.clamp if mask.dense else 0.0]).repeat(len(ids[-1]), 1))
+        union, place = torch.cat(ids).unique(return_inverse=True)
+        lowest = torch.full((len(union), 3), torch.inf)
+        lowest.scatter_reduce_(0, place[:, None].expand(-1, 3), torch.cat(change), "amin")
+        return union.int(), lowest
+
+    def _count(self, tokens: int, hits: Tensor, dose: Tensor) -> None:
+        """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted."""
+        self.passed[0] += tokens
+        self.passed[1] += hits.sum()
+        self.changed += (hits > 0).sum()
+        dose = torch.nan_to_num(dose, nan=0.0, posinf=torch.finfo(torch.float32).max)
+        self.dose[0] += dose.sum()
+        if dose.numel():
+            self.dose[1] = torch.maximum(self.dose[1], dose.max())
