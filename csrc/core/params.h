@@ -94,4 +94,32 @@ struct DecodeParams {
   void* y;  // [T, D], table's dtype
 };
 
+// The most latents that one mask changes: MAX_LATENTS of kernels/reference/latents.py.
+inline constexpr int64_t kMaxMaskLatents = 8192;
+// Added to a standard deviation: LAYER_NORM_EPS of kernels/reference/canonical.py.
+inline constexpr float kLayerNormEps = 1e-5f;
+
+// The factors of a token: before it is encoded, and of its decoded latents (kernels/reference/canonical.py).
+enum class TokenScale { none, layer_norm, constant_norm };
+
+// R latents; at most M of them in a mask.
+struct DeleteLatentsParams {
+  Matrix x;                   // [T, Din]
+  Matrix residual;            // [T, Dout], x itself if the operator was given none
+  Matrix enc, dec;            // fp32 [R, Din], [R, Dout]
+  const float *bias, *theta;  // [R]
+  TokenScale scale;
+  float norm;  // of TokenScale::constant_norm
+  const int32_t*
+      mask_latents;  // [U, M], rows of enc, ascending; -1 ends a list; R and above: its tokens are NaN
+  const float* mask_change;  // [U, M, 3], gain, clamp and idle
+  const int32_t* mask_row;  // [T], -1: nothing deleted. On a GPU not checked: beyond the table is a NaN token
+  const float* floor_scores;  // [T], the score of the last latent that a token keeps; null: there is no floor
+  const int32_t* floor_ids;   // [T], its row of enc; null where floor_scores is
+  int64_t T, Din, Dout, R, U, M;
+  void* y;        // [T, Dout], residual's dtype
+  int32_t* hits;  // [T]
+  float* dose;    // [T]
+};
+
 }  // namespace cu_fast

@@ -1,9 +1,10 @@
 // The kernels that exist once per instruction set. Scratch is 64-byte aligned; its size is scratch_floats()
-// of cpu/grid.h, and for the scan also ScanScratch of cpu/scan.h.
+// of cpu/grid.h, for the scan also ScanScratch of cpu/scan.h, and LatentScratch of cpu/delete_latents.h.
 
 #pragma once
 
 #include "core/params.h"
+#include "cpu/delete_latents.h"
 
 #define CU_FAST_FOR_EACH_LEVEL(...) \
   namespace scalar {                \
@@ -27,6 +28,9 @@ CU_FAST_FOR_EACH_LEVEL(
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
     // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
     void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);
+    // The given steps of a block's tokens, which are sorted by mask; its codes are places in their masks' lists.
+    void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep step, float* scratch,
+                        const LatentScores& scores);
     // Return the operations or bytes done (peak-inl.h).
     int64_t peak_int8(int64_t iterations, int32_t* out); int64_t peak_fp32(int64_t iterations, int32_t* out);
     int64_t peak_read(const int32_t* from, int64_t count, int32_t* out);)

@@ -25,6 +25,9 @@ void launch_codebook_quantize(const SelectJob& job, Stream stream);
 
 void launch_masked_decode(const DecodeParams& p, Stream stream);
 
+// Writes p.y, p.hits and p.dose.
+void launch_delete_latents(const DeleteLatentsParams& p, Stream stream);
+
 // A bottleneck: a selection, then in one kernel the merge of its parts, the weights and the decoder.
 struct BottleneckParams {
   SelectJob job;

@@ -26,6 +26,7 @@ class Cpu {
   void encode(const EncodeParams& p) const;
   void select(SelectParams p, bool counts_hits) const;
   void decode(const DecodeParams& p) const;
+  void delete_latents(const DeleteLatentsParams& p) const;
   void bottleneck(SelectParams p, bool counts_hits, bool score_weights, DecodeParams decode,
                   int64_t* receipt) const;
 };

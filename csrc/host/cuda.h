@@ -98,6 +98,8 @@ class Cuda {
 
   void decode(const DecodeParams& p) const { launch_masked_decode(p, device_.stream()); }
 
+  void delete_latents(const DeleteLatentsParams& p) const { launch_delete_latents(p, device_.stream()); }
+
   // With every code scored, two launches: the kernel that ends the selection decodes.
   void bottleneck(const SelectParams& p, bool counts_hits, bool score_weights, const DecodeParams& decode,
                   int64_t* receipt) const {

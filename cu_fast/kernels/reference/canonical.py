@@ -48,6 +48,11 @@ def inverse_norm(codes: Tensor) -> Tensor:
     return torch.where(squared == 0, 0.0, 1.0 / torch.sqrt(squared))
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root of an fp32 tensor, rounded once. torch's own of fp32 may be a unit in the last place off on a CPU."""
+    return torch.sqrt(x.double()).float()  # a double is wide enough for the second rounding to change nothing
+
+
 def token_scales(x: Tensor, scale: int, norm: float) -> tuple[Tensor, Tensor]:
     """What a token is multiplied with before it is encoded, and what its decoded latents are multiplied with.
 
@@ -62,14 +67,15 @@ def token_scales(x: Tensor, scale: int, norm: float) -> tuple[Tensor, Tensor]:
     Returns:
         rho fp32 [T], sigma fp32 [T].
     """
+    # Numbers as tensors: 3.0 / x would be (1 / x) * 3.0, rounded twice, and on a GPU x / 3.0 would be x * (1 / 3.0).
     x = x.float()
     one = torch.ones(x.shape[0], device=x.device)
     if scale == 0:
         return one, one
     if scale == 1:
-        mean = canonical_dot(x, torch.ones_like(x)) / x.shape[1]
+        mean = canonical_dot(x, torch.ones_like(x)) / (one * x.shape[1])
         centred = x - mean[:, None]
-        std = torch.sqrt(canonical_dot(centred, centred) / (x.shape[1] - 1))
-        return 1.0 / (std + LAYER_NORM_EPS), std
-    length = torch.sqrt(canonical_dot(x, x))
-    return torch.where(length == 0, 0.0, norm / length), length / norm
+        std = root(canonical_dot(centred, centred) / (one * (x.shape[1] - 1)))
+        return one / (std + LAYER_NORM_EPS), std
+    length = root(canonical_dot(x, x))
+    return torch.where(length == 0, 0.0, one * norm / length), length / (one * norm)

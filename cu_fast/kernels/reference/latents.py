@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cu_fast.kernels.reference.canonical import canonical_dot, token_scales
+from cu_fast.kernels.reference.canonical import canonical_dot, root, token_scales
 
 MAX_LATENTS = 8192  # that one mask changes: a GPU's kernel keeps a number for each in shared memory
 BLOCK_T = 64  # tokens per tile
@@ -124,7 +124,7 @@ def _delete(
     delta = sigma[:, None] * delta
     hits = fires.sum(1, dtype=torch.int32)
     kept = residual.float()
-    dose = torch.sqrt(canonical_dot(delta, delta)) / torch.sqrt(canonical_dot(kept, kept))
+    dose = root(canonical_dot(delta, delta)) / root(canonical_dot(kept, kept))
     y = torch.where((hits > 0)[:, None], (kept + delta).to(residual.dtype), residual)
     y = torch.where(faulty[:, None], torch.nan, y).to(residual.dtype)
     return y, hits, torch.where(faulty, torch.nan, torch.where(hits > 0, dose, 0.0))

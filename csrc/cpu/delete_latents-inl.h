@@ -1,0 +1,300 @@
+// Deletion of latents from a hidden state that is kept.
+//
+//   pre_i = canonical(enc_i, rho x_t) + bias_i     y_t = residual_t + sigma sum_i (new_i - a_i) dec_i
+//
+//   what          shape                   where it stays
+//   x, residual   [T, Din], [T, Dout]     any stride and dtype; read once
+//   rho x         [tokens, Din]           fp32 in scratch: L2 cache
+//   enc, dec      [R, Din], [R, Dout]     in place: the rows of a mask's latents alone
+//   pre           [tokens, M]             scratch
+//   partials      [kTokens, kRows, 16]    registers
+//   y             [T, Dout]               contiguous, residual's dtype
+//
+// A block's tokens are sorted by mask. Per run of tokens of one mask:
+// 1. List its latents up to the first -1, with bias and max(theta, 0). One that does not exist: NaN.
+// 2. Widen the rows of x, multiply by rho, note those that are NaN.
+// 3. Dot products of a tile of latents and all the run's tokens, kRows x kTokens at a time.
+// 4. Per token: compare pre with max(theta, 0), 16 at a time, and with the floor, where it has one; list the
+//    latents that fire, each with new - a. None: copy the residual.
+// 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual, store.
+//    The squares that dose needs are added up on the way.
+//
+// Included inside the namespace and the target region of one instruction set, which supplies Vec.
+
+namespace {
+
+// The first n lanes, then zeros.
+inline Vec first_lanes(Vec v, int64_t n) {
+  if (n >= kLanes) return v;
+  float lanes[kLanes];
+  v.store(lanes);
+  return load_first(lanes, n);
+}
+
+inline float tree_sum_of(Vec v) {
+  const Vec one[1] = {v};
+  float sum;
+  Vec::tree_sums(one, &sum);
+  return sum;
+}
+
+// x [round_up(n, 16)], padded with zeros, becomes rho x. Returns sigma.
+float scale_token(const DeleteLatentsParams& p, float* x) {
+  const int64_t n = p.Din;
+  float rho = 1, sigma = 1;
+  if (p.scale == TokenScale::none) return sigma;
+  Vec sum = Vec::broadcast(0);
+  if (p.scale == TokenScale::layer_norm) {
+    for (int64_t e = 0; e < n; e += kLanes) sum = sum + Vec::load(x + e);
+    const Vec mean = Vec::broadcast(tree_sum_of(sum) / static_cast<float>(n));
+    sum = Vec::broadcast(0);
+    for (int64_t e = 0; e < n; e += kLanes) {
+      const Vec centred = first_lanes(Vec::load(x + e) - mean, n - e);
+      sum = sum + centred * centred;
+    }
+    sigma = std::sqrt(tree_sum_of(sum) / static_cast<float>(n - 1));
+    rho = 1.0f / (sigma + kLayerNormEps);
+  } else {
+    for (int64_t e = 0; e < n; e += kLanes) sum = sum + Vec::load(x + e) * Vec::load(x + e);
+    const float length = std::sqrt(tree_sum_of(sum));
+    rho = length == 0 ? 0.0f : p.norm / length;
+    sigma = length / p.norm;
+  }
+  const Vec factor = Vec::broadcast(rho);
+  for (int64_t e = 0; e < n; e += kLanes) first_lanes(Vec::load(x + e) * factor, n - e).store(x + e);
+  return sigma;
+}
+
+// The latents of a mask, each checked: they become addresses.
+struct Listed {
+  int64_t n = 0;
+  bool exist = true;
+  const int32_t* ids;
+  const float *bias, *least;
+  const float* change;  // [n, 3]
+};
+
+Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) {
+  const LatentScratch at(p);
+  auto* const ids = reinterpret_cast<int32_t*>(scratch + at.ids());
+  float *const bias = scratch + at.bias(), *const least = scratch + at.least();
+  Listed listed = {.ids = ids, .bias = bias, .least = least, .change = p.mask_change + mask * p.M * 3};
+  for (; listed.n < p.M; ++listed.n) {
+    const int32_t id = p.mask_latents[mask * p.M + listed.n];
+    if (id < 0) break;
+    listed.exist = listed.exist && id < p.R;
+    if (!listed.exist) break;
+    ids[listed.n] = id;
+    bias[listed.n] = p.bias[id];
+    const float theta = p.theta[id];
+    least[listed.n] = theta > 0 || theta != theta ? theta : 0;  // NaN: never fires
+  }
+  return listed;
+}
+
+// dots[t * dots_stride + r] of kTokens rows of x and kRows rows of enc. x is padded with zeros.
+template <int kTokens, int kRows>
+[[gnu::noinline]] void dot_rows(const float* x, int64_t x_stride, const float* const* rows, int64_t n,
+                                float* dots, int64_t dots_stride) {
+  const float* row[kRows];
+  Vec partial[kTokens][kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = rows[r];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) partial[t][r] = Vec::broadcast(0);
+  }
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes) {
+    Vec latent[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) latent[r] = Vec::load(row[r] + e);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec token = Vec::load(x + t * x_stride + e);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) partial[t][r] = partial[t][r] + token * latent[r];
+    }
+  }
+  if (e < n) {
+    for (int r = 0; r < kRows; ++r) {
+      const Vec latent = load_first(row[r] + e, n - e);
+      for (int t = 0; t < kTokens; ++t)
+        partial[t][r] = partial[t][r] + Vec::load(x + t * x_stride + e) * latent;
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+    if constexpr (kRows == Vec::kCodes) {
+      Vec::tree_sums(partial[t], dots + t * dots_stride);
+    } else {
+      for (int r = 0; r < kRows; ++r) dots[t * dots_stride + r] = tree_sum_of(partial[t][r]);
+    }
+  }
+}
+
+// pre of `tokens` rows of x and the latents [m_begin, m_end) of a list.
+void score_rows(const DeleteLatentsParams& p, const Listed& listed, int64_t m_begin, int64_t m_end,
+                const float* x, int64_t tokens, float* pre) {
+  constexpr int kTokens = Vec::kTokens, kRows = Vec::kCodes;
+  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
+  const auto* const enc = static_cast<const float*>(p.enc.data);
+  for (int64_t m = m_begin, rows; m < m_end; m += rows) {
+    rows = m_end - m >= kRows ? kRows : 1;
+    const float* row[kRows];
+    for (int64_t r = 0; r < rows; ++r) row[r] = enc + listed.ids[m + r] * p.enc.stride;
+    int64_t t = 0;
+    if (rows == kRows) {
+      for (; t + kTokens <= tokens; t += kTokens)
+        dot_rows<kTokens, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+      for (; t < tokens; ++t)
+        dot_rows<1, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+    } else {
+      for (; t + kTokens <= tokens; t += kTokens)
+        dot_rows<kTokens, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+      for (; t < tokens; ++t) dot_rows<1, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+    }
+  }
+}
+
+// Whether a latent's (pre, id) is not below a token's floor.
+inline bool is_kept(const DeleteLatentsParams& p, int64_t token, float pre, int32_t id) {
+  if (p.floor_scores == nullptr) return true;
+  const float floor = p.floor_scores[token];
+  return pre > floor || (pre == floor && id <= p.floor_ids[token]);
+}
+
+struct Found {
+  int64_t fired, changed;  // fired < 0: a pre is NaN
+};
+
+// Lists what changes: the latents that fire, each with new - a, and idle ones where one that has an idle fires.
+Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre,
+                   DecodeSlot* slots) {
+  bool hot = false;
+  int64_t fired = 0;
+  for (int64_t m = 0; m < listed.n; m += kLanes) {
+    const int64_t left = listed.n - m;
+    const uint32_t lanes = left >= kLanes ? (1u << kLanes) - 1 : (1u << left) - 1;
+    const Vec scores = Vec::load(pre + m) + Vec::load(listed.bias + m);
+    if ((~Vec::at_least(scores, scores) & lanes) != 0) return {-1, 0};
+    scores.store(pre + m);
+    uint32_t above = ~Vec::not_below(Vec::load(listed.least + m), scores) & lanes;
+    for (; above != 0; above &= above - 1) {
+      const int64_t i = m + std::countr_zero(above);
+      const float a = pre[i];
+      if (!is_kept(p, token, a, listed.ids[i])) continue;
+      const float* const change = listed.change + 3 * i;
+      hot = hot || change[2] != 0;
+      slots[fired++] = {listed.ids[i], (change[0] * a + change[1]) - a};
+    }
+  }
+  if (!hot) return {fired, fired};
+  int64_t changed = 0;
+  for (int64_t i = 0; i < listed.n; ++i) {
+    const float a = pre[i], idle = listed.change[3 * i + 2];
+    if (a > listed.least[i] && is_kept(p, token, a, listed.ids[i])) {
+      slots[changed++] = {listed.ids[i], (listed.change[3 * i] * a + listed.change[3 * i + 1]) - a};
+    } else if (idle != 0) {
+      slots[changed++] = {listed.ids[i], idle};
+    }
+  }
+  return {fired, changed};
+}
+
+constexpr int64_t kLatentsAhead = 4;  // prefetch distance in rows of dec
+
+// y[d .. d + 16 kRun) of a token, and the squares of what is added and of what it is added to. With kRun = 1 it may end at
+// Dout before that.
+template <int kRun, class T>
+inline void apply_run(const DeleteLatentsParams& p, const T* kept, T* y, const DecodeSlot* slots, int64_t n,
+                      float sigma, int64_t d, Vec& moved, Vec& length) {
+  const int64_t left = kRun > 1 ? kRun * kLanes : p.Dout - d;  // only a single vector may be cut short
+  Vec sum[kRun];
+#pragma GCC unroll 16
+  for (int v = 0; v < kRun; ++v) sum[v] = Vec::broadcast(0);
+  const auto* const dec = static_cast<const float*>(p.dec.data) + d;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* const row = dec + slots[i].id * p.dec.stride;
+    const Vec weight = Vec::broadcast(slots[i].weight);
+    if (i + kLatentsAhead < n) {  // prefetch: the hardware cannot guess the next row
+      const float* const next = dec + slots[i + kLatentsAhead].id * p.dec.stride;
+      for (int v = 0; v < kRun; ++v) __builtin_prefetch(next + v * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kRun; ++v) sum[v] = sum[v] + weight * load_first(row + v * kLanes, left - v * kLanes);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kRun; ++v) {
+    const int64_t at = d + v * kLanes, here = left - v * kLanes;
+    const Vec delta = first_lanes(Vec::broadcast(sigma) * sum[v], here), old = load_first(kept + at, here);
+    moved = moved + delta * delta;
+    length = length + old * old;
+    store_first(old + delta, y + at, here);
+  }
+}
+
+template <class T>
+void apply_token(const DeleteLatentsParams& p, const T* kept, T* y, const DecodeSlot* slots, int64_t n,
+                 float sigma, float* dose) {
+  constexpr int kRun = 8;
+  Vec moved = Vec::broadcast(0), length = Vec::broadcast(0);
+  int64_t d = 0;
+  for (; d + kRun * kLanes <= p.Dout; d += kRun * kLanes)
+    apply_run<kRun>(p, kept, y, slots, n, sigma, d, moved, length);
+  for (; d < p.Dout; d += kLanes) apply_run<1>(p, kept, y, slots, n, sigma, d, moved, length);
+  *dose = std::sqrt(tree_sum_of(moved)) / std::sqrt(tree_sum_of(length));
+}
+
+// Writes the results of a token.
+void finish_token(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre, float sigma,
+                  DecodeSlot* slots) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const bool faulty = !listed.exist || !(std::fabs(sigma) <= std::numeric_limits<float>::max());
+  const Found found = faulty ? Found{-1, 0} : find_changes(p, listed, token, pre, slots);
+  p.hits[token] = static_cast<int32_t>(std::max<int64_t>(found.fired, 0));
+  p.dose[token] = found.fired < 0 ? kNan : 0;
+  with_row(p.residual, token, [&]<class T>(const T* kept) {
+    T* const y = static_cast<T*>(p.y) + token * p.Dout;
+    if (found.fired == 0) {
+      std::copy_n(kept, p.Dout, y);
+    } else if (found.fired > 0) {
+      apply_token(p, kept, y, slots, found.changed, sigma, p.dose + token);
+    } else {
+      T nan;
+      narrow(kNan, &nan);
+      std::fill_n(y, p.Dout, nan);
+    }
+  });
+}
+
+}  // namespace
+
+void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep step, float* scratch,
+                    const LatentScores& scores) {
+  const LatentScratch at(p);
+  const int64_t tokens = block.tokens();
+  for (int64_t begin = 0, end; begin < tokens; begin = end) {
+    const int32_t mask = p.mask_row[block.token(begin)];
+    for (end = begin + 1; end < tokens && p.mask_row[block.token(end)] == mask;) ++end;
+    const Listed listed = list_latents(p, mask, scratch);
+    if (step != LatentStep::apply) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* const x = scratch + at.x() + (t - begin) * at.width;
+        const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
+        const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
+        if (block.c_begin == 0)
+          scores.sigma[t] = sigma;  // once, where several threads have parts of the list
+      }
+      if (listed.exist) {
+        score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), end - begin,
+                   scores.pre + begin * at.listed);
+      }
+    }
+    if (step == LatentStep::score) continue;
+    for (int64_t t = begin; t < end; ++t) {
+      finish_token(p, listed, block.token(t), scores.pre + t * at.listed, scores.sigma[t],
+                   reinterpret_cast<DecodeSlot*>(scratch + at.slots()));
+    }
+  }
+}

@@ -1,0 +1,44 @@
+// What the kernel of delete_latents is given beside its parameters: which steps, and memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/canonical.h"
+#include "core/params.h"
+
+namespace cu_fast {
+
+// The most tokens of a block: their rows, widened, stay in the L2 cache (32 x 2304 floats are 288 KiB).
+inline constexpr int64_t kLatentTokens = 32;
+
+// score: pre and sigma of tokens. apply: the rest, from these. Both at once where a block has whole masks.
+enum class LatentStep { score, apply, both };
+
+// What lies between the steps.
+struct LatentScores {
+  float* pre;    // [tokens, round_up(M, 16)], canonical dot products, without the bias
+  float* sigma;  // [tokens], not finite: the token is NaN
+
+  LatentScores from_token(int64_t t, int64_t M) const { return {pre + t * round_up(M, kLanes), sigma + t}; }
+};
+
+// The scratch of one worker: where each array starts, in floats.
+struct LatentScratch {
+  int64_t width, listed;
+
+  explicit LatentScratch(const DeleteLatentsParams& p)
+      : width(round_up(p.Din, kLanes)), listed(round_up(p.M, kLanes)) {}
+
+  int64_t x() const { return 0; }                              // [kLatentTokens, width], rho x
+  int64_t pre() const { return x() + kLatentTokens * width; }  // [kLatentTokens, listed], of LatentStep::both
+  int64_t sigma() const { return pre() + kLatentTokens * listed; }  // [kLatentTokens], likewise
+  int64_t ids() const { return sigma() + kLatentTokens; }           // int32 [listed], a mask's latents
+  int64_t bias() const { return ids() + listed; }                   // [listed], theirs
+  int64_t least() const { return bias() + listed; }                 // [listed], max(theta, 0)
+  int64_t slots() const { return least() + listed; }                // DecodeSlot [listed]
+  int64_t size() const { return slots() + 2 * listed; }
+};
+
+}  // namespace cu_fast

@@ -1,0 +1,11 @@
+// delete_latents for AVX2; the algorithm: delete_latents-inl.h.
+
+#include "cpu/baseline.h"
+#include "cpu/vec_avx2.h"
+
+CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
+namespace cu_fast::avx2 {
+#include "cpu/canonical-inl.h"
+#include "cpu/delete_latents-inl.h"
+}  // namespace cu_fast::avx2
+CU_FAST_TARGET_END
