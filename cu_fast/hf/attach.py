@@ -212,13 +212,14 @@ def _attached(
         for place, width, which in ((reads, part.d_in, "d_in"), (writes, part.d_out, "d_out")):
             known = _width(model, place)
             if known is not None and width != known:
-                which = which if part.d_in != part.d_out else "d_model" if isinstance(part, CodebookBottleneck) else which
+                which = "d_model" if isinstance(part, CodebookBottleneck) else which
                 raise ValueError(
-                    f"{which} of layer {name!r} is {width}; the model's {'hidden size' if which == 'd_model' else 'width'} "
-                    f"there is {known}"
+                    f"{which} of layer {name!r} is {width}; the model's width at {str(place)!r} is {known}"
                 )
         if any(layer.writes.module == writes.module for layer in layers):
-            raise ValueError(f"layer {name!r} and another one change module {writes.module!r}; give one for each module")
+            raise ValueError(
+                f"layer {name!r} and another one change module {writes.module!r}; give one for each module"
+            )
         part.impl = impl
         device = device_of(module)
         if device.type == "meta":

@@ -39,14 +39,13 @@ from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
 from cu_fast.hf.context import Unlearning
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
-from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
 from cu_fast.hf.places import near
+from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
 from cu_fast.hf.topics import Entry, Layer, Topics
 from cu_fast.masks import Mask
-from cu_fast.nn import Splice, SpliceKind
+from cu_fast.nn import Splice
 from cu_fast.ops import MASK_MODES, MaskMode
 from cu_fast.ops.checks import check_choice
-
 
 
 class Attachment:
@@ -232,7 +231,9 @@ class Attachment:
         self._check_usable()
         check_choice("mask_mode", mode, MASK_MODES)
         if mode == "reselect" and (kept := [v.name for v in self._layers if v.bottleneck.splice == "delta"]):
-            raise ValueError(f"mask_mode is 'reselect'; layers {kept} keep the hidden state, and select nothing instead")
+            raise ValueError(
+                f"mask_mode is 'reselect'; layers {kept} keep the hidden state, and select nothing instead"
+            )
         self._active.check_idle("mask_mode cannot change")
         for bottleneck in self.bottlenecks.values():
             bottleneck.mask_mode = mode

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
 from cu_fast.hf.positions import first_tokens
+from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.nn.bottleneck import refuse_gradient
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
@@ -33,8 +33,6 @@ VALUE = "_cu_fast_value"  # of an encoder's output: the identity of the tensor t
 STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 # Arguments that hold the output of a part for images or sounds. Inside generate transformers passes them on.
 OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_outputs")
-# Arguments whose first dimension is the sequences, in every model. Not images or sounds: a sequence may have several.
-SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 class LayerHook:
@@ -350,12 +348,6 @@ def _same_depth(model: nn.Module) -> Iterator[None]:
             if depth is not None:
                 config.num_hidden_layers = depth
         raise
-
-
-def argument_names(function: Callable) -> tuple[str, ...]:
-    """Names of a function's positional arguments, in order."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
 
 
 def _caches(value: Any) -> tuple[Cache, ...]:

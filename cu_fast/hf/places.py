@@ -103,12 +103,16 @@ def _hook(model: nn.Module, number: int, hook: str) -> Place:
     else:
         raise ValueError(f"the model has no layer number {number} under {', '.join(BLOCKS)}; name the module instead")
     children = dict(model.get_submodule(layer).named_children())
-    has_norms_behind = "post_feedforward_layernorm" in children and "pre_feedforward_layernorm" in children  # Gemma 2, 3
+    has_norms_behind = (
+        "post_feedforward_layernorm" in children and "pre_feedforward_layernorm" in children
+    )  # Gemma 2, 3
 
     def child(names: tuple[str, ...]) -> str:
         found = next((name for name in names if name in children), None)
         if found is None:
-            raise ValueError(f"layer {layer!r} has none of {', '.join(names)} for hook {hook!r}; name the module instead")
+            raise ValueError(
+                f"layer {layer!r} has none of {', '.join(names)} for hook {hook!r}; name the module instead"
+            )
         return f"{layer}.{found}"
 
     if hook in ("hook_resid_post", "hook_resid_pre"):

@@ -5,14 +5,23 @@ Part of ``cu_fast.hf.attachment``.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cu_fast.hf.hooks import SEQUENCES, argument_names
+# Arguments whose first dimension is the sequences, in every model. Not images or sounds: a sequence may have several.
+SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def argument_names(function: Callable) -> tuple[str, ...]:
+    """Names of a function's positional arguments, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -238,7 +238,9 @@ class Mask:
         layer = self.layer if self.layer == other.layer else None
         bits = operation(self.bits, other.bits)
         made = Mask(bits, self.num_codes, self.codebook_sha256, topic, layer, method, **self.how)
-        return made if None in (self.rows, other.rows) else dataclasses.replace(made, rows=_rows_among(made, self, other))
+        return (
+            made if None in (self.rows, other.rows) else dataclasses.replace(made, rows=_rows_among(made, self, other))
+        )
 
     def after_erasing(self, kept: Tensor, codebook_sha256: str) -> Mask:
         """The same mask on the codebook that remains after codes of its own were erased.

@@ -6,4 +6,4 @@ from cu_fast.nn.codebook import Codebook
 from cu_fast.nn.config import BottleneckConfig
 from cu_fast.nn.splice import SPLICES, Splice, SpliceKind
 
-__all__ = ["BottleneckConfig", "Codebook", "CodebookBottleneck", "SPLICES", "SparseAutoencoder", "Splice", "SpliceKind"]
+__all__ = ["SPLICES", "BottleneckConfig", "Codebook", "CodebookBottleneck", "SparseAutoencoder", "Splice", "SpliceKind"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cu_fast.ops import ACTIVATIONS, MASK_MODES, SIMILARITIES, WEIGHTS, Activation, MaskMode, Similarity, Weight
 from cu_fast.nn.splice import SPLICES, SpliceKind
+from cu_fast.ops import ACTIVATIONS, MASK_MODES, SIMILARITIES, WEIGHTS, Activation, MaskMode, Similarity, Weight
 from cu_fast.ops.checks import check_choice
 
 

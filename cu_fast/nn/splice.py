@@ -1,7 +1,7 @@
 """What every splice has: the module that sits at a layer of a model, and through which masks delete.
 
-    replace    y is made of the kept codes alone: what the model says passes a bottleneck (CodeUnlearn)
-    delta      y is x, but for what deleted codes wrote: without a mask the model is as it was, bit for bit
+replace    y is made of the kept codes alone: what the model says passes a bottleneck (CodeUnlearn)
+delta      y is x, but for what deleted codes wrote: without a mask the model is as it was, bit for bit
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cu_fast import ops
 from cu_fast.nn.autograd import gather_sum

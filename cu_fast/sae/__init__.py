@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cu_fast.sae import gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify
 from cu_fast.sae.form import SAE, Kind, Provenance, Scale
-from cu_fast.sae.splice import SAESplice
 from cu_fast.sae.released import entries, names_in
+from cu_fast.sae.splice import SAESplice
 
 __all__ = ["SAE", "Kind", "Provenance", "SAESplice", "Scale", "load_sae"]
 

@@ -204,4 +204,6 @@ class SAESplice(Splice):
 
     def erase(self, ids: Tensor) -> Tensor:
         """Raises RuntimeError: the weights of the model still hold what latents read out of it."""
-        raise RuntimeError("a splice that keeps the hidden state cannot erase: the model's weights still hold the topic")
+        raise RuntimeError(
+            "a splice that keeps the hidden state cannot erase: the model's weights still hold the topic"
+        )

@@ -56,11 +56,11 @@ def test_attach_says_what_is_wrong_and_changes_nothing(model, given, tmp_path):
         ({"model.layer.1": good}, ValueError, r"no layer 'model.layer.1'; near names: model.layers.1"),
         ({"???": good}, ValueError, r"no layer '\?\?\?'; there are: model, .*\.\.\."),
         ({LAYER: good, "model.layers.9": good}, ValueError, r"no layer 'model.layers.9'; near names: "),
-        ({LAYER: bottleneck_config(d_model=48)}, ValueError, r"d_model of layer .* is 48; .*hidden size is 32"),
+        ({LAYER: bottleneck_config(d_model=48)}, ValueError, r"d_model of layer .* is 48; .*width at .* is 32"),
         (
             {LAYER: {"d_model": D}},
             TypeError,
-            r"config of layer 'model.layers.1' is dict; it should be BottleneckConfig",
+            r"layer 'model.layers.1' has dict; it should be a BottleneckConfig, an SAE, or",
         ),
         ({}, ValueError, "no layer is named"),
         (tmp_path / "nowhere", FileNotFoundError, "nowhere.*should be a folder written by attachment.save"),
@@ -116,7 +116,10 @@ def test_a_layer_may_return_a_model_output_and_any_module_is_a_model(model, give
         output = logits(model, given)
     assert torch.equal(output, model.lm_head(attachment.bottlenecks["model"](entered[0])))
 
-    plain = torch.nn.Sequential(torch.nn.Embedding(64, D), torch.nn.Linear(D, D), torch.nn.Linear(D, 48)).eval()
+    plain = torch.nn.Sequential(
+        torch.nn.Embedding(64, D), torch.nn.Linear(D, D), torch.nn.Sequential(torch.nn.Linear(D, 48))
+    )
+    plain.eval()
     attachment = attach_to(plain, "1")
     attachment.add_mask(mask_for(attachment.bottlenecks["1"], [1], "t"))
     with (
@@ -125,8 +128,10 @@ def test_a_layer_may_return_a_model_output_and_any_module_is_a_model(model, give
     ):
         plain(torch.tensor([1, 2]))
     attachment.detach()
+    with pytest.raises(ValueError, match="d_model of layer '2.0' is 32; the model's width at '2.0' is 48"):
+        attach_to(plain, "2.0")
     attach_to(plain, "2")
-    with pytest.raises(ValueError, match="layer '2' returned width 48; its bottleneck's d_model is 32"):
+    with pytest.raises(ValueError, match="layer '2' returned width 48; its bottleneck's width is 32"):
         plain(torch.tensor([1, 2]))
 
 
@@ -234,7 +239,7 @@ def test_the_report_counts_what_ran(attachment, given):
         assert row.pop("impl") in ("cpu", "reference")
         assert row.pop("scan") == "fp32"  # too few codes for an int8 plane
         assert row == {
-            "layer": LAYER, "codes": C, "k": 4, "mask_mode": mode, "tokens": 24, "hits": int(per_sequence[0]),
+            "layer": LAYER, "splice": "replace", "codes": C, "k": 4, "mask_mode": mode, "tokens": 24, "hits": int(per_sequence[0]),
             "masks": [
                 {"name": name, "digest": m.digest, "deleted": m.num_deleted}
                 for name, (m,) in attachment.masks.items()
