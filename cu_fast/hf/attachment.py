@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from cu_fast.hf import files
 from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
+from cu_fast.hf.check import check
 from cu_fast.hf.context import Unlearning
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
 from cu_fast.hf.places import near
@@ -46,6 +47,9 @@ from cu_fast.masks import Mask
 from cu_fast.nn import Splice
 from cu_fast.ops import MASK_MODES, MaskMode
 from cu_fast.ops.checks import check_choice
+
+if TYPE_CHECKING:
+    from cu_fast.hf.checkpoint import Tokenizer
 
 
 class Attachment:
@@ -276,6 +280,31 @@ class Attachment:
         self._check_usable()
         for bottleneck in self.bottlenecks.values():
             bottleneck.reset_receipt()
+
+    def check(
+        self, tokenizer: Tokenizer, texts: Iterable[str], *, batch_size: int = 8, max_length: int = 512
+    ) -> list[dict[str, Any]]:
+        """Does each splice fit its place? Figures of texts; for causal models.
+
+        Args:
+            tokenizer: the model's.
+            texts: a few hundred sentences like those that the autoencoder was made from, iterated once.
+            batch_size: texts per forward pass.
+            max_length: tokens that a text is cut to.
+
+        Returns:
+            One dict per layer. layer: its name. tokens: how many were looked at; the first of each text is not, as masks
+            leave it alone. l0: codes kept per token. stated_l0: what the release says; None = nothing. dead_share: of the
+            codes, those that no token kept. explained_variance: the share that the reconstruction explains; None where
+            the release's biases are not known. loss: of the model as it is, with "delta" splices and nothing deleted, in
+            nats per token. loss_replaced: with this layer's output replaced by its reconstruction; None likewise.
+
+        Raises:
+            ValueError: l0 is not what the release says, by more than a factor of two; or no texts.
+            RuntimeError: masks of texts cannot be matched to what a layer reads.
+        """
+        self._check_usable()
+        return check(self, tokenizer, texts, batch_size=batch_size, max_length=max_length)
 
     def auxiliary_loss(self) -> Tensor:
         """The sum of the bottlenecks' losses of the last training forward: a scalar, on the first one's device.

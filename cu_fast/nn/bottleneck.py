@@ -206,6 +206,11 @@ class CodebookBottleneck(TrainingPath):
         """The ids of :meth:`select`."""
         return self.select(x, depth).ids
 
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What the kept codes decode to, whatever the splice: x [T, D] -> [T, D], as splice "replace" gives it."""
+        return self._forward_inference(x.detach(), None, None)
+
     def receipt(self) -> dict[str, Any]:
         """What ran in evaluation since ``reset_receipt()``.
 

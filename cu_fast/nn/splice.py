@@ -74,6 +74,10 @@ class Splice(nn.Module):
         """
 
     @abstractmethod
+    def reconstruct(self, x: Tensor) -> Tensor | None:
+        """What the kept codes decode to, for figures: x [T, d_in] -> [T, d_out]; None where it is not known."""
+
+    @abstractmethod
     def receipt(self) -> dict[str, Any]:
         """What ran in evaluation since ``reset_receipt()``."""
 

@@ -177,6 +177,15 @@ class SAESplice(Splice):
         ids[token, place] = latent.int()
         return ids
 
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor | None:
+        """What the release makes of x in place of its output: fp32 [T, d_out]; None where its biases are not known."""
+        if self.sae is None or self.sae.b_dec is None:
+            return None
+        sae = self.sae.to(x.device)
+        parts = x.detach().split(max(1, TILE // self.num_codes))
+        return torch.cat([sae.reconstruct(part) for part in parts])
+
     def _best(self, x: Tensor, k: int) -> Tensor:
         latents = self._on(x.device)
         scaled = self.sae.to(x.device).scaled(x)
