@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cu_fast import ops
+from cu_fast.hf.gating import GateState, gated_rows
 from cu_fast.hf.topics import PACKED, Entry, Hold, Layer, Request, Topics, text_of
 from cu_fast.nn import Splice
 
@@ -41,6 +42,8 @@ class _Thread(threading.local):
         hold: of the request that was looked up last, because kernels that read its rows may still run.
         unconfirmed: in generate, a step was begun, and its forward was not yet seen to run the swapped layers.
         first: runner -> bool [B, S], which tokens are the first of their sequence; absent = none, or not known.
+        gates: runner -> what the gates of a gated request have seen of its sequences, and bool [B, S], which of this
+            forward's tokens they count.
         read: number of a layer -> what it read, where it changes another place, until that place is reached.
     """
 
@@ -50,6 +53,7 @@ class _Thread(threading.local):
         self.hold: Hold | None = None
         self.unconfirmed = False
         self.first: dict[int, Tensor] = {}
+        self.gates: dict[int, tuple[GateState, Tensor]] = {}
         self.read: dict[int, Tensor] = {}
 
 
@@ -95,9 +99,9 @@ class Active:
 
     # -- what holds ------------------------------------------------------------------------------------------
 
-    def open(self, topics: Entry | list[Entry]) -> Request:
+    def open(self, topics: Entry | list[Entry], gated: bool = False) -> Request:
         """A request for topics, open until :meth:`close`; it holds in no context yet. Raises as ``Topics.request``."""
-        return self._opened(self.topics.request(topics))
+        return self._opened(self.topics.request(topics, gated))
 
     def _opened(self, request: Request) -> Request:
         with self._lock:
@@ -107,7 +111,16 @@ class Active:
         return request
 
     def share(self, request: Request, entry: int) -> Request:
-        """One entry of an open request as a request of its own, for work that goes on after its context is left."""
+        """One entry of an open request as a request of its own, for work that goes on after its context is left.
+
+        Raises:
+            RuntimeError: the request's gates are judged as a sequence goes on, which a packed batch cannot do.
+        """
+        if request.gated:
+            raise RuntimeError(
+                "gated=True cannot be used with continuous batching; judge the prompts before, with "
+                "cu_fast.topics_of, and give unlearn() what it returns"
+            )
         return self._opened(self.topics.share(request, entry))
 
     def close(self, request: Request) -> None:
@@ -249,11 +262,26 @@ class Active:
         request = self.now()
         self._thread.batch[runner] = batch
         self._thread.first.pop(runner, None)
+        self._thread.gates.pop(runner, None)
         if first is not None:
             self._thread.first[runner] = first
         self._thread.read.clear()
         if request is not None and request.deletes:
             self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
+
+    def judge(self, runner: int, state: GateState, counted: Tensor) -> None:
+        """The gates of this forward count these tokens, and go on from a state. After :meth:`enter`.
+
+        Args:
+            runner: its number.
+            state: of the sequences that the forward continues.
+            counted: bool [B, S], neither padding nor the first of a sequence.
+        """
+        self._thread.gates[runner] = state, counted
+
+    def judged(self, runner: int) -> GateState | None:
+        """What gates have seen of this forward's sequences; None where no request is gated."""
+        return self._thread.gates.pop(runner, (None, None))[0]
 
     def leave(self, runner: int) -> None:
         """A runner's forward has ended. Raises RuntimeError where masks hold and one of its layers did not run."""
@@ -317,7 +345,7 @@ class Active:
         layer.table.read_on(x.device, hold.streams)
         self._thread.ran.add(index)
         # The tokens of a sequence are adjacent, and so are its copies under beam search: repeating rows fits both.
-        rows = request.rows_on(x.device)
+        rows = self._gated(request, x, index) if request.gated else request.rows_on(x.device)
         if len(rows) != tokens:
             rows = rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
         first = self._thread.first.get(layer.runner) if layer.skip_first else None
@@ -325,6 +353,18 @@ class Active:
         if first is not None and first.shape == x.shape[:-1] and (len(set(first.shape)) > 1 or layer.batch_first):
             rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
         return rows
+
+    def _gated(self, request: Request, kept: Tensor, index: int) -> Tensor:
+        layer = self.layers[index]
+        state, counted = self._thread.gates.get(layer.runner, (None, None))
+        x = kept if layer.reads == layer.writes else self._thread.read.get(index)
+        if state is None or x is None or x.shape[:-1] != counted.shape:
+            raise RuntimeError(
+                f"layer {layer.name!r}: gated=True needs a model whose input_ids or inputs_embeds are [batch, tokens], in "
+                f"eager mode; judge the prompts before, with cu_fast.topics_of, and give unlearn() what it returns"
+            )
+        rows = gated_rows(state, self.topics, request, layer, index, x, counted)
+        return torch.tensor(rows, dtype=torch.int32).to(x.device)
 
     def _observe(self, x: Tensor, layer: Layer) -> None:
         if observer := self.observer.get():

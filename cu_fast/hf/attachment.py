@@ -165,7 +165,7 @@ class Attachment:
     def _hold_always(self) -> None:
         self._active.standing = self._topics.request(None) if self.always else None
 
-    def unlearn(self, topics: Entry | list[Entry]) -> Unlearning:
+    def unlearn(self, topics: Entry | list[Entry], *, gated: bool = False) -> Unlearning:
         """Delete topics while the context is open, in this thread (or task) only: ``with attachment.unlearn("a"):``.
 
         An inner context replaces the outer one, whatever either deletes. Another thread starts with none. A copy of the
@@ -178,6 +178,9 @@ class Attachment:
             topics: a mask's name; a set of names = their union; None = nothing, said explicitly; or a list with one
                 entry per sequence of the batch, each a name, a collection of names (their union) or None. The masks of
                 :attr:`always` hold too.
+            gated: masks that carry a learned gate (``cu_fast.unlearn.fit_gate``) delete in a sequence only from the
+                forward on in which the gate fires, over all of its tokens so far, the prompt first; other masks hold
+                throughout. In eager mode, not under continuous batching. On a GPU each forward then waits for the device.
 
         Returns:
             A context manager, which gives this attachment. It can be entered once.
@@ -190,7 +193,7 @@ class Attachment:
                 this thread were entered or left in between, as generators in turns do.
         """
         self._check_usable()
-        return Unlearning(self, self._active, topics, self._check_model)
+        return Unlearning(self, self._active, topics, gated, self._check_model)
 
     def _check_model(self) -> None:
         self._check_usable()

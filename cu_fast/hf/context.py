@@ -18,15 +18,21 @@ class Unlearning:
     _request: Request | None = None
 
     def __init__(
-        self, attachment: Attachment, active: Active, topics: Entry | list[Entry], check_model: Callable[[], None]
+        self,
+        attachment: Attachment,
+        active: Active,
+        topics: Entry | list[Entry],
+        gated: bool,
+        check_model: Callable[[], None],
     ) -> None:
-        self._attachment, self._active, self._topics, self._check_model = attachment, active, topics, check_model
+        self._attachment, self._active, self._check_model = attachment, active, check_model
+        self._topics, self._gated = topics, gated
 
     def __enter__(self) -> Attachment:
         if self._request is not None:
             raise RuntimeError("this unlearn context was entered before; call attachment.unlearn() again")
         active = self._active
-        self._request = request = active.open(self._topics)
+        self._request = request = active.open(self._topics, self._gated)
         if request.deletes:
             try:
                 self._check_model()

@@ -18,7 +18,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
-from cu_fast.hf.positions import first_tokens
+from cu_fast.hf.gating import GateState
+from cu_fast.hf.positions import first_tokens, real_tokens
 from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.nn.bottleneck import refuse_gradient
 
@@ -26,6 +27,7 @@ CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
 # Attributes that are set on the objects of transformers.
 STAMP = "_cu_fast_stamp"  # of a cache or an encoder's output: the signature of the request that it was computed under
 ROWS = "_cu_fast_rows"  # of a cache: its sequences have different masks; of its first tensor: no row was moved since
+GATES = "_cu_fast_gates"  # of a cache: what the gates of a gated request have seen of its sequences
 VALUE = "_cu_fast_value"  # of an encoder's output: the identity of the tensor that the stamp is for
 
 # Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped. The cache of
@@ -163,14 +165,15 @@ class ModelHook:
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         first = None
+        caches = [cache for value in (*args, *kwargs.values()) for cache in _caches(value)]
         if self.skip_first and (torch.compiler.is_compiling() or self.active.deletes()):
-            caches = [cache for value in given.values() for cache in _caches(value)]
             length = _length(caches[0]) if caches else 0
             first = first_tokens(given, SEQUENCES, length, self.skip_first)
         if torch.compiler.is_compiling():
             torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch, first)
         else:
             self.active.enter(self.runner, batch, first)
+            self._judge(given, caches, first)
         for name in STATES:
             value = given.get(name)
             known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)
@@ -190,15 +193,29 @@ class ModelHook:
         if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
             check_towers(self.active, given)
 
+    def _judge(self, given: Mapping[str, Any], caches: list[Cache], first: Tensor | None) -> None:
+        """Let the gates of a gated request go on from what they have seen of the sequences in the cache."""
+        request = self.active.now()
+        if request is None or not request.gated:
+            return
+        state = getattr(caches[0], GATES, None) if caches and int(_length(caches[0])) else None
+        counted = real_tokens(given, SEQUENCES)
+        if counted is not None:
+            self.active.judge(self.runner, state or GateState(), counted if first is None else counted & ~first)
+
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: stamps the caches and the output. Raises RuntimeError where a swapped layer did not run."""
+        state = None
         if torch.compiler.is_compiling():
             torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
         else:
+            state = self.active.judged(self.runner)
             self.active.leave(self.runner)
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for value in (*args, *kwargs.values(), *made):
             for cache in _caches(value):
+                if state is not None:
+                    setattr(cache, GATES, state)
                 if getattr(cache, STAMP, None) is None:  # this forward made the cache
                     setattr(cache, STAMP, self._check_filled(cache, 0, "KV cache"))
                 self._mark_order(cache)

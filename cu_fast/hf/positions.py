@@ -13,6 +13,26 @@ import torch
 from torch import Tensor
 
 
+def real_tokens(given: Mapping[str, Any], names: Iterable[str]) -> Tensor | None:
+    """Which tokens of a forward are no padding.
+
+    Args:
+        given: a model's arguments by name.
+        names: of the arguments that hold the sequences.
+
+    Returns:
+        bool [B, S]; all are true where no mask [B, S'] with S' >= S says otherwise. None = the sequences are not known.
+    """
+    ids = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    if ids is None or ids.dim() < 2:
+        return None
+    B, S = ids.shape[:2]
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == B and mask.shape[1] >= S:
+        return mask[:, -S:].bool().to(ids.device)
+    return torch.ones(B, S, dtype=torch.bool, device=ids.device)
+
+
 def first_tokens(given: Mapping[str, Any], names: Iterable[str], length: int | Tensor, n: int) -> Tensor | None:
     """The first n tokens of each sequence.
 

@@ -86,6 +86,10 @@ class Request:
         codebooks: layer -> sha256 of the codebook that its masks were made for.
         hold: keeps the rows; None = the context was left.
         keys: per row the layers and digests of the masks that it is the union of.
+        names: per row the names of the masks that it is the union of.
+        gated: masks with a learned gate delete only where it fires, as the sequence goes on (``gating``).
+        masks: layer's name -> mask's name -> mask; of a gated request.
+        held: keys of the rows that its Hold keeps.
         outer: the request that held where the context was entered; None = there was none.
         beyond: it deletes more than what always holds.
         deletes: a row deletes something.
@@ -97,6 +101,10 @@ class Request:
     codebooks: dict[str, str]
     hold: Hold | None
     keys: list[frozenset[str]] = dataclasses.field(default_factory=list)
+    names: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    gated: bool = False
+    masks: dict[str, dict[str, Mask]] = dataclasses.field(default_factory=dict)
+    held: list[frozenset[str]] = dataclasses.field(default_factory=list)
     outer: Request | None = None
     beyond: bool = False
 
@@ -253,7 +261,7 @@ class Topics:
             if mask.codebook_sha256 == layer.bottleneck.codebook_sha256() and self.route(mask) is layer
         ]
 
-    def request(self, topics: Entry | list[Entry]) -> Request:
+    def request(self, topics: Entry | list[Entry], gated: bool = False) -> Request:
         """The request for what ``unlearn`` was given. Its rows are written, and kept as long as its Hold is referenced.
 
         Raises:
@@ -273,12 +281,28 @@ class Topics:
         wanted = [[pair for name in names for pair in routed[name]] for names in entries]
         keys = [frozenset(f"{layer.name} {mask.digest}" for layer, mask in masks) for masks in wanted]
         codebooks = {layer.name: mask.codebook_sha256 for masks in wanted for layer, mask in masks}
-        signature = self._sign(keys, ", ".join(" + ".join(names) or "nothing" for names in entries))
+        text = ", ".join(" + ".join(names) or "nothing" for names in entries)
+        signature = self._sign(keys, f"{text}, gated" if gated else text, gated)
         hold, held = self._hold()
         with self._lock, torch.inference_mode(False):
             rows = tuple(self._acquire(key, masks, held) for key, masks in zip(keys, wanted))
         beyond = not set().union(*entries) <= self.always
-        return Request(rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, beyond=beyond)
+        masks: dict[str, dict[str, Mask]] = {}
+        for name, pairs in routed.items() if gated else ():
+            for layer, mask in pairs:
+                masks.setdefault(layer.name, {})[name] = mask
+        return Request(
+            rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, names=entries, gated=gated,
+            masks=masks, held=held, beyond=beyond,
+        )  # fmt: skip
+
+    def row_at(self, layer: Layer, masks: list[Mask], request: Request) -> int:
+        """The row of a union of masks at one layer, kept as long as an open request's Hold; -1 for no masks."""
+        key = frozenset(f"{layer.name} {mask.digest}" for mask in masks)
+        with self._lock, torch.inference_mode(False):
+            if key in self._rows and key in request.held:
+                return self._rows[key][0]
+            return self._acquire(key, [(layer, mask) for mask in masks], request.held)
 
     def share(self, request: Request, entry: int) -> Request:
         """One entry of an open request as a request of its own, with its own Hold."""
@@ -350,7 +374,7 @@ class Topics:
                 if self._rows[key][1] == 0:
                     self._free.append((self._rows.pop(key)[0], events))
 
-    def _sign(self, held: list[frozenset[str]], text: str) -> int:
+    def _sign(self, held: list[frozenset[str]], text: str, gated: bool = False) -> int:
         """The signature: a hash of each sequence's mask digests and of the layers' splices and mask modes."""
         if not any(held):
             return self.nothing
@@ -358,7 +382,7 @@ class Topics:
         if all(digests == content[0] for digests in content):
             content = content[:1]  # the same masks for every sequence: one signature, whatever their number
         modes = [v.bottleneck.mask_mode if v.bottleneck.splice == "replace" else "delta" for v in self._layers]
-        signature = _signature_of([content, modes])
+        signature = _signature_of([content, modes, *(["gated"] if gated else [])])
         _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
 

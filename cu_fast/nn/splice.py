@@ -73,6 +73,22 @@ class Splice(nn.Module):
             int32 [T, n]; -1 fills rows that have fewer.
         """
 
+    def keeps(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Which of some codes each token keeps, nothing deleted. In evaluation mode only.
+
+        Args:
+            x: [..., d_in]; the leading dimensions are flattened to T tokens.
+            codes: int32 [n], ascending, without repeats.
+
+        Returns:
+            bool [T, n].
+        """
+        ids, codes = self.active(x), codes.to(x.device)
+        place = torch.searchsorted(codes, ids).clamp(max=len(codes) - 1)
+        found = (codes[place] == ids).to(torch.int32)
+        kept = torch.zeros(len(ids), len(codes), dtype=torch.int32, device=x.device)
+        return kept.scatter_add_(1, place, found) > 0
+
     @abstractmethod
     def reconstruct(self, x: Tensor) -> Tensor | None:
         """What the kept codes decode to, for figures: x [T, d_in] -> [T, d_out]; None where it is not known."""

@@ -49,6 +49,7 @@ class SAESplice(Splice):
         self._lock = threading.Lock()
         self._row_of: dict[int, int] = {}  # latent -> row of _latents
         self._outgrown: list[ops.Latents] = []  # kernels may still read them
+        self._judged: dict[int, tuple[Tensor, ...]] = {}  # id of a gate's latents -> these, and their rows
         if self.settings["kind"] == "topk":
             if self.sae is None:
                 raise ValueError(
@@ -176,6 +177,22 @@ class SAESplice(Splice):
         ids = torch.full((len(x), int(counts.max()) if len(x) else 0), -1, dtype=torch.int32, device=x.device)
         ids[token, place] = latent.int()
         return ids
+
+    @torch.no_grad()
+    def keeps(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Which of some latents fire; those with a threshold are computed alone. See :meth:`Splice.keeps`."""
+        if self.sae is None:
+            raise RuntimeError("only rows of masks are here; attach the autoencoder itself for gates that judge")
+        if self.settings["kind"] == "topk":
+            return super().keeps(x, codes)
+        known = self._judged.get(id(codes))
+        if known is None or known[0] is not codes or known[1].device != x.device:
+            rows = (row[codes.long()].to(x.device) for row in (self.sae.enc, self.sae.bias, self.sae.theta))
+            known = self._judged[id(codes)] = codes, *rows
+        _, enc, bias, theta = known
+        scaled = self.sae.scaled(x.detach().reshape(-1, self.d_in))
+        pre = ops.sae_encode(scaled, enc, bias, activation="none", impl=self.impl)
+        return (pre > theta) & (pre > 0)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor | None:
