@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import struct
+from fractions import Fraction
 
 import pytest
 import torch
 
 from cu_fast.files import read_safetensors, seal, write_directory
-from cu_fast.masks import Mask, MaskTable, load_masks
+from cu_fast.masks import Gate, Mask, MaskTable, load_masks
 
 SHA = "a" * 64
 
@@ -192,3 +193,133 @@ def test_after_erasing():
     kept = torch.tensor([0, 2, 3, 69])
     left = mask([1, 2, 69]).after_erasing(kept, "c" * 64)
     assert left.ids().tolist() == [1, 3] and left.num_codes == 4 and left.codebook_sha256 == "c" * 64
+
+
+def gate(codes=(0, 5, 69), weights=(2.0, -0.5, 1e-3), bias=-0.0, level=0.1):
+    return Gate(torch.tensor(codes, dtype=torch.int32), torch.tensor(weights), bias, level)
+
+
+class TestGate:
+    ids = torch.tensor([[0, 1, 5], [5, 9, -1], [2, 69, 0], [-1, -1, -1], [0, 5, 69]], dtype=torch.int32)
+    sequence = torch.tensor([0, 2, 2, 2, -1])
+
+    def test_counts_tokens_that_keep_a_code(self):
+        counts = gate().count(self.ids, self.sequence, 3)
+        assert counts.dtype == torch.int64 and counts.tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
+        parts = sum(gate().count(self.ids[i : i + 1], self.sequence[i : i + 1], 3) for i in range(5))
+        assert torch.equal(parts, counts)
+        assert gate().count(self.ids[:0], self.sequence[:0], 3).tolist() == [[0, 0, 0]] * 3
+
+    def test_value_is_the_sum_over_shares(self):
+        generator = torch.Generator().manual_seed(0)
+        for n in (1, 2, 3, 5, 8, 97):
+            made = gate(range(n), torch.randn(n, generator=generator).tolist(), bias=0.3)
+            counts = torch.randint(0, 50, (6, n), generator=generator)
+            tokens = torch.tensor([50, 50, 61, 1, 0, 10**6])
+            got = made.value(counts, tokens)
+            weights = [Fraction(w) for w in made.weights.double().tolist()]
+            for row, T, value in zip(counts.tolist(), tokens.tolist(), got.tolist()):
+                if T == 0:
+                    assert value == float("inf")
+                else:
+                    want = Fraction(0.3) + sum(w * c for w, c in zip(weights, row)) / T
+                    assert abs(Fraction(value) - want) <= Fraction(2**-50) * (
+                        1 + sum(abs(w) * c for w, c in zip(weights, row)) / T
+                    )
+            assert got.dtype == torch.float64
+
+    def test_the_order_of_the_sum_is_a_tree_of_halves(self):
+        big = float(2**60)
+        made = gate(range(5), [big, 1.0, 3.0, -big, 2.0], bias=0.0)
+        # (big + -big), (1 + 2), 3 in halves of 5; then (0 + 3), (3); in order from the left it were 2
+        assert made.value(torch.ones(1, 5, dtype=torch.int64), torch.tensor([1])).tolist() == [6.0]
+
+    def test_it_is_part_of_what_a_mask_does(self):
+        plain = mask([3])
+        made = plain.with_gate(gate())
+        digests = {plain.digest, made.digest}
+        for change in (dict(codes=(0, 6, 69)), dict(weights=(2.0, -0.5, 2e-3)), dict(bias=0.5), dict(level=0.2)):
+            digests.add(plain.with_gate(gate(**change)).digest)
+        assert len(digests) == 6
+        assert plain.with_gate(gate()).digest == made.digest and made.with_gate(None).digest == plain.digest
+        assert made.with_strength(3).gate is made.gate and (made | plain).gate is None
+
+    def test_round_trip(self, tmp_path):
+        made = mask([3], strength=2.5).with_gate(gate())
+        made.save(tmp_path / "m")
+        read = Mask.load(tmp_path / "m")
+        assert read.digest == made.digest and read.strength == 2.5
+        assert torch.equal(read.gate.codes, made.gate.codes) and torch.equal(read.gate.weights, made.gate.weights)
+        assert repr((read.gate.bias, read.gate.level)) == "(-0.0, 0.1)"
+        assert json.loads((tmp_path / "m" / "mask.json").read_text())["format_version"] == 2
+        mask([3]).save(tmp_path / "old")
+        assert json.loads((tmp_path / "old" / "mask.json").read_text())["format_version"] == 1
+
+    def test_a_file_with_another_gate_is_refused(self, tmp_path):
+        mask([3]).with_gate(gate()).save(tmp_path / "m")
+        mask([3]).with_gate(gate(weights=(2.0, -0.5, 2e-3))).save(tmp_path / "other")
+        (tmp_path / "m" / "mask.safetensors").write_bytes((tmp_path / "other" / "mask.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=r"does not hold the gate of mask\.json"):
+            Mask.load(tmp_path / "m")
+        mask([3]).save(tmp_path / "none")
+        (tmp_path / "m" / "mask.safetensors").write_bytes((tmp_path / "none" / "mask.safetensors").read_bytes())
+        with pytest.raises(ValueError, match="lacks the tensors"):
+            Mask.load(tmp_path / "m")
+
+    def test_every_flipped_byte_is_refused(self, tmp_path):
+        made = mask([3]).with_gate(gate())
+        files, _ = made.to_files()
+        for name, content in files.items():
+            for i in range(len(content)):
+                changed = bytearray(content)
+                changed[i] ^= 1
+                for other, whole in files.items():
+                    (tmp_path / other).write_bytes(bytes(changed) if other == name else whole)
+                try:
+                    read = Mask.load(tmp_path)
+                except ValueError:
+                    continue
+                # The padding of a safetensors header, or a space of JSON, says nothing.
+                assert read.digest == made.digest and read.topic == made.topic, (name, i)
+
+    @pytest.mark.parametrize(
+        "value",
+        [None, 5, {}, {"num_codes": 3}, dict(num_codes=True), dict(num_codes=0), dict(bias="0"), dict(level=None), dict(sha256=1)],
+    )  # fmt: skip
+    def test_a_record_that_describes_no_gate_is_refused(self, tmp_path, value):
+        mask([3]).with_gate(gate()).save(tmp_path / "m")
+        file = tmp_path / "m" / "mask.json"
+        record = json.loads(file.read_text())
+        whole = isinstance(value, dict) and value and value != {"num_codes": 3}
+        record["gate"] = record["gate"] | value if whole else value
+        del record["record_sha256"]
+        file.write_bytes(seal(record, "it")[0])
+        with pytest.raises(ValueError, match=r"mask\.json has gate .*describes none"):
+            Mask.load(tmp_path / "m")
+
+    @pytest.mark.parametrize(
+        "change, words",
+        [
+            (dict(codes=(5, 5, 6)), "each above the one before"),
+            (dict(codes=(-1, 5, 6)), "at least 0"),
+            (dict(codes=(), weights=()), r"codes of the gate is torch.int32 \[0\]"),
+            (dict(weights=(1.0, 2.0)), r"weights of the gate is torch.float32 \[2\]; it should be torch.float32 \[3\]"),
+            (dict(weights=(1.0, 2.0, float("inf"))), "should be finite"),
+            (dict(bias=float("nan")), "should be finite"),
+            (dict(level=float("inf")), "should be finite"),
+        ],
+    )
+    def test_what_is_no_gate_is_refused(self, change, words):
+        with pytest.raises(ValueError, match=words):
+            gate(**change)
+
+    def test_a_code_beyond_the_last_is_refused(self):
+        with pytest.raises(ValueError, match="the gate has code 70; the last of 70 codes is 69"):
+            mask([3]).with_gate(gate(codes=(0, 5, 70)))
+
+    def test_after_erasing_it_is_renumbered_or_lost(self):
+        kept = torch.tensor([69, 0, 5, 7])
+        left = mask([7]).with_gate(gate()).after_erasing(kept, "c" * 64)
+        assert left.gate.codes.tolist() == [0, 1, 2]
+        assert left.gate.weights.tolist() == torch.tensor([1e-3, 2.0, -0.5]).tolist()
+        assert mask([7]).with_gate(gate()).after_erasing(kept[:2], "c" * 64).gate is None

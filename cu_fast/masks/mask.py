@@ -16,13 +16,17 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from cu_fast.files import read_json, read_safetensors, seal, unseal, visible, write_directory
+from cu_fast.masks.gate import Gate, gate_shapes
+from cu_fast.masks.rows import ROWS as ROWS
+from cu_fast.masks.rows import SETTINGS as SETTINGS
+from cu_fast.masks.rows import Autoencoder, LatentRows, row_shapes, rows_among
 
 FORMAT_VERSIONS = (1, 2)  # 1: nothing but bits; what 2 adds would be lost on a reader of 1
 FILES = r"mask\.(json|safetensors)"  # what a mask's folder holds
@@ -37,46 +41,6 @@ _TYPES = {
     "method": dict,
 }
 HOW = ("strength", "clamp", "dense")
-ROWS = ("enc", "bias", "theta", "dec")
-SETTINGS = ("kind", "k", "scale", "norm", "site", "site_out")
-
-
-class Autoencoder(Protocol):
-    """What a mask needs of a :class:`cu_fast.sae.SAE`."""
-
-    @property
-    def num_latents(self) -> int: ...
-
-    def sha256(self) -> str: ...
-
-    def rows_of(self, ids: Tensor) -> LatentRows: ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LatentRows:
-    """Rows of a sparse autoencoder for some of its latents; R of them.
-
-    Attributes:
-        enc: fp32 [R, Din], on the CPU as the next three.
-        bias: fp32 [R].
-        theta: fp32 [R].
-        dec: fp32 [R, Dout].
-        values: what the autoencoder computes with besides: kind, k, scale, norm, site and site_out, JSON values.
-    """
-
-    enc: Tensor
-    bias: Tensor
-    theta: Tensor
-    dec: Tensor
-    values: Mapping[str, Any]
-
-    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """enc, bias, theta and dec."""
-        return self.enc, self.bias, self.theta, self.dec
-
-    def settings(self) -> dict[str, Any]:
-        """The values, a dict of their own."""
-        return dict(self.values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,10 +64,12 @@ class Mask:
         dense: where one code of the mask fires, all others of it become ``clamp`` as well (DSG, arXiv 2504.08192).
         rows: of a sparse autoencoder's latents the rows that are deleted, in ascending order of the latents, so that the
             mask serves without the autoencoder; None = not at hand.
+        gate: decides for which prompts it is used, in ``topics_of``; None = that is said there. Where masks for
+            several layers have one name, each has a gate of its own, for the codes of its layer.
 
     Raises:
         ValueError: bits has another shape or dtype, or sets a bit beyond the last code; a number out of range; dense
-            with clamp 0, which changes nothing.
+            with clamp 0, which changes nothing; a gate with a code beyond the last.
     """
 
     bits: Tensor
@@ -116,6 +82,7 @@ class Mask:
     clamp: float = 0.0
     dense: bool = False
     rows: LatentRows | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength < math.inf:
@@ -129,6 +96,8 @@ class Mask:
             raise ValueError(f"bits is {self.bits.dtype} {list(self.bits.shape)}; it should be int32 [{words}]")
         if bool((_unpack(self.bits)[self.num_codes :]).any()):
             raise ValueError(f"bits sets a bit beyond the last of {self.num_codes} codes")
+        if self.gate is not None and (last := int(self.gate.codes[-1])) >= self.num_codes:
+            raise ValueError(f"the gate has code {last}; the last of {self.num_codes} codes is {self.num_codes - 1}")
 
     @classmethod
     def from_ids(
@@ -187,6 +156,10 @@ class Mask:
         """The same codes, set to ``clamp`` where they fire, or dense; see :class:`Mask`, also for what it raises."""
         return dataclasses.replace(self, strength=1.0, clamp=clamp, dense=dense)
 
+    def with_gate(self, gate: Gate | None) -> Mask:
+        """The same codes, for the prompts that the gate is for; None = no gate. Raises as :class:`Mask`."""
+        return dataclasses.replace(self, gate=gate)
+
     def ids(self) -> Tensor:
         """The deleted codes, int64 [num_deleted], ascending."""
         return _unpack(self.bits).nonzero()[:, 0]
@@ -198,11 +171,13 @@ class Mask:
 
     @property
     def digest(self) -> str:
-        """sha256 of what the mask does: its codebook, its bits and how they are deleted, not its name."""
+        """sha256 of what the mask does: its codebook, its bits, how they are deleted and its gate, not its name."""
         content = hashlib.sha256(self.codebook_sha256.encode())
         content.update(self.bits.numpy().astype("<i4").tobytes())
         if self.how:
             content.update(json.dumps(self.how).encode())
+        if self.gate is not None:
+            content.update(f"gate {self.gate.digest()}".encode())
         return content.hexdigest()
 
     @property
@@ -212,7 +187,10 @@ class Mask:
         return {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
 
     def __or__(self, other: Mask) -> Mask:
-        """Union: what either deletes. Raises ValueError for masks of different codebooks, as ``&`` and ``-`` do."""
+        """Union: what either deletes, without a gate: that is for the codes that it was fitted with.
+
+        Raises ValueError for masks of different codebooks, as ``&`` and ``-`` do.
+        """
         return self._combine("union", other, lambda a, b: a | b)
 
     def __and__(self, other: Mask) -> Mask:
@@ -239,7 +217,7 @@ class Mask:
         bits = operation(self.bits, other.bits)
         made = Mask(bits, self.num_codes, self.codebook_sha256, topic, layer, method, **self.how)
         return (
-            made if None in (self.rows, other.rows) else dataclasses.replace(made, rows=_rows_among(made, self, other))
+            made if None in (self.rows, other.rows) else dataclasses.replace(made, rows=rows_among(made, self, other))
         )
 
     def after_erasing(self, kept: Tensor, codebook_sha256: str) -> Mask:
@@ -250,14 +228,16 @@ class Mask:
             codebook_sha256: of the codebook that remains.
 
         Returns:
-            A mask of C - n codes. Where all of its own were erased it deletes nothing; ``method["erased"]`` is True.
+            A mask of C - n codes. Where all of its own were erased it deletes nothing; ``method["erased"]`` is True. Where
+            a code of its gate was erased it has none: fit it again.
         """
         deleted = _unpack(self.bits)[kept].nonzero()[:, 0]
         method = dict(self.method) if len(deleted) else {**self.method, "erased": True}
-        return Mask.from_ids(
+        left = Mask.from_ids(
             deleted, num_codes=len(kept), codebook_sha256=codebook_sha256, topic=self.topic, layer=self.layer,
             method=method, **self.how,
         )  # fmt: skip
+        return left if self.gate is None else left.with_gate(self.gate.after_erasing(kept))
 
     def check_codebook(self, codebook_sha256: str) -> None:
         """Raises ValueError where the mask was made for another codebook."""
@@ -297,10 +277,11 @@ class Mask:
             )
         tensors, extra = {"bits": self.bits}, {"how": self.how} if self.how else {}
         if rows:
-            kept = dict(zip(ROWS, self.rows.rows()))
-            tensors |= kept
-            widths = {"d_in": kept["enc"].shape[1], "d_out": kept["dec"].shape[1]}
-            extra["rows"] = {**widths, **self.rows.settings(), "sha256": _sha256_of(kept)}
+            tensors |= self.rows.tensors()
+            extra["rows"] = self.rows.record()
+        if self.gate is not None:
+            tensors |= self.gate.tensors()
+            extra["gate"] = self.gate.record()
         record = {
             "format_version": 2 if extra else 1,
             "topic": self.topic,
@@ -348,19 +329,17 @@ class Mask:
             raise ValueError(f"{file} has num_codes {record['num_codes']}; it should be an int >= 1")
         how, shapes = _how_of(record, file), {"bits": ((record["num_codes"] + 31) // 32,)}
         if "rows" in record:
-            shapes |= _row_shapes(record, file)
+            shapes |= row_shapes(record, file)
+        if "gate" in record:
+            shapes |= gate_shapes(record, file)
         tensors = read_safetensors(bits_file, shapes)
-        bits = tensors.pop("bits")
-        if tensors:
-            values = {name: value for name, value in record["rows"].items() if name in SETTINGS}
-            if any(row.dtype != torch.float32 for row in tensors.values()) or (
-                _sha256_of(tensors) != record["rows"]["sha256"]
-            ):
-                raise ValueError(f"{bits_file} does not hold the rows of mask.json; find the mask again")
-            how["rows"] = LatentRows(*(tensors[name] for name in ROWS), values)
+        if "rows" in record:
+            how["rows"] = LatentRows.read(tensors, record["rows"], bits_file)
+        if "gate" in record:
+            how["gate"] = Gate.read(tensors, record["gate"], bits_file)
         try:
             mask = cls(
-                bits, record["num_codes"], record["codebook_sha256"], record["topic"], record["layer"],
+                tensors["bits"], record["num_codes"], record["codebook_sha256"], record["topic"], record["layer"],
                 record["method"], **how,
             )  # fmt: skip
         except ValueError as error:
@@ -376,35 +355,6 @@ def _how_of(record: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if not isinstance(how, dict) or any(type(value) not in kinds.get(name, ()) for name, value in how.items()):
         raise ValueError(f"{file} has how {how!r}; it should hold {', '.join(HOW)} alone; find the mask again")
     return how
-
-
-def _row_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, ...]]:
-    rows = record["rows"]
-    if not isinstance(rows, dict) or set(rows) != {"d_in", "d_out", "sha256", *SETTINGS}:
-        raise ValueError(f"{file} has rows {rows!r}, which describe none; find the mask again")
-    widths = [rows["d_in"], rows["d_out"], record["num_deleted"]]
-    if not all(type(width) is int and width >= 1 for width in widths):
-        raise ValueError(f"{file} has rows of widths {widths}; they should be positive; find the mask again")
-    d_in, d_out, R = widths
-    return {"enc": (R, d_in), "bias": (R,), "theta": (R,), "dec": (R, d_out)}
-
-
-def _sha256_of(rows: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in ROWS:
-        digest.update(rows[name].contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _rows_among(made: Mask, *parts: Mask) -> LatentRows:
-    """The rows of a mask's codes, all of which are codes of one of the parts."""
-    at = {code: (part.rows, i) for part in parts for i, code in enumerate(part.ids().tolist())}
-    found = [at[code] for code in made.ids().tolist()]
-    stacked = (
-        torch.stack([rows.rows()[n][i] for rows, i in found]) if found else parts[0].rows.rows()[n][:0]
-        for n in range(len(ROWS))
-    )
-    return LatentRows(*stacked, parts[0].rows.settings())
 
 
 def load_masks(path: str | Path) -> list[Mask]:

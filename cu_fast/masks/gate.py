@@ -1,0 +1,173 @@
+"""A learned gate: for which prompts a mask is used, by how often the prompt's tokens keep some codes.
+
+    value = bias + (sum over j of weights_j * how many tokens keep code codes_j) / tokens
+
+The mask is used where the value is above the level. Everything here is plain tensors, on any device and in any order of
+tokens: a prompt that is counted whole, or token by token while a model generates, has the same value to the last bit.
+The counts are integers. A weight (24 bits) times a count below 2**29 is exact in fp64, so that it does not matter
+whether a device multiplies and adds in one instruction, and the products are added in one order, a tree of halves.
+
+B prompts, T tokens, n codes of the gate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gate:
+    """Decides per prompt whether a mask is used for it. Fitted by :func:`cu_fast.unlearn.fit_gate`.
+
+    Attributes:
+        codes: int32 [n], ascending, n >= 1; codes of the mask's codebook, deleted ones or others. Not copied.
+        weights: fp32 [n], of the share of tokens that keep each code.
+        bias: added.
+        level: the mask is used where the value is above it.
+
+    Raises:
+        ValueError: a wrong shape or dtype, codes that do not ascend from 0 on, or a number that is not finite.
+    """
+
+    codes: Tensor
+    weights: Tensor
+    bias: float
+    level: float
+
+    def __post_init__(self) -> None:
+        n = self.codes.numel()
+        for name, dtype in (("codes", torch.int32), ("weights", torch.float32)):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.shape != (n,) or n == 0:
+                raise ValueError(
+                    f"{name} of the gate is {tensor.dtype} {list(tensor.shape)}; it should be {dtype} [{max(n, 1)}]"
+                )
+        if int(self.codes[0]) < 0 or not bool((self.codes[1:] > self.codes[:-1]).all()):
+            raise ValueError("codes of the gate should be at least 0, and each above the one before")
+        object.__setattr__(self, "bias", float(self.bias))
+        object.__setattr__(self, "level", float(self.level))
+        if not (bool(self.weights.isfinite().all()) and math.isfinite(self.bias) and math.isfinite(self.level)):
+            raise ValueError(f"weights, bias {self.bias} and level {self.level} of the gate should be finite")
+
+    def count(self, ids: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+        """How many tokens of each sequence keep each of the gate's codes.
+
+        Counts of parts of a sequence add up to those of the whole. Nothing here waits for a GPU.
+
+        Args:
+            ids: int32 [T, n'], the codes that each token keeps, none of them twice, -1 = an empty place; on the device
+                of the gate, as :meth:`cu_fast.nn.Splice.active` gives them.
+            sequence: int64 [T], to which of the B sequences each token belongs; -1 = none, as padding and the first
+                positions, which masks leave alone. Give :meth:`value` the number of the others.
+            num_sequences: B.
+
+        Returns:
+            int64 [B, n].
+        """
+        n, codes = len(self.codes), self.codes
+        place = torch.searchsorted(codes, ids.contiguous()).clamp(max=n - 1)
+        known = (codes[place] == ids) & (sequence >= 0)[:, None]
+        index = torch.where(known, sequence[:, None] * n + place, num_sequences * n).flatten()
+        counts = torch.zeros(num_sequences * n + 1, dtype=torch.int64, device=ids.device)
+        counts.scatter_add_(0, index, torch.ones_like(index))
+        return counts[:-1].reshape(num_sequences, n)
+
+    def value(self, counts: Tensor, tokens: Tensor) -> Tensor:
+        """The gate's value of each sequence; the mask is used where it is above :attr:`level`.
+
+        Args:
+            counts: int64 [B, n], as :meth:`count` gave them, below 2**29; on the device of the gate.
+            tokens: int64 [B], how many tokens were counted.
+
+        Returns:
+            fp64 [B]; inf for a sequence without tokens, which cannot be judged.
+        """
+        terms = self.weights.double() * counts.double()
+        while (n := terms.shape[1]) > 1:
+            half = (n + 1) // 2
+            sums = terms[:, :half].clone()
+            sums[:, : n - half] += terms[:, half:]
+            terms = sums
+        value = self.bias + terms[:, 0] / tokens.clamp(min=1)
+        return torch.where(tokens > 0, value, torch.inf)
+
+    def to(self, device: torch.device | str) -> Gate:
+        """The same gate with its tensors on a device; itself where they are there."""
+        if self.codes.device == torch.device(device):
+            return self
+        return dataclasses.replace(self, codes=self.codes.to(device), weights=self.weights.to(device))
+
+    def digest(self) -> str:
+        """sha256 of all that decides."""
+        content = hashlib.sha256(struct.pack("<qdd", len(self.codes), self.bias, self.level))
+        content.update(self.codes.cpu().numpy().astype("<i4").tobytes())
+        content.update(self.weights.cpu().numpy().astype("<f4").tobytes())
+        return content.hexdigest()
+
+    def after_erasing(self, kept: Tensor) -> Gate | None:
+        """The same gate on the codes that remain.
+
+        Args:
+            kept: int64 [C - n], the old ids of the codes that remain, in their new order.
+
+        Returns:
+            The gate; None where one of its own codes was erased: its value would be another.
+        """
+        of = {old: new for new, old in enumerate(kept.tolist())}
+        codes = [of.get(code, -1) for code in self.codes.tolist()]
+        if -1 in codes:
+            return None
+        order = torch.tensor(codes).argsort()
+        codes = torch.tensor(codes, dtype=torch.int32)[order]
+        return dataclasses.replace(self, codes=codes, weights=self.weights[order])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and weights by name, for a file."""
+        return {"gate_codes": self.codes.cpu(), "gate_weights": self.weights.cpu()}
+
+    def record(self) -> dict[str, Any]:
+        """What a mask's record says of it."""
+        return {"num_codes": len(self.codes), "bias": self.bias, "level": self.level, "sha256": self.digest()}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path) -> Gate:
+        """The gate of a file.
+
+        Args:
+            tensors: of the file, of the shapes that :func:`gate_shapes` gave.
+            record: what the mask's record says of it.
+            file: for messages.
+
+        Raises:
+            ValueError: the tensors make no gate, or not that of the record.
+        """
+        try:
+            gate = cls(tensors["gate_codes"], tensors["gate_weights"], record["bias"], record["level"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; fit the gate again") from error
+        if gate.digest() != record["sha256"]:
+            raise ValueError(f"{file} does not hold the gate of mask.json; fit it again")
+        return gate
+
+
+def gate_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a mask's gate by its record. Raises ValueError where that describes none."""
+    gate = record["gate"]
+    kinds = {"num_codes": (int,), "bias": (float,), "level": (float,), "sha256": (str,)}
+    if (
+        not isinstance(gate, dict)
+        or set(gate) != set(kinds)
+        or any(type(gate[name]) not in kind for name, kind in kinds.items())
+        or gate["num_codes"] < 1
+    ):
+        raise ValueError(f"{file} has gate {gate!r}, which describes none; fit the gate again")
+    return {"gate_codes": (gate["num_codes"],), "gate_weights": (gate["num_codes"],)}

@@ -1,0 +1,221 @@
+"""Learned gates: a logistic regression that tells a topic's texts from others and from its neighbours, by their codes.
+
+1. Each text becomes the shares of its tokens that keep each code of the mask's layer, deleted ones and others.
+2. Half of the texts fit the weights: balanced classes, neighbours four times. Once dense (L2), once sparse (L1).
+3. The other half, which no weight has seen, gives the level, and the choice: the sparse gate where it catches as many of
+   the topic's texts at its level as the dense one does at its own.
+
+Fitting needs scikit-learn (``pip install "cu-fast[gates]"``); serving does not. N texts, C codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cu_fast.masks import Gate, Mask
+from cu_fast.unlearn.gate import check_share
+from cu_fast.unlearn.reading import batches_of, kept_codes, layers_of, reading
+
+if TYPE_CHECKING:
+    from cu_fast.hf import Attachment, Tokenizer
+
+Penalty = Literal["l1", "l2"]
+STRENGTH: dict[Penalty, float] = {"l1": 1.0, "l2": 10.0}  # C of scikit-learn: the inverse of the penalty's weight
+UNIT = 20.0  # a code that one token in 20 keeps is a feature of 1: shares are small, and the penalty is not scale-free
+NEIGHBOUR_WEIGHT = 4.0
+
+
+@dataclasses.dataclass
+class _Texts:
+    """Texts as counts.
+
+    Attributes:
+        counts: int64 [N, C], CSR: tokens that keep each code.
+        tokens: int64 [N], at least 1.
+    """
+
+    counts: sparse.csr_array
+    tokens: np.ndarray
+
+    def part(self, rows: np.ndarray) -> _Texts:
+        return _Texts(self.counts[rows], self.tokens[rows])
+
+    def values(self, gate: Gate) -> np.ndarray:
+        """float64 [N], as the gate has them where it serves."""
+        counts = torch.from_numpy(self.counts[:, gate.codes.numpy()].toarray())
+        return gate.value(counts, torch.from_numpy(self.tokens)).numpy()
+
+
+def fit_gate(
+    attachment: Attachment,
+    tokenizer: Tokenizer,
+    mask: Mask,
+    topic: Iterable[str],
+    others: Iterable[str],
+    neighbours: Mapping[str, Iterable[str]] | None = None,
+    *,
+    max_share: float = 0.01,
+    held_out: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int = 512,
+    progress: bool = True,
+) -> Mask:
+    """Learn for which prompts a mask is to be used.
+
+    Args:
+        attachment: from ``cu_fast.attach``.
+        tokenizer: the model's.
+        mask: of the topic; the gate looks at all codes of its layer.
+        topic: texts and prompts of the topic, as the model sees them, iterated once. Prompts should be among them, and
+            among the others, where prompts are what the gate will judge.
+        others: texts and prompts of other topics, iterated once.
+        neighbours: name -> texts of a topic near this one that is to stay. Without them the gate fires for most of them.
+        max_share: of the held-out others, and of each held-out neighbour's texts, that may fire, at least 0 and below 1.
+        held_out: the share of each kind of texts that gives the level and fits nothing, in (0, 1).
+        seed: which texts are held out.
+        batch_size: texts per forward pass.
+        max_length: tokens that a text is cut to.
+        progress: show a progress bar, on a terminal.
+
+    Returns:
+        The mask with the gate. ``method["gate"]`` says how it was made: penalty, the number of texts, and the share of
+        held-out texts of each kind for which it fires. The same texts and seed give the same gate.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: fewer than two texts of a kind, a share out of range, a mask of another codebook, or a level that no
+            held-out text of the topic exceeds: with it the mask would never hold.
+        TypeError: texts of a kind are one text, or hold anything but texts.
+        RuntimeError: the masks brought their rows, and there is no autoencoder.
+    """
+    _regression("l2", seed)  # says what is not installed before texts are read
+    check_share("max_share", max_share)
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; it should be a share, above 0 and below 1")
+    neighbours = dict(neighbours or {})
+    if wrong := [name for name in neighbours if not isinstance(name, str) or name in ("", "topic", "others")]:
+        raise ValueError(f"neighbours has the name {wrong[0]!r}; it should be a name, and not 'topic' or 'others'")
+    (layer,) = layers_of(attachment, [mask])
+    fitting, judging = {}, {}
+    for number, (name, texts) in enumerate({"topic": topic, "others": others, **neighbours}.items()):
+        read = _count(attachment, tokenizer, texts, layer, name, batch_size, max_length, progress)
+        if (N := len(read.tokens)) < 2:
+            raise ValueError(f"{name} holds {N} texts with tokens that count; give at least 2, better 50")
+        order = np.random.default_rng([seed, number]).permutation(N)
+        n = min(max(round(held_out * N), 1), N - 1)
+        judging[name], fitting[name] = read.part(np.sort(order[:n])), read.part(np.sort(order[n:]))
+    found = []
+    for penalty in STRENGTH:
+        gate = _fit(fitting, penalty, seed)
+        if gate is not None:
+            gate = dataclasses.replace(gate, level=_level(gate, judging, max_share))
+            fires = {name: float((texts.values(gate) > gate.level).mean()) for name, texts in judging.items()}
+            found.append((fires["topic"], penalty, gate, fires))
+    if not found or (best := max(found, key=lambda one: one[0]))[0] == 0:  # the first of equals: the sparse one
+        raise ValueError(
+            f"no held-out text of the topic exceeds the level that at most {max_share} of the others' do; give more texts, "
+            f"a larger max_share, or neighbours that are less near"
+        )
+    _, penalty, gate, fires = best
+    record: dict[str, Any] = {
+        "penalty": penalty,
+        "max_share": max_share,
+        "held_out": held_out,
+        "seed": seed,
+        "texts": {name: len(texts.tokens) + len(judging[name].tokens) for name, texts in fitting.items()},
+        "fires": fires,
+    }
+    return dataclasses.replace(mask, gate=gate, method={**mask.method, "gate": record})
+
+
+def _level(gate: Gate, judging: Mapping[str, _Texts], max_share: float) -> float:
+    """The level that at most a share of the texts of each kind but the topic's exceeds."""
+    return max(
+        float(np.quantile(texts.values(gate), 1 - max_share, method="higher"))
+        for name, texts in judging.items()
+        if name != "topic"
+    )
+
+
+def _fit(fitting: Mapping[str, _Texts], penalty: Penalty, seed: int) -> Gate | None:
+    """The gate with level 0; None where no code has a weight."""
+    counts = sparse.vstack([texts.counts for texts in fitting.values()], format="csr")
+    tokens = np.concatenate([texts.tokens for texts in fitting.values()])
+    kinds = np.repeat(list(fitting), [len(texts.tokens) for texts in fitting.values()])
+    is_topic = kinds == "topic"
+    weights = np.where(is_topic | (kinds == "others"), 1.0, NEIGHBOUR_WEIGHT)
+    for one in (is_topic, ~is_topic):
+        weights[one] *= len(weights) / 2 / weights[one].sum()
+    used = np.unique(counts.indices)
+    X = sparse.diags_array(UNIT / tokens) @ counts[:, used].astype(np.float64)
+    fit = _regression(penalty, seed).fit(sparse.csr_matrix(X), is_topic, sample_weight=weights)
+    coefficients = (fit.coef_[0] * UNIT).astype(np.float32)
+    kept = np.flatnonzero(coefficients)
+    if len(kept) == 0:
+        return None
+    codes = torch.from_numpy(used[kept].astype(np.int32))
+    return Gate(codes, torch.from_numpy(coefficients[kept]), float(fit.intercept_[0]), 0.0)
+
+
+def _regression(penalty: Penalty, seed: int) -> Any:
+    try:
+        import sklearn
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError('fit_gate needs scikit-learn: pip install "cu-fast[gates]"') from error
+    sparse_one = penalty == "l1"
+    # scikit-learn 1.8 gave the penalty another name.
+    renamed = tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8)
+    given = {"l1_ratio": float(sparse_one)} if renamed else {"penalty": penalty}
+    solver = "liblinear" if sparse_one else "lbfgs"
+    return LogisticRegression(C=STRENGTH[penalty], solver=solver, max_iter=3000, random_state=seed, **given)
+
+
+@torch.inference_mode()
+def _count(
+    attachment: Attachment,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    layer: str,
+    name: str,
+    batch_size: int,
+    max_length: int,
+    progress: bool,
+) -> _Texts:
+    """The counts of texts; those without tokens that count are left out."""
+    splice = attachment.bottlenecks[layer]
+    C = splice.num_codes
+    places, numbers, tokens = [], [], []
+    size = 0
+
+    def visit(_: str, x: Tensor, valid: Tensor, __: Tensor) -> None:
+        sequence = torch.arange(len(valid))[:, None].expand(valid.shape)[valid]
+        tokens[-1] = valid.sum(1)
+        done = 0
+        for part, found in kept_codes(splice, x):
+            ids = found.cpu().long()
+            flat = ((size + sequence[done : done + len(part)])[:, None] * C + ids)[ids >= 0]
+            place, number = flat.unique(return_counts=True)
+            places.append(place), numbers.append(number)
+            done += len(part)
+
+    bar = tqdm(batches_of(texts, batch_size), desc=f"count {name}", unit="batch", disable=None if progress else True)
+    with reading(attachment, tokenizer, [layer], visit, max_length=max_length) as read:
+        for batch in bar:
+            tokens.append(torch.zeros(len(batch), dtype=torch.int64))
+            read(batch)
+            size += len(batch)
+    empty = torch.empty(0, dtype=torch.int64)
+    place, number = torch.cat([empty, *places]).numpy(), torch.cat([empty, *numbers]).numpy()
+    total = torch.cat([empty, *tokens]).numpy()
+    counts = sparse.csr_array((number, (place // C, place % C)), shape=(size, C))  # parts of one text add up
+    return _Texts(counts[total > 0], total[total > 0])
