@@ -303,7 +303,8 @@ class Attachment:
             nats per token. loss_replaced: with this layer's output replaced by its reconstruction; None likewise.
 
         Raises:
-            ValueError: l0 is not what the release says, by more than a factor of two; or no texts.
+            ValueError: l0 is not what the release says, by more than a factor of two; the reconstruction explains less
+                than a fifth of the variance; or no texts.
             RuntimeError: masks of texts cannot be matched to what a layer reads.
         """
         self._check_usable()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cu_fast.hf.topics import Layer
 
 FACTOR = 2.0  # between the measured and the stated L0: texts differ, by a third or so
+LEAST_EXPLAINED = 0.2  # share of the variance; of latents that are ranked L0 is k at any place, so that it tells nothing
 
 
 @torch.no_grad()
@@ -78,6 +79,13 @@ def check(
                 f"layer {layer.name!r}: {row['l0']:.1f} latents fire per token, and the release says {stated:g}. The "
                 f"autoencoder is at another place than it was made for, or for another model, or its file is read by the "
                 f"wrong rules; compare its site with the layer"
+            )
+        explained = row["explained_variance"]
+        if explained is not None and explained < LEAST_EXPLAINED:
+            raise ValueError(
+                f"layer {layer.name!r}: the reconstruction explains {explained:.2f} of the variance, and should explain "
+                f"{LEAST_EXPLAINED} at least. The codes are at another place than they were made for, or for another "
+                f"model; compare the autoencoder's site with the layer"
             )
     return rows
 

@@ -25,7 +25,7 @@ from cu_fast.masks import FILES, Mask
 from cu_fast.masks.mask import ROWS, SETTINGS
 from cu_fast.nn import BottleneckConfig, CodebookBottleneck, Splice, SpliceKind
 from cu_fast.ops.checks import FLOATS
-from cu_fast.sae import SAE, SAESplice
+from cu_fast.sae import SAE, Provenance, SAESplice
 
 FORMAT = "cu_fast.attachment"
 FORMAT_VERSION = 2
@@ -161,12 +161,16 @@ def _parts_of(layer: Layer) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         raise RuntimeError(
             f"layer {layer.name!r} has rows of masks alone, and no autoencoder that could be saved; keep the masks"
         )
+    sae, state = splice.sae, dict(zip(ROWS, splice.sae.rows()))
+    if sae.b_dec is not None:
+        state["b_dec"] = sae.b_dec
+    said = {"family": sae.family, "provenance": dataclasses.asdict(sae.provenance), "has_b_dec": sae.b_dec is not None}
     sizes = {"num_latents": splice.num_codes, "d_in": splice.d_in, "d_out": splice.d_out}
-    return {"sae": {**splice.settings, **sizes}}, dict(zip(ROWS, splice.sae.rows()))
+    return {"sae": {**splice.settings, **sizes, **said}}, state
 
 
 def _settings_of(values: dict[str, Any]) -> dict[str, Any]:
-    known = {"num_latents", "d_in", "d_out", *SETTINGS}
+    known = {"num_latents", "d_in", "d_out", "family", "provenance", "has_b_dec", *SETTINGS}
     if set(values) != known:
         raise ValueError(f"an autoencoder's entry has the keys {sorted(values)}; they should be {sorted(known)}")
     if not all(type(values[name]) is int and values[name] >= 1 for name in ("num_latents", "d_in", "d_out")):
@@ -204,13 +208,17 @@ def read_splices(path: Path, record: Record, splice: SpliceKind | None = None) -
     for name, values in released.items():
         C, d_in, d_out = values["num_latents"], values["d_in"], values["d_out"]
         sizes = {"enc": (C, d_in), "bias": (C,), "theta": (C,), "dec": (C, d_out)}
+        if values["has_b_dec"]:
+            sizes["b_dec"] = (d_out,)
         shapes |= {f"{name}.{key}": size for key, size in sizes.items()}
     tensors = read_safetensors(file, shapes, record.tensors_sha256)
     splices: dict[str, Splice] = dict(bottlenecks)
     for name, values in released.items():
         rows = [tensors.pop(f"{name}.{key}") for key in ROWS]
         try:
-            splices[name] = SAESplice(SAE(*rows, **{key: values[key] for key in SETTINGS}))
+            said = {"family": values["family"], "provenance": Provenance(**values["provenance"])}
+            settings = {key: values[key] for key in SETTINGS}
+            splices[name] = SAESplice(SAE(*rows, **settings, **said, b_dec=tensors.pop(f"{name}.b_dec", None)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: the autoencoder of layer {name!r}: {error}") from error
     for key, value in tensors.items():
