@@ -5,8 +5,8 @@
     a_i = pre_i where it fires, else 0
     it writes sigma(x) a_i v_i          sigma = 1, std(x) or ||x|| / norm
 
-What a release adds to its output whatever fires (its decoder's bias, a skip connection) is not kept: it is the same with
-and without a deleted latent.
+What a release adds to its output whatever fires is the same with and without a deleted latent: its decoder's bias is kept
+for reconstructions alone, a skip connection is not kept.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class SAE:
         site_out: where the output is added, in the release's words; None = not stated, or the same place.
         family: the name of the format that it was read from; "" = made by hand.
         provenance: what the release says of itself.
+        b_dec: fp32 [Dout], what is added to the sum of a_i v_i before sigma, whatever fires; None = not known, or not all
+            that is added. Only :meth:`reconstruct` reads it.
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -77,6 +79,7 @@ class SAE:
     site_out: str | None = None
     family: str = ""
     provenance: Provenance = field(default_factory=Provenance)
+    b_dec: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_matrix("enc", self.enc)
@@ -87,6 +90,7 @@ class SAE:
             ("bias", self.bias, [C]),
             ("theta", self.theta, [C]),
             ("dec", self.dec, [C, self.d_out]),
+            *([] if self.b_dec is None else [("b_dec", self.b_dec, [self.d_out])]),
         ):
             if tensor.dtype != torch.float32:
                 raise TypeError(f"{name} is {tensor.dtype}; it should be float32")
@@ -177,6 +181,33 @@ class SAE:
         if len(x) != len(activations):
             raise ValueError(f"x has {len(x)} rows; it should have {len(activations)}, as activations has")
         return y * self._token_scales(x)[1]
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What the release makes of x in place of its output: for explained variance, on a few tokens.
+
+        sigma(x) times the sum of a_i v_i + b_dec; under scale "layer_norm" the mean of x is added back.
+
+        Args:
+            x: [T, Din], fp32, bf16 or fp16, on the device of the weights.
+
+        Returns:
+            fp32 [T, Dout]: of an autoencoder an estimate of x, of a transcoder one of what it stands for.
+
+        Raises:
+            ValueError: b_dec is None, or x has another shape or device.
+            TypeError: x has another dtype.
+            RuntimeError: x requires grad.
+        """
+        if self.b_dec is None:
+            raise ValueError(
+                "b_dec is None; for a reconstruction it should be what the release adds to its output. Releases with a skip "
+                "connection, and of models with centred weights, have none: take decode(), and compare differences"
+            )
+        y = self.decode(self.activations(x), None if self.scale == "none" else x)
+        if self.scale == "none":
+            return y + self.b_dec
+        y = y + self._token_scales(x)[1] * self.b_dec
+        return y + x.double().mean(1, keepdim=True).float() if self.scale == "layer_norm" else y
 
     def sha256(self) -> str:
         """Its identity: sha256 of all that computes (kind, k, scale, norm, shapes, weights), and of nothing else."""

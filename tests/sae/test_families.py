@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from releases import RELEASES, C, D, K, gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify, write
+from releases import RELEASES, C, D, K, gemma_scope, gemma_scope_2, mwhanna, openmoss, sae_lens, sparsify, write
+from releases_pickled import PICKLED, dictionary_learning, goodfire, openai, qwen_scope
 
 from cu_fast import ops
-from cu_fast.sae import FAMILIES, load_sae
-from cu_fast.sae.released import entries, names_in
+from cu_fast.sae import convert_sae, load_sae
+from cu_fast.sae.load import FAMILIES, recognised
+from cu_fast.sae.released import Source, names_in
 
+ALL = RELEASES | PICKLED
 EPS = 2.0**-24  # half a step of fp32, relative: what one rounding may change
 
 
@@ -27,7 +30,7 @@ def compare(release, sae) -> None:
     """
     x = tokens(sae.d_in)
     a = sae.activations(x)
-    truth = release.encode(x.double())
+    truth = release.encode(x.double()) * release.unit
     assert torch.equal(a > 0, truth > 0)
     fire = int((truth > 0).sum())
     assert 0.02 * truth.numel() < fire < 0.9 * truth.numel(), "the fixture says nothing where all or none fires"
@@ -37,39 +40,62 @@ def compare(release, sae) -> None:
     assert ((a.double() - truth).abs() <= wrong).all()
     assert wrong.max() < 1e-3, "a bound that passes everything tests nothing"
 
-    written = release.decode(truth, x.double()) - release.decode(torch.zeros_like(truth), x.double())
+    nothing = release.decode(torch.zeros_like(truth), x.double())
+    written = release.decode(truth / release.unit, x.double()) - nothing
     bound = sigma * (((wrong * (truth > 0)) + (sae.num_latents + 8) * EPS * truth) @ dec)
     got = sae.decode(a, None if sae.scale == "none" else x).double()
     assert ((got - written).abs() <= bound + 1e-12).all()
 
+    if release.skips:
+        assert sae.b_dec is None
+        with pytest.raises(ValueError, match="b_dec is None; for a reconstruction it should be what the release adds"):
+            sae.reconstruct(x)
+    else:  # besides: b_dec and the mean are rounded, and added
+        more = 4 * EPS * (written.abs() + nothing.abs() + (sigma * sae.b_dec.double()).abs())
+        whole = release.decode(truth / release.unit, x.double())
+        assert ((sae.reconstruct(x).double() - whole).abs() <= bound + more + 1e-12).all()
+        assert nothing.abs().max() > 0.01 or not sae.b_dec.any(), "a bias of nothing says nothing"
 
-@pytest.mark.parametrize("name", RELEASES)
+
+@pytest.mark.parametrize("name", ALL)
 def test_it_computes_what_its_library_computes(name, tmp_path):
-    family, make = RELEASES[name]
+    family, make = ALL[name]
     release = make(tmp_path)
     sae = load_sae(release.folder)
     assert (sae.family, sae.num_latents, sae.d_in) == (family, C, D)
     compare(release, sae)
 
 
-@pytest.mark.parametrize("make", [gemma_scope, gemma_scope_2, llama_scope, sae_lens, sparsify])
-def test_orientation_is_the_familys_where_shapes_do_not_tell(make, tmp_path):
-    release = make(tmp_path, d=32, c=32)
+@pytest.mark.parametrize("name", ALL)
+def test_orientation_is_the_familys_where_shapes_do_not_tell(name, tmp_path):
+    release = ALL[name][1](tmp_path, d=32, c=32)
     compare(release, load_sae(release.folder))
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("name", ALL)
 def test_one_family_recognises_it(name, tmp_path):
-    family, make = RELEASES[name]
+    family, make = ALL[name]
     folder = make(tmp_path).folder
-    files = names_in(folder)
-    keys = {file: set(entries(folder / file)) for file in files if not file.endswith(".json")}
-    assert len(keys) == 1
-    assert [known.NAME for known in FAMILIES if known.recognises(files, keys)] == [family]
+    (file,) = [file for file in names_in(folder) if not file.endswith((".json", ".yaml"))]
+    assert [known.NAME for known in FAMILIES if recognised(known, Source(folder, file))] == [family]
+    if "/" not in file:
+        assert load_sae(folder / file).sha256() == load_sae(folder).sha256()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_pickle_is_what_its_tensors_are(name, suffix, tmp_path):
+    plain = load_sae(PICKLED[name][1](tmp_path / "plain").folder)
+    release = PICKLED[name][1](tmp_path / "pickle", suffix=suffix)
+    sae = convert_sae(release.folder, tmp_path / "converted")
+    assert (sae.sha256(), sae.family, sae.site) == (plain.sha256(), plain.family, plain.site)
+    assert sae.provenance == plain.provenance and torch.equal(sae.b_dec, plain.b_dec)
+    again = load_sae(tmp_path / "converted")
+    assert (again.sha256(), again.family, again.site) == (sae.sha256(), "sae_lens", sae.site)
 
 
 def test_every_family_has_a_release_here():
-    assert {family for family, _ in RELEASES.values()} == {family.NAME for family in FAMILIES}
+    assert {family for family, _ in ALL.values()} == {family.NAME for family in FAMILIES}
 
 
 def test_what_a_release_says_is_kept(tmp_path):
@@ -114,3 +140,43 @@ def test_a_topk_is_the_fused_selection(tmp_path):
     selection = ops.sae_encode(x, sae.enc, sae.bias, k=K)
     dense = torch.zeros(len(x), C).scatter(1, selection.ids.long(), selection.scores)
     assert torch.equal(sae.activations(x), dense)
+
+
+def test_what_the_other_families_say_is_kept(tmp_path):
+    sae = load_sae(sparsify(tmp_path, transcode=True).folder)
+    assert (sae.site, sae.site_out) == ("layers.3.mlp.input", "layers.3.mlp.output")
+    sae = load_sae(openmoss(tmp_path).folder)
+    assert (sae.site, sae.site_out) == ("blocks.5.hook_mlp_in", "blocks.5.hook_mlp_out")
+    folder = mwhanna(tmp_path).folder
+    sae = load_sae(folder)
+    assert (sae.site, sae.site_out) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+    assert (sae.provenance.model, sae.d_in, sae.d_out) == ("Qwen/Qwen3-4B", D, D - 4)
+    (folder / "config.yaml").unlink()
+    assert load_sae(folder).site is None
+    sae = load_sae(RELEASES["jumprelu transcoder"][1](tmp_path).folder)
+    assert (sae.site, sae.site_out, sae.d_out) == ("blocks.8.hook_mlp_in", "blocks.8.hook_mlp_out", D - 4)
+    sae = load_sae(dictionary_learning(tmp_path, kind="BatchTopKSAE").folder)
+    assert (sae.site, sae.k, sae.provenance.l0) == ("resid_post_layer_5", None, K)
+    assert sae.provenance.model == "EleutherAI/pythia-70m"
+    sae = load_sae(qwen_scope(tmp_path).folder)
+    assert (sae.site, sae.k, sae.provenance.model) == ("model.layers.3", K, "Qwen/Qwen3-1.7B-Base")
+    assert load_sae(openai(tmp_path).folder).site == "resid_post_mlp_v5_32k/8"
+    sae = load_sae(goodfire(tmp_path).folder)
+    assert (sae.site, sae.provenance.model) == ("model.layers.19", "Llama-3.1-8B-Instruct")
+
+
+def test_k_is_said_once(tmp_path):
+    named = qwen_scope(tmp_path).folder
+    assert load_sae(named, k=K).k == K
+    with pytest.raises(ValueError, match=f"the release's name says {K}"):
+        load_sae(named, k=K + 1)
+    bare = qwen_scope(tmp_path, name="copied").folder
+    with pytest.raises(ValueError, match=r"k is not known; it should be said, as --k or k=, or be in the name"):
+        load_sae(bare)
+    assert load_sae(bare, k=K).sha256() == load_sae(named).sha256()
+    with pytest.raises(ValueError, match=f"'k' is {C + 1}; it should be at most C = {C}"):
+        load_sae(bare, k=C + 1)
+    with pytest.raises(ValueError, match="k is 0; it should be a positive integer"):
+        load_sae(bare, k=0)
+    with pytest.raises(ValueError, match=f"k is 3; it should be {K}, as .* says"):
+        load_sae(sparsify(tmp_path).folder, k=3)

@@ -10,11 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from releases import RELEASES, C, D, gemma_scope, gemma_scope_2, llama_scope, numbers, sae_lens, sparsify, write
+from releases import (
+    RELEASES,
+    C,
+    D,
+    K,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    mwhanna,
+    numbers,
+    openmoss,
+    sae_lens,
+    sae_lens_transcoder,
+    sparsify,
+    write,
+)
+from releases_pickled import PICKLED, dictionary_learning, goodfire, openai, qwen_scope
 
 from cu_fast.files import read_safetensors
 from cu_fast.sae import load_sae
 from cu_fast.sae.released import entries
+
+ALL = RELEASES | PICKLED
+ONE_OF_EACH = {family: name for name, (family, _) in reversed(ALL.items())}  # family -> the first of its releases
 
 
 def refused(folder: Path, *parts: str) -> None:
@@ -47,9 +66,9 @@ def test_unknown_files_are_named_and_so_is_what_families_want(tmp_path):
     refused(tmp_path, "holds config.json, model.safetensors; model.safetensors: lm_head.weight. No family")
 
 
-@pytest.mark.parametrize("name", ["Gemma Scope", "Gemma Scope 2", "Llama Scope", "standard", "sparsify"])
-def test_a_name_alone_is_not_recognised(name, tmp_path):
-    path = file_of(RELEASES[name][1](tmp_path).folder)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_a_name_alone_is_not_recognised(family, tmp_path):
+    path = file_of(ALL[ONE_OF_EACH[family]][1](tmp_path).folder)
     tensors = tensors_of(path)
     key = sorted(tensors)[0]
     write(path, {"other" if old == key else old: tensor for old, tensor in tensors.items()})
@@ -71,7 +90,7 @@ def test_pickles_are_not_read(name, tmp_path):
 
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, f"{name} may be pickled, and is not read: convert the tensors to safetensors first")
+    refused(tmp_path, f"{name} may be pickled, and is not read: run `cu-fast sae convert`")
     assert not (tmp_path / "it was unpickled").exists()
 
 
@@ -82,10 +101,10 @@ def test_objects_in_an_npz_are_not_read(tmp_path):
     refused(path.parent, "params.npz: tensor 'threshold' is object; it should be one of F32, BF16, F16")
 
 
-@pytest.mark.parametrize("name", ["Gemma Scope", "Gemma Scope 2", "Llama Scope", "standard", "sparsify"])
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.5, 0.99])
-def test_truncated_files(name, share, tmp_path):
-    release = RELEASES[name][1](tmp_path)
+def test_truncated_files(family, share, tmp_path):
+    release = ALL[ONE_OF_EACH[family]][1](tmp_path)
     path = file_of(release.folder)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * share)])
@@ -127,13 +146,19 @@ def test_an_npz_that_claims_more_than_it_holds(tmp_path):
     refused(path.parent, "is not a sound npz file", "the array 'W_dec' takes", "its header says 384000000")
 
 
-@pytest.mark.parametrize("name", ["Gemma Scope", "Gemma Scope 2", "Llama Scope", "jumprelu", "gated", "sparsify"])
+UNREAD = ("k", "group_sizes", "stats_last_nonzero")  # what the libraries keep beside weights
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "gated", "skip transcoder", *ONE_OF_EACH.values(), *PICKLED])
 def test_wrong_tensors(name, tmp_path):
     """Every tensor of a family in turn: of another shape, of another dtype, with NaN, with Inf."""
-    release = RELEASES[name][1](tmp_path)
+    release = ALL[name][1](tmp_path)
     path = file_of(release.folder)
     tensors = tensors_of(path)
+    unread = (*UNREAD, "threshold") if name.startswith("AutoEncoderTopK") else UNREAD
     for key, tensor in tensors.items():
+        if key in unread:
+            continue
         flat = tensor.flatten()
         hurt = {"NaN": flat.clone(), "Inf": flat.clone()}
         hurt["NaN"][-1], hurt["Inf"][0] = torch.nan, torch.inf
@@ -144,16 +169,18 @@ def test_wrong_tensors(name, tmp_path):
         refused(release.folder, f"{path}: tensor {key!r} is ", "64; it should be one of F32, BF16, F16")
         write(path, tensors | {key: tensor[..., None]})
         refused(release.folder, f"{path}: tensor {key!r} has shape", "it should be [")
-    vector = next(key for key in tensors if key.lower() in ("b_dec", "decoder.bias"))
+    vectors = ("b_dec", "b_d", "decoder.bias", "bias", "decoder_bias", "pre_bias", "decoder_linear.bias")
+    vector = next(key for key in tensors if key.lower() in vectors)
+    wide = len(tensors[vector])
     write(path, tensors | {vector: tensors[vector][1:]})
-    refused(release.folder, f"{path}: tensor {vector!r} has shape [{D - 1}]; it should be [", f"= {D}")
+    refused(release.folder, f"{path}: tensor {vector!r} has shape [{wide - 1}]; it should be [", f"= {wide}")
     write(path, tensors | {"W_other": torch.ones(2)})
     refused(release.folder, str(path), "holds the unexpected ['W_other']; it should hold [")
 
 
 def test_a_transposed_matrix_is_refused_where_shapes_tell(tmp_path):
-    for name in ("Gemma Scope", "Gemma Scope 2", "Llama Scope", "standard", "sparsify"):
-        release = RELEASES[name][1](tmp_path)
+    for name in ONE_OF_EACH.values():
+        release = ALL[name][1](tmp_path)
         path = file_of(release.folder)
         tensors = tensors_of(path)
         matrices = [key for key, tensor in tensors.items() if tensor.dim() == 2]
@@ -190,7 +217,41 @@ def test_gemma_scope_needs_the_folders_of_the_release(tmp_path):
             {"architecture": "temporal"},
             "'architecture' is 'temporal'; it should be one of standard, jumprelu",
         ),
-        (sae_lens, {"architecture": "transcoder"}, "'architecture' is 'transcoder'; it should be one of"),
+        (sae_lens, {"architecture": "transcoder"}, "a transcoder's 'normalize_activations' should be 'none'"),
+        (sae_lens_transcoder, {"normalize_activations": "layer_norm"}, "they are 'layer_norm' and False"),
+        (sae_lens_transcoder, {"d_out": None}, "'d_out' is None; it should be a positive integer"),
+        (
+            sae_lens,
+            {
+                "normalize_activations": "constant_norm_rescale",
+                "metadata": {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+            },
+            "no rule is known for both",
+        ),
+        (sae_lens, {"metadata": {"cu_fast": {"l0": -1}}}, "'l0' is -1; it should be a positive number"),
+        (sae_lens, {"metadata": {"cu_fast": {"centred": 1}}}, "'centred' is 1; it should be true or false"),
+        (openmoss, {"sae_type": "clt"}, "'sae_type' is 'clt'; it should be 'sae'"),
+        (openmoss, {"act_fn": "batchtopk"}, "'act_fn' is 'batchtopk'; it should be 'relu' or 'jumprelu' or 'topk'"),
+        (openmoss, {"norm_activation": "batch-wise"}, "'norm_activation' is 'batch-wise'; it should be"),
+        (openmoss, {"norm_activation": "token-wise"}, "of a transcoder it should be another"),
+        (openmoss, {"use_glu_encoder": True}, "'use_glu_encoder' is true; it should be false"),
+        (openmoss, {"expansion_factor": 0}, "'expansion_factor' is 0; it should be a positive number"),
+        (openmoss, {"hook_point_in": "elsewhere"}, "lacks the tensors ['dataset_average_activation_norm.elsewhere']"),
+        (
+            dictionary_learning,
+            {"trainer": {"dict_class": "IdentityDict"}},
+            "'trainer.dict_class' is 'IdentityDict'; it",
+        ),
+        (dictionary_learning, {"trainer": {}}, "'trainer.dict_class' is None; it should be one of AutoEncoder,"),
+        (dictionary_learning, {"trainer": {"dict_class": "GatedAutoEncoder"}}, "lacks the tensors ['decoder_bias',"),
+        (openai, {"activation": "Identity"}, "'activation' is 'Identity'; it should be 'ReLU' or 'TopK'"),
+        (openai, {"activation_state_dict": {}}, "'k' is None; it should be a positive integer"),
+        (openai, {"activation_state_dict": {"k": C + 1}}, f"'k' is {C + 1}; it should be at most C = {C}"),
+        (
+            openai,
+            {"activation_state_dict": {"k": 3, "postact_fn": "Identity"}},
+            "'postact_fn' is 'Identity'; it should",
+        ),
         (sae_lens, {"architecture": 3}, "'architecture' is 3; it should be a text"),
         (
             sae_lens,
@@ -214,8 +275,7 @@ def test_gemma_scope_needs_the_folders_of_the_release(tmp_path):
         ),
         (sparsify, {"activation": "groupmax"}, "'activation' is 'groupmax'; it should be 'topk'"),
         (sparsify, {"signed": True}, "'signed' is true; it should be false"),
-        (sparsify, {"transcode": True}, "'transcode' is true"),
-        (sparsify, {"skip_connection": True}, "'skip_connection' is true"),
+        (sparsify, {"skip_connection": True}, "lacks the tensors ['W_skip']"),
         (sparsify, {"k": 0}, "'k' is 0; it should be a positive integer"),
         (sparsify, {"k": C + 1}, f"'k' is {C + 1}; it should be at most C = {C}"),
         (sparsify, {"num_latents": 0}, "tensor 'encoder.weight' has shape [40, 24]; it should be [C, D]"),
@@ -227,11 +287,16 @@ def test_gemma_scope_needs_the_folders_of_the_release(tmp_path):
         (llama_scope, {"act_fn": "topk"}, "'act_fn' is 'topk'; it should be 'jumprelu'"),
         (llama_scope, {"apply_decoder_bias_to_pre_encoder": True}, "it should be false"),
         (llama_scope, {"jump_relu_threshold": None}, "'jump_relu_threshold' is None; it should be a positive number"),
-        (llama_scope, {"dataset_average_activation_norm": 3}, "'dataset_average_activation_norm.in' is None"),
+        (
+            llama_scope,
+            {"dataset_average_activation_norm": 3},
+            "'dataset_average_activation_norm' is 3; it should be an",
+        ),
+        (llama_scope, {"dataset_average_activation_norm": {}}, "'dataset_average_activation_norm.in' is None"),
     ],
 )
 def test_settings_without_a_rule_are_refused(make, config, message, tmp_path):
-    release = make(tmp_path, **config) if make is not sae_lens else make(tmp_path)
+    release = make(tmp_path)
     (said,) = release.folder.glob("*.json")
     said.write_text(json.dumps(json.loads(said.read_text()) | config))
     refused(release.folder, f"{said.parent}", message)
@@ -259,3 +324,68 @@ def test_nothing_stays_mapped(tmp_path):
         path.write_bytes(bytes(path.stat().st_size))
         assert sae.sha256() == before
         assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_a_threshold_that_was_never_set_is_refused(kind, tmp_path):
+    folder = dictionary_learning(tmp_path, kind=kind, threshold=-1.0).folder
+    refused(folder, f"{file_of(folder)}: tensor 'threshold' is -1; it should not be negative: it was never set")
+    load_sae(
+        dictionary_learning(tmp_path, kind="AutoEncoderTopK", threshold=-1.0).folder
+    )  # which ranks, and has no use for it
+
+
+@pytest.mark.parametrize("k", [K + 1, "6", True, 0])
+def test_a_k_of_two_values_is_refused(k, tmp_path):
+    folder = dictionary_learning(tmp_path, kind="AutoEncoderTopK", k=k).folder
+    refused(folder, f"k is {k!r} and {K} in config.json and the file; it should be one positive integer")
+
+
+def test_a_norm_that_is_not_used_may_be_anything(tmp_path):
+    folder = openmoss(tmp_path, act="topk", norm_activation="inference").folder
+    before, path = load_sae(folder).sha256(), file_of(folder)
+    norms = {key: torch.tensor(torch.nan) for key in tensors_of(path) if key.startswith("dataset_average")}
+    assert len(norms) == 2
+    write(path, tensors_of(path) | norms)
+    assert load_sae(folder).sha256() == before
+
+
+def test_a_negative_threshold_of_a_transcoder_is_refused(tmp_path):
+    folder = mwhanna(tmp_path, threshold=True).folder
+    path = file_of(folder)
+    tensors = tensors_of(path)
+    tensors["activation_function.threshold"][3] = -0.5
+    write(path, tensors)
+    refused(folder, f"{path}: tensor 'activation_function.threshold' holds -0.5; it should not be negative")
+
+
+def test_openais_tensors_alone_do_not_say_their_activation(tmp_path):
+    folder = openai(tmp_path).folder
+    (folder / "config.json").unlink()
+    refused(folder, 'config.json is missing; it should say "activation": "ReLU", or', "as the file did that")
+
+
+@pytest.mark.parametrize("make, name", [(qwen_scope, "layer4.sae.safetensors"), (mwhanna, "layer_4.safetensors")])
+def test_several_layers_in_one_folder_are_told_by_their_file(make, name, tmp_path):
+    folder = make(tmp_path).folder
+    first = file_of(folder)
+    (folder / name).write_bytes(first.read_bytes())
+    refused(folder, f"holds several autoencoders: {first.name}, {name}; give the path of one file")
+    assert load_sae(folder / name).site.split(".")[-1 if make is qwen_scope else 1] == "4"
+    with pytest.raises(ValueError, match=r"README\.md was given\. No family that is known has these"):
+        (folder / "README.md").write_text("of the release")
+        load_sae(folder / "README.md")
+
+
+def test_a_renamed_file_is_not_taken_for_another_family(tmp_path):
+    path = file_of(goodfire(tmp_path, linear="").folder)
+    for name in ("model.safetensors", "checkpoints/final.safetensors", "layer_1.safetensors", "ae.safetensors"):
+        (tmp_path / "renamed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "renamed" / name).write_bytes(path.read_bytes())
+    refused(tmp_path / "renamed", "No family that is known has these")
+
+
+def test_a_model_of_codebook_features_is_named(tmp_path):
+    key = "model.model.layers.3.mlp.codebook_layer.codebook.weight"
+    write(tmp_path / "model.safetensors", {key: torch.zeros(4, 3)}, {"model_type": "codebook"}, "config.json")
+    refused(tmp_path, f"model.safetensors: {key}. That is a model of codebook-features", "It is not read")

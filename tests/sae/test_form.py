@@ -55,6 +55,19 @@ def test_sigma_needs_x():
         sae.decode(a, torch.ones(2, 1))
 
 
+def test_a_reconstruction_adds_what_the_release_adds():
+    b_dec, x = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[4.0], [8.0]])
+    assert torch.equal(small(b_dec=b_dec).reconstruct(x), x + b_dec)
+    scaled = small(b_dec=b_dec, scale="constant_norm", norm=2.0).reconstruct(x)
+    assert torch.equal(scaled, (2 + b_dec) * x / 2)
+    wide = {"enc": torch.tensor([[1.0, -1.0, 0.0]] * 3), "b_dec": b_dec, "scale": "layer_norm"}
+    y = small(**wide).reconstruct(torch.tensor([[6.0, 2.0, 1.0]], dtype=torch.bfloat16))
+    std = 7.0**0.5  # of 6, 2, 1, whose mean is 3
+    torch.testing.assert_close(y, ((4 / (std + 1e-5) + b_dec) * std + 3)[None])
+    with pytest.raises(ValueError, match=r"b_dec is None; for a reconstruction it should be"):
+        small().reconstruct(x)
+
+
 def test_its_identity_is_all_that_computes_and_nothing_else():
     sae = small()
     changed = [
@@ -70,7 +83,7 @@ def test_its_identity_is_all_that_computes_and_nothing_else():
     ]
     assert len({one.sha256() for one in [sae, *changed]}) == 1 + len(changed)
     same = dataclasses.replace(
-        sae, enc=sae.enc.clone(), site="a", site_out="b", family="c", provenance=Provenance(l0=3)
+        sae, enc=sae.enc.clone(), site="a", site_out="b", family="c", provenance=Provenance(l0=3), b_dec=torch.ones(3)
     )
     assert same.sha256() == sae.sha256()
 
@@ -83,6 +96,9 @@ def test_its_identity_is_all_that_computes_and_nothing_else():
         ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \[4\]; it should be \[3\]"),
         ({"dec": torch.eye(4)}, ValueError, r"dec has shape \[4, 4\]; it should be \[3, 4\]"),
         ({"theta": torch.full((3,), torch.inf)}, ValueError, "theta holds NaN or Inf"),
+        ({"b_dec": torch.zeros(1)}, ValueError, r"b_dec has shape \[1\]; it should be \[3\]"),
+        ({"b_dec": torch.zeros(3).half()}, TypeError, "b_dec is torch.float16; it should be float32"),
+        ({"b_dec": torch.full((3,), torch.nan)}, ValueError, "b_dec holds NaN or Inf"),
         ({"kind": "relu"}, ValueError, "kind is 'relu'; it should be 'threshold' or 'topk'"),
         ({"kind": "topk"}, ValueError, "k is None; for kind 'topk' it should be an integer from 1 to C = 3"),
         ({"kind": "topk", "k": 4}, ValueError, "k is 4; for kind 'topk'"),
