@@ -149,7 +149,14 @@ print(json.dumps(missing))
 
 def test_every_command_is_in_the_table_and_every_row_is_a_command():
     commands = {command.name or command.callback.__name__ for command in app.app.registered_commands}
-    assert commands == set(re.findall(r"^\| `cu-fast (\w+)", COMMANDS, re.MULTILINE))
+    for group in GROUPS:
+        inner = group.typer_instance.registered_commands
+        commands |= {f"{group.name} {command.name or command.callback.__name__}" for command in inner}
+    groups = "|".join(group.name for group in GROUPS)
+    assert commands == set(re.findall(rf"^\| `cu-fast ((?:(?:{groups}) )?\w+)", COMMANDS, re.MULTILINE))
+
+
+GROUPS = app.app.registered_groups
 
 
 USES = sorted({use for uses in found(r"(?:`|^)cu-fast (\w+[^`\n#]*)").values() for use in uses})
@@ -163,7 +170,8 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("use", USES)
 def test_the_options_of_a_command_exist(use):
     command, *rest = use.split()
-    done = CliRunner().invoke(app.app, [command, "--help"], env={"COLUMNS": "200"})
+    inner = rest[:1] if command in {group.name for group in GROUPS} else []
+    done = CliRunner().invoke(app.app, [command, *inner, "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     for option in rest:
         if option.startswith("--"):

@@ -1,4 +1,5 @@
-"""The command ``cu-fast``: app.py is where it starts, with the commands on this machine; models.py: those on a model.
+"""The command ``cu-fast``: app.py is where it starts, with the commands on this machine; models.py: those on a model;
+sae.py: those on a released autoencoder.
 
 options.py holds choices and shared options, tables.py and terminal.py print; demo.py and verify.py do a command's work.
 """

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cu_fast import __version__
-from cu_fast.cli import models
+from cu_fast.cli import models, sae
 from cu_fast.cli.models import model_folder
 from cu_fast.cli.options import Cache, Data, Device, Dtype, Json, MaskKind, ModelFolder, Op, names, several
 from cu_fast.cli.tables import pairs, show_step, shown_table, tuned_table
@@ -113,6 +113,7 @@ app.command()(models.train)
 app.command()(models.unlearn)
 app.command()(models.generate)
 app.command(name="eval")(models.evaluate)
+app.add_typer(sae.app, name="sae")
 
 
 @app.command()
