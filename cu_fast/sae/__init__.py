@@ -1,4 +1,4 @@
-"""Released sparse autoencoders: read from their own files into one form (:class:`SAE`), to be looked at; and written.
+"""Sparse autoencoders: read from the files of a release into one form (:class:`SAE`), written, put at a layer of a model.
 
 One file per family of formats; each names in its header the rules by which it is folded.
 """
