@@ -74,8 +74,8 @@ def attach(
     _check_model(model, silent)
     if splice is not None:
         check_choice("splice", splice, SPLICES)
-    if skip_first is not None and (type(skip_first) is not int or skip_first < 0):
-        raise ValueError(f"skip_first is {skip_first!r}; it should be an int, at least 0")
+    if skip_first is not None:
+        _check_skip(skip_first)
     with torch.inference_mode(False):
         masks: Mapping[str, list[Mask]] = {}
         if isinstance(source, SAE):
@@ -118,6 +118,9 @@ def attach_masks(
         FileNotFoundError, TypeError, RuntimeError: as :func:`attach` and ``Mask.load``.
     """
     _check_model(model, silent)
+    _check_skip(skip_first)
+    if isinstance(masks, (str, Path, Mask)):
+        raise TypeError(f"masks is {masks!r}; it should be a list of masks, or of their folders")
     loaded = [mask for one in masks for mask in ([one] if isinstance(one, Mask) else load_masks(one))]
     if not loaded:
         raise ValueError("masks is empty; give at least one mask, or the folder of one")
@@ -158,6 +161,11 @@ def _check_model(model: nn.Module, silent: Silent) -> None:
     taken = [name for name, module in model.named_modules() if CHILD in module._modules]
     if taken:
         raise ValueError(f"layers {taken} already have bottlenecks; detach() them, or name all layers in one call")
+
+
+def _check_skip(skip_first: int) -> None:
+    if type(skip_first) is not int or skip_first < 0:
+        raise ValueError(f"skip_first is {skip_first!r}; it should be an int, at least 0")
 
 
 def _fresh(name: str, value: Source, splice: SpliceKind | None) -> Splice:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from cu_fast.hf.topics import Layer
 
 FACTOR = 2.0  # between the measured and the stated L0: texts differ, by a third or so
-LEAST_EXPLAINED = 0.2  # share of the variance; of latents that are ranked L0 is k at any place, so that it tells nothing
+LEAST_EXPLAINED = (
+    0.2  # share of the variance; of latents that are ranked L0 is k at any place, so that it tells nothing
+)
 
 
 @torch.no_grad()

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
 from cu_fast.hf.gating import GateState
-from cu_fast.hf.positions import first_tokens, real_tokens
+from cu_fast.hf.positions import first_of_paged, first_tokens, real_tokens
 from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.nn.bottleneck import refuse_gradient
 
@@ -165,15 +166,13 @@ class ModelHook:
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         first = None
-        caches = [cache for value in (*args, *kwargs.values()) for cache in _caches(value)]
         if self.skip_first and (torch.compiler.is_compiling() or self.active.deletes()):
-            length = _length(caches[0]) if caches else 0
-            first = first_tokens(given, SEQUENCES, length, self.skip_first)
+            first = self._first(given)
         if torch.compiler.is_compiling():
             torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch, first)
         else:
             self.active.enter(self.runner, batch, first)
-            self._judge(given, caches, first)
+            self._judge(given, first)
         for name in STATES:
             value = given.get(name)
             known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)
@@ -193,11 +192,22 @@ class ModelHook:
         if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
             check_towers(self.active, given)
 
-    def _judge(self, given: Mapping[str, Any], caches: list[Cache], first: Tensor | None) -> None:
+    def _first(self, given: Mapping[str, Any]) -> Tensor | None:
+        """bool [B, S], the tokens that some layer's masks leave alone; None = there are none, or they are not known."""
+        if any(isinstance(value, PagedAttentionCache) for value in given.values()):
+            return first_of_paged(given, SEQUENCES, self.skip_first)
+        caches = [cache for value in given.values() for cache in _caches(value)]
+        length = _length(caches[0]) if caches else 0
+        if caches and not _knows_length(caches[0]) and length:
+            return None  # it holds one token or more
+        return first_tokens(given, SEQUENCES, length, self.skip_first)
+
+    def _judge(self, given: Mapping[str, Any], first: Tensor | None) -> None:
         """Let the gates of a gated request go on from what they have seen of the sequences in the cache."""
         request = self.active.now()
         if request is None or not request.gated:
             return
+        caches = [cache for value in given.values() for cache in _caches(value)]
         state = getattr(caches[0], GATES, None) if caches and int(_length(caches[0])) else None
         counted = real_tokens(given, SEQUENCES)
         if counted is not None:
@@ -383,6 +393,11 @@ def _length(cache: Cache) -> int | Tensor:
         return cache.get_seq_length()
     except ValueError:
         return int(cache.has_previous_state())
+
+
+def _knows_length(cache: Cache) -> bool:
+    """Whether a cache tells how many tokens it holds, and not only that it holds some."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers
 
 
 def _first_tensor(cache: Cache) -> Tensor | None:

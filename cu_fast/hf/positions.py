@@ -39,7 +39,7 @@ def first_tokens(given: Mapping[str, Any], names: Iterable[str], length: int | T
     Args:
         given: a model's arguments by name.
         names: of the arguments that hold the sequences.
-        length: tokens that the cache holds.
+        length: tokens that the cache holds; 0 where there is none.
         n: how many, at least 1.
 
     Returns:
@@ -58,12 +58,39 @@ def first_tokens(given: Mapping[str, Any], names: Iterable[str], length: int | T
         real = mask.bool().to(ids.device)
         order = real.long().cumsum(1)
     first = order + length <= n
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == S > 1:
-        # Where positions start again a packed row's next sequence begins.
-        positions = positions.to(ids.device)
-        starts = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)
-        starts[:, 1:] = (positions[:, 1:] == 0) & (positions[:, :-1] > 0)
-        for shift in range(n):
-            first = first | (starts.roll(shift, 1) & (positions == shift))
+    if (positions := _positions(given, B, S, ids.device)) is not None:
+        if mask is None and given.get("use_cache") is False and isinstance(length, int) and length == 0:
+            first = first | _packed(positions, n)
+        first = first & (positions < n)
     return first if real is None else first & real
+
+
+def first_of_paged(given: Mapping[str, Any], names: Iterable[str], n: int) -> Tensor | None:
+    """As :func:`first_tokens`, of continuous batching's row: its manager states the position of every token."""
+    ids = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    if ids is None or ids.dim() < 2:
+        return None
+    positions = _positions(given, *ids.shape[:2], ids.device)
+    return None if positions is None else positions < n
+
+
+def _positions(given: Mapping[str, Any], B: int, S: int, device: torch.device) -> Tensor | None:
+    """[B, S], None where they are not given or not one number per token."""
+    positions = given.get("position_ids")
+    if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == S):
+        return None
+    return positions.to(device).expand(B, S)
+
+
+def _packed(positions: Tensor, n: int) -> Tensor:
+    """The first n tokens of each sequence of a packed row but its first one: positions begin again at 0.
+
+    transformers parts such a row only where it is given neither a mask of attention nor a cache: else a token sees all
+    that are before it, and is not the first of anything.
+    """
+    starts = (positions == 0) & torch.nn.functional.pad(positions[:, :-1] > 0, (1, 0))
+    first = starts & False
+    for shift in range(min(n, positions.shape[1])):
+        moved = torch.nn.functional.pad(starts[:, : positions.shape[1] - shift], (shift, 0))
+        first = first | (moved & (positions == shift))
+    return first

@@ -8,7 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from tiny_models import add_masks, attach_to, build, in_thread, inputs
+from tiny_saes import LATENTS, make_sae, mask_of
 from transformers.generation import ContinuousBatchingConfig
+
+import cu_fast
 
 TOPICS = ["a", None, "b", {"a", "b"}]
 TOKENS = 5
@@ -236,3 +239,24 @@ def test_a_version_of_transformers_that_batches_otherwise(model, attachment, mon
     monkeypatch.delattr(ContinuousBatchingManager, "_generation_step")
     with pytest.raises(RuntimeError, match=r"batches in a way that cu_fast does not know .* no _generation_step"):
         model.init_continuous_batching(continuous_batching_config=config())
+
+
+def test_tokens_that_are_generated_are_no_first_tokens():
+    """Of a packed row the first token is another sequence's next one, which masks change, and not an attention sink."""
+
+    def kept(model):
+        sae = make_sae()
+        attachment = cu_fast.attach(model, {"model.layers.1": sae})
+        attachment.add_mask(mask_of(sae, range(LATENTS), "all"))
+        return attachment
+
+    model, prompts = made(), inputs("llama", batch=3)["input_ids"].tolist()
+    attachment, twin = kept(model), kept(made())
+    with twin.unlearn("all"):
+        want = [twin.model.generate(torch.tensor([p]))[0, len(p) :].tolist() for p in prompts]
+    with attachment.unlearn("all"):
+        outputs = model.generate_batch(prompts, continuous_batching_config=config(), warmup=False)
+    until_idle(attachment)
+    assert answers(outputs) == want
+    (report,) = attachment.report()
+    assert report["changed"] == 3 * (len(prompts[0]) - 1 + TOKENS - 1), "all but the first of each prompt"

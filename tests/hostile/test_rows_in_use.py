@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_models import C, add_masks, attach_to, build, inputs, logits, under
 
-from cu_fast import masks
-from cu_fast.masks import MaskTable
+from cu_fast.masks import MaskTable, tables
 
 LAYER = "model.layers.1"
 
@@ -107,7 +106,7 @@ def streams(monkeypatch):
     here("A")
     from cu_fast.hf import topics as hf_topics
 
-    for module in (masks, hf_topics):
+    for module in (tables, hf_topics):
         monkeypatch.setattr(module, "stream_of", lambda device: present.stream)
     return here, log
 
