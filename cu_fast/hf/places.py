@@ -5,7 +5,8 @@
     model.layers.8.mlp:in -> model.layers.8.mlp              read at one place, changed at another (a transcoder)
 
 Releases name their place in words of their own: hooks of TransformerLens (blocks.8.hook_resid_post), modules with
-.output or .input behind them (Gemma Scope 2), or modules below the base model (layers.8, of sparsify).
+.output or .input behind them (Gemma Scope 2), modules below the base model (layers.8, of sparsify), or folders (Gemma
+Scope, OpenAI).
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ BLOCKS = ("layers", "h", "block", "blocks")  # what models call the list of thei
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
 GEMMA_SCOPE = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+OPENAI = {
+    "resid_post_mlp": "hook_resid_post",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_delta_attn": "hook_attn_out",
+}
 OUTPUT_OF_HEADS = ("o_proj", "c_proj", "out_proj", "dense")
 
 
@@ -63,6 +69,8 @@ def _place(model: nn.Module, text: str) -> Place:
         return _hook(model, int(hook[1]), hook[2])
     if scope := re.search(r"gemma-scope-[^/]*-(res|mlp|att)(?=/|$).*layer_(\d+)", module):
         return _hook(model, int(scope[2]), GEMMA_SCOPE[scope[1]])
+    if openai := re.match(r"(resid_post_mlp|resid_delta_mlp|resid_delta_attn)_.*/(\d+)$", module):
+        return _hook(model, int(openai[2]), OPENAI[openai[1]])
     if module == "hook_embed":
         embedding = model.get_input_embeddings()
         return Place(next(name for name, other in model.named_modules() if other is embedding))

@@ -227,33 +227,6 @@ class SAE:
             y = y * self._token_scales(x)[1][:, None]
         return y + x.double().mean(1, keepdim=True).float() if self.scale == "layer_norm" else y
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """What the release makes of x in place of its output: for explained variance, on a few tokens.
-
-        sigma(x) times the sum of a_i v_i + b_dec; under scale "layer_norm" the mean of x is added back.
-
-        Args:
-            x: [T, Din], fp32, bf16 or fp16, on the device of the weights.
-
-        Returns:
-            fp32 [T, Dout]: of an autoencoder an estimate of x, of a transcoder one of what it stands for.
-
-        Raises:
-            ValueError: b_dec is None, or x has another shape or device.
-            TypeError: x has another dtype.
-            RuntimeError: x requires grad.
-        """
-        if self.b_dec is None:
-            raise ValueError(
-                "b_dec is None; for a reconstruction it should be what the release adds to its output. Releases with a skip "
-                "connection, and of models with centred weights, have none: take decode(), and compare differences"
-            )
-        y = self.decode(self.activations(x), None if self.scale == "none" else x)
-        if self.scale == "none":
-            return y + self.b_dec
-        y = y + self._token_scales(x)[1] * self.b_dec
-        return y + x.double().mean(1, keepdim=True).float() if self.scale == "layer_norm" else y
-
     def sha256(self) -> str:
         """Its identity: sha256 of all that computes (kind, k, scale, norm, shapes, weights), and of nothing else."""
         head = f"{self.kind} {self.k} {self.scale} {float(self.norm)!r} {shape(self.enc)} {shape(self.dec)} "
