@@ -111,16 +111,7 @@ class Active:
         return request
 
     def share(self, request: Request, entry: int) -> Request:
-        """One entry of an open request as a request of its own, for work that goes on after its context is left.
-
-        Raises:
-            RuntimeError: the request's gates are judged as a sequence goes on, which a packed batch cannot do.
-        """
-        if request.gated:
-            raise RuntimeError(
-                "gated=True cannot be used with continuous batching; judge the prompts before, with "
-                "cu_fast.topics_of, and give unlearn() what it returns"
-            )
+        """One entry of an open request as a request of its own, for work that goes on after its context is left."""
         return self._opened(self.topics.share(request, entry))
 
     def close(self, request: Request) -> None:

@@ -79,12 +79,21 @@ def wrap_batching(model: nn.Module, active: Active) -> Callable[[], None]:
 
 
 def check_entries(held: Request | None, requests: int) -> None:
-    """Raises ValueError where ``unlearn`` was given another number of entries than there are requests.
+    """Checks what holds where requests are added to a manager.
 
     Args:
         held: the request that holds; None = nothing is deleted.
-        requests: how many are added to the manager.
+        requests: how many are added.
+
+    Raises:
+        ValueError: ``unlearn`` was given another number of entries.
+        RuntimeError: its gates are judged as a sequence goes on, which a packed batch cannot do.
     """
+    if held is not None and held.gated:
+        raise RuntimeError(
+            "gated=True cannot be used with continuous batching; judge the prompts before, with cu_fast.topics_of, and "
+            "give unlearn() what it returns"
+        )
     if held is not None and held.of == "sequence" and len(held.rows) != requests:
         raise ValueError(
             f"{requests} requests were given, and unlearn() {len(held.rows)} entries; give an entry for each request"

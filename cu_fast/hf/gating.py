@@ -65,7 +65,8 @@ def gated_rows(
         kept = layer.bottleneck.keeps(x, mask.gate.codes).reshape(*counted.shape, -1) & counted[..., None]
         found = kept.sum(1).reshape(-1, copies, kept.shape[-1]).sum(1).cpu()
         counts = state.counts[index, name] = state.counts.get((index, name), 0) + found
-        fires = mask.gate.value(counts, state.tokens[index]) > mask.gate.level
+        seen_any = state.tokens[index] > 0  # a first token alone, which masks leave alone, cannot be judged
+        fires = seen_any & (mask.gate.value(counts, state.tokens[index]) > mask.gate.level)
         for entry, some, fired in zip(on, names, fires.tolist()):
             if fired and name in some:
                 entry.add(name)

@@ -1,0 +1,167 @@
+"""Gates that decide while the model runs: in which sequences, and from which forward on, a mask deletes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, attach_to, build, logits
+from tiny_saes import activations, firing, hidden, make_sae, mask_of, without
+
+import cu_fast
+from cu_fast.masks import Gate
+
+LAYER = "model.layers.1"
+TOKENS = 12
+
+
+@pytest.fixture(params=["threshold", "topk"])
+def sae(request):
+    return make_sae(request.param)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, VOCABULARY, (3, TOKENS), generator=torch.Generator().manual_seed(3))
+
+
+def shares(sae, ids, latent: int) -> torch.Tensor:
+    """[B, S]: of the tokens up to each, but the first, the share at which a latent fires; 0 for the first."""
+    fires = activations(sae, hidden("llama", LAYER, {"input_ids": ids}))[:, 1:, latent] > 0
+    running = fires.cumsum(1) / torch.arange(1, TOKENS)
+    return torch.nn.functional.pad(running, (1, 0))
+
+
+def gated(sae, ids, which: int = 0):
+    """A mask whose gate is about one latent, and its running shares: a latent that fires at some tokens only."""
+    x = hidden("llama", LAYER, {"input_ids": ids})
+    order = firing(sae, x)
+    latent = min(
+        order, key=lambda i: abs((activations(sae, x)[..., i] > 0).float().mean() - 0.35) + 0.01 * (i == which)
+    )
+    level = float(shares(sae, ids, latent)[:, 1:].median()) + 1e-4
+    gate = Gate(torch.tensor([latent], dtype=torch.int32), torch.ones(1), 0.0, level)
+    return mask_of(sae, order[:12], "a").with_gate(gate), shares(sae, ids, latent), order[:12]
+
+
+def oracle(sae, ids, codes, deleted: torch.Tensor) -> torch.Tensor:
+    """Logits where those tokens alone, bool [B, S], lose what latents wrote."""
+    model = build("llama")
+
+    def after(module, args, output):
+        x = output if isinstance(output, torch.Tensor) else output[0]
+        y = torch.where(deleted[..., None], without(sae, x, dict.fromkeys(codes, 4.0)), x)
+        return y if isinstance(output, torch.Tensor) else (y, *output[1:])
+
+    model.get_submodule(LAYER).register_forward_hook(after)
+    return logits(model, {"input_ids": ids})
+
+
+def test_a_prompt_is_judged_whole(sae, ids):
+    mask, share, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    fires = share[:, -1] > mask.gate.level
+    given = {"input_ids": ids}
+    with attachment.unlearn("a", gated=True):
+        found = logits(attachment.model, given)
+    with attachment.unlearn(["a" if fire else None for fire in fires]):
+        assert torch.equal(found, logits(attachment.model, given))
+    with attachment.unlearn("a"):
+        assert fires.all() or not torch.equal(found, logits(attachment.model, given))
+
+
+def test_it_goes_on_token_by_token_and_stays_on(sae, ids):
+    mask, share, codes = gated(sae, ids)
+    over = share > mask.gate.level
+    on = over.cumsum(1) > 0
+    assert on.any() and not on[:, 1:].all() and (on & ~over).any(), "the data should switch on, and fall below again"
+    on[:, 0] = False  # the first position is left alone
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    cache, steps = None, []
+    with attachment.unlearn(["a", "a", "a"], gated=True), torch.no_grad():
+        for t in range(TOKENS):
+            out = attachment.model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), oracle(sae, ids, codes, on), rtol=1e-4, atol=1e-4)
+
+
+def test_sequences_have_gates_of_their_own_and_start_anew(sae, ids):
+    mask, share, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    with attachment.unlearn(["a", None, "a"], gated=True):
+        first, again = (logits(attachment.model, {"input_ids": ids}) for _ in range(2))
+    assert torch.equal(first, again)
+    wanted = ["a" if row != 1 and share[row, -1] > mask.gate.level else None for row in range(3)]
+    with attachment.unlearn(wanted):
+        assert torch.equal(first, logits(attachment.model, {"input_ids": ids}))
+
+
+def test_padding_and_beams(sae, ids):
+    mask, share, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    prompt, level = ids[:, :7], mask.gate.level
+    wanted = ["a" if share[row, 6] > level else None for row in range(3)]
+    options = {"max_new_tokens": 1, "num_beams": 2, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}
+    with attachment.unlearn(["a"] * 3, gated=True):
+        found = attachment.model.generate(prompt, **options)
+    with attachment.unlearn(wanted):
+        assert torch.equal(found, attachment.model.generate(prompt, **options))
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.int64), prompt], 1)
+    given = {"input_ids": padded, "attention_mask": (padded > 0).long()}
+    with attachment.unlearn("a", gated=True):
+        found = logits(attachment.model, given)
+    with attachment.unlearn(wanted):
+        assert torch.equal(found, logits(attachment.model, given))
+
+
+def test_masks_without_a_gate_hold_and_codebooks_can_have_one(ids):
+    attachment = attach_to(build("llama"), LAYER, splice="delta")
+    (bottleneck,) = attachment.bottlenecks.values()
+    with torch.no_grad():
+        kept = bottleneck.active(hidden("llama", LAYER, {"input_ids": ids}))
+    code = int(kept[5, 0])
+    plain = cu_fast.Mask.from_ids(
+        kept[:12].flatten().tolist(), num_codes=bottleneck.num_codes, codebook_sha256=bottleneck.codebook_sha256(),
+        topic="plain",
+    )  # fmt: skip
+    never, ever = (
+        plain.with_gate(Gate(torch.tensor([code], dtype=torch.int32), torch.ones(1), 0.0, level))
+        for level in (2.0, -1.0)
+    )
+    for name, mask in (("plain", plain), ("never", never), ("ever", ever)):
+        attachment.add_mask(mask, name)
+    untouched = logits(build("llama"), {"input_ids": ids})
+    results = {}
+    for name in attachment.masks:
+        with attachment.unlearn(name, gated=True):
+            results[name] = logits(attachment.model, {"input_ids": ids})
+    assert torch.equal(results["never"], untouched)
+    assert torch.equal(results["plain"], results["ever"]) and not torch.equal(results["plain"], untouched)
+    with attachment.unlearn({"never", "plain"}, gated=True):
+        assert torch.equal(logits(attachment.model, {"input_ids": ids}), results["plain"])
+
+
+def test_what_cannot_be_judged_raises(sae, ids):
+    mask, _, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    with attachment.unlearn("a", gated=True), torch.no_grad():
+        cache = attachment.model(input_ids=ids, use_cache=True).past_key_values
+    with attachment.unlearn("a"), pytest.raises(cu_fast.StaleCacheError, match="computed under a, gated"):
+        attachment.model(input_ids=ids[:, :1], past_key_values=cache)
+    compiled = torch.compile(attachment.model, backend="eager")
+    with (
+        attachment.unlearn("a", gated=True),
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="in eager mode; judge"),
+    ):
+        compiled(input_ids=ids)
+    with (
+        attachment.unlearn("a", gated=True),
+        pytest.raises(RuntimeError, match="cannot be used with continuous batching"),
+    ):
+        attachment.model.generate_batch([[1, 2, 3]])
