@@ -10,8 +10,8 @@
 
 namespace cu_fast {
 
-// The most tokens of a block: their rows, widened, stay in the L2 cache (32 x 2304 floats are 288 KiB).
-inline constexpr int64_t kLatentTokens = 32;
+// The most tokens of a block: their rows, widened, stay in the L2 cache (36 x 2304 floats are 324 KiB).
+inline constexpr int64_t kLatentTokens = 36;
 
 // score: pre and sigma of tokens. apply: the rest, from these. Both at once where a block has whole masks.
 enum class LatentStep { score, apply, both };
