@@ -10,14 +10,15 @@
 //   partials      [kTokens, kRows, 16]    registers
 //   y             [T, Dout]               contiguous, residual's dtype
 //
-// A block's tokens are sorted by mask. Per run of tokens of one mask:
+// A block's tokens have one mask.
 // 1. List its latents up to the first -1, with bias and max(theta, 0). One that does not exist: NaN.
 // 2. Widen the rows of x, multiply by rho, note those that are NaN.
-// 3. Dot products of a tile of latents and all the run's tokens, kRows x kTokens at a time.
+// 3. Dot products of a tile of latents and all the block's tokens, kRows x kTokens at a time: kChunk columns
+//    of the tile stay in the L1 cache, partials between chunks likewise.
 // 4. Per token: compare pre with max(theta, 0), 16 at a time, and with the floor, where it has one; list the
 //    latents that fire, each with new - a. None: copy the residual.
-// 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual, store.
-//    The squares that dose needs are added up on the way.
+// 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual,
+//    store. The squares that dose needs are added up on the way.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
@@ -92,68 +93,96 @@ Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) 
   return listed;
 }
 
-// dots[t * dots_stride + r] of kTokens rows of x and kRows rows of enc. x is padded with zeros.
+// Columns that are multiplied at a time: those of a tile of latents stay in the L1 cache for all tokens.
+constexpr int64_t kChunk = 512;
+
+// partial[t][r] += x[t] * rows[r] from `begin` to `end`, of kTokens rows of x, padded with zeros, and kRows rows
+// of enc.
 template <int kTokens, int kRows>
-[[gnu::noinline]] void dot_rows(const float* x, int64_t x_stride, const float* const* rows, int64_t n,
-                                float* dots, int64_t dots_stride) {
+[[gnu::noinline]] void add_products(const float* x, int64_t x_stride, const float* const* rows, int64_t begin,
+                                    int64_t end, float* partials) {
   const float* row[kRows];
   Vec partial[kTokens][kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     row[r] = rows[r];
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) partial[t][r] = Vec::broadcast(0);
+    for (int t = 0; t < kTokens; ++t)
+      partial[t][r] = begin == 0 ? Vec::broadcast(0) : Vec::load(partials + (t * kRows + r) * kLanes);
   }
-  int64_t e = 0;
-  for (; e + kLanes <= n; e += kLanes) {
-    Vec latent[kRows];
+  int64_t e = begin;
+  for (; e + kLanes <= end; e += kLanes) {
+    Vec token[kTokens];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) latent[r] = Vec::load(row[r] + e);
+    for (int t = 0; t < kTokens; ++t) token[t] = Vec::load(x + t * x_stride + e);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec token = Vec::load(x + t * x_stride + e);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec latent = Vec::load(row[r] + e).in_register();
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) partial[t][r] = partial[t][r] + token * latent[r];
+      for (int t = 0; t < kTokens; ++t) partial[t][r] = partial[t][r] + token[t] * latent;
     }
   }
-  if (e < n) {
-    for (int r = 0; r < kRows; ++r) {
-      const Vec latent = load_first(row[r] + e, n - e);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (e < end) {
+      const Vec latent = load_first(row[r] + e, end - e);
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t)
         partial[t][r] = partial[t][r] + Vec::load(x + t * x_stride + e) * latent;
     }
-  }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-    if constexpr (kRows == Vec::kCodes) {
-      Vec::tree_sums(partial[t], dots + t * dots_stride);
-    } else {
-      for (int r = 0; r < kRows; ++r) dots[t * dots_stride + r] = tree_sum_of(partial[t][r]);
-    }
+    for (int t = 0; t < kTokens; ++t) partial[t][r].store(partials + (t * kRows + r) * kLanes);
+  }
+}
+
+// The same of `tokens` rows, kTokens at a time.
+template <int kTokens, int kRows>
+void add_products_of(int64_t tokens, const float* x, int64_t x_stride, const float* const* rows,
+                     int64_t begin, int64_t end, float* partials) {
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens)
+    add_products<kTokens, kRows>(x + t * x_stride, x_stride, rows, begin, end, partials + t * kRows * kLanes);
+  if constexpr (kTokens > 1) {
+    if (t < tokens)
+      add_products_of<kTokens - 1, kRows>(tokens - t, x + t * x_stride, x_stride, rows, begin, end,
+                                          partials + t * kRows * kLanes);
+  }
+}
+
+// pre[t * stride + r] of `tokens` rows of x and the first n of kRows latents; a tile that is not full repeats the
+// last.
+template <int kRows>
+void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, const float* x, int64_t tokens,
+                float* pre) {
+  constexpr int kTokens = Vec::kDeepTokens;
+  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
+  const float* rows[kRows];
+  for (int64_t r = 0; r < kRows; ++r)
+    rows[r] = static_cast<const float*>(p.enc.data) + ids[std::min(r, n - 1)] * p.enc.stride;
+  alignas(64) float partials[kLatentTokens * kRows * kLanes];
+  const int64_t chunk = tokens > kTokens ? kChunk : p.Din;
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + chunk, p.Din);
+    add_products_of<kTokens, kRows>(tokens, x, width, rows, begin, end, partials);
+    begin = end;
+  } while (begin < p.Din);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < n; ++r)
+      pre[t * stride + r] = tree_sum_of(Vec::load(partials + (t * kRows + r) * kLanes));
   }
 }
 
 // pre of `tokens` rows of x and the latents [m_begin, m_end) of a list.
 void score_rows(const DeleteLatentsParams& p, const Listed& listed, int64_t m_begin, int64_t m_end,
                 const float* x, int64_t tokens, float* pre) {
-  constexpr int kTokens = Vec::kTokens, kRows = Vec::kCodes;
-  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
-  const auto* const enc = static_cast<const float*>(p.enc.data);
-  for (int64_t m = m_begin, rows; m < m_end; m += rows) {
-    rows = m_end - m >= kRows ? kRows : 1;
-    const float* row[kRows];
-    for (int64_t r = 0; r < rows; ++r) row[r] = enc + listed.ids[m + r] * p.enc.stride;
-    int64_t t = 0;
-    if (rows == kRows) {
-      for (; t + kTokens <= tokens; t += kTokens)
-        dot_rows<kTokens, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-      for (; t < tokens; ++t)
-        dot_rows<1, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-    } else {
-      for (; t + kTokens <= tokens; t += kTokens)
-        dot_rows<kTokens, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-      for (; t < tokens; ++t) dot_rows<1, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-    }
+  constexpr int kRows = Vec::kDeepCodes, kHalf = (kRows + 1) / 2;
+  for (int64_t m = m_begin, n; m < m_end; m += n) {
+    const int64_t left = m_end - m;
+    const int32_t* const ids = listed.ids + m;
+    n = std::min<int64_t>(left, kRows);
+    const auto score = left > kHalf ? score_tile<kRows> : left > 1 ? score_tile<kHalf> : score_tile<1>;
+    score(p, ids, n, x, tokens, pre + m);
   }
 }
 
@@ -168,7 +197,7 @@ struct Found {
   int64_t fired, changed;  // fired < 0: a pre is NaN
 };
 
-// Lists what changes: the latents that fire, each with new - a, and idle ones where one that has an idle fires.
+// Lists what changes: the latents that fire, each with new - a; where one that has an idle fires, idle ones too.
 Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre,
                    DecodeSlot* slots) {
   bool hot = false;
@@ -204,8 +233,8 @@ Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t t
 
 constexpr int64_t kLatentsAhead = 4;  // prefetch distance in rows of dec
 
-// y[d .. d + 16 kRun) of a token, and the squares of what is added and of what it is added to. With kRun = 1 it may end at
-// Dout before that.
+// y[d .. d + 16 kRun) of a token, and the squares of what is added and of what it is added to. With kRun = 1 it
+// may end at Dout before that.
 template <int kRun, class T>
 inline void apply_run(const DeleteLatentsParams& p, const T* kept, T* y, const DecodeSlot* slots, int64_t n,
                       float sigma, int64_t d, Vec& moved, Vec& length) {
@@ -274,27 +303,20 @@ void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep
                     const LatentScores& scores) {
   const LatentScratch at(p);
   const int64_t tokens = block.tokens();
-  for (int64_t begin = 0, end; begin < tokens; begin = end) {
-    const int32_t mask = p.mask_row[block.token(begin)];
-    for (end = begin + 1; end < tokens && p.mask_row[block.token(end)] == mask;) ++end;
-    const Listed listed = list_latents(p, mask, scratch);
-    if (step != LatentStep::apply) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* const x = scratch + at.x() + (t - begin) * at.width;
-        const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
-        const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
-        if (block.c_begin == 0)
-          scores.sigma[t] = sigma;  // once, where several threads have parts of the list
-      }
-      if (listed.exist) {
-        score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), end - begin,
-                   scores.pre + begin * at.listed);
-      }
+  const Listed listed = list_latents(p, p.mask_row[block.token(0)], scratch);
+  if (step != LatentStep::apply) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const x = scratch + at.x() + t * at.width;
+      const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
+      const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
+      if (block.c_begin == 0) scores.sigma[t] = sigma;  // once, where several threads have parts of the list
     }
-    if (step == LatentStep::score) continue;
-    for (int64_t t = begin; t < end; ++t) {
-      finish_token(p, listed, block.token(t), scores.pre + t * at.listed, scores.sigma[t],
-                   reinterpret_cast<DecodeSlot*>(scratch + at.slots()));
-    }
+    if (listed.exist)
+      score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), tokens,
+                 scores.pre);
   }
+  if (step == LatentStep::score) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    finish_token(p, listed, block.token(t), scores.pre + t * at.listed, scores.sigma[t],
+                 reinterpret_cast<DecodeSlot*>(scratch + at.slots()));
 }
