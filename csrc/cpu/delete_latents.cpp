@@ -38,6 +38,14 @@ void copy_token(const DeleteLatentsParams& p, int64_t token) {
   p.dose[token] = 0;
 }
 
+// Where a block ends that begins at `t`: its tokens have one mask, and are as many as in the others of the mask.
+int64_t block_end(const DeleteLatentsParams& p, const int64_t* order, int64_t t, int64_t end) {
+  int64_t same = t + 1;
+  while (same < end && p.mask_row[order[same]] == p.mask_row[order[t]]) ++same;
+  const int64_t blocks = (same - t + kLatentTokens - 1) / kLatentTokens;
+  return t + (same - t + blocks - 1) / blocks;
+}
+
 // Multiplications that take as long as reading or writing an element of a row.
 constexpr int64_t kWorkOfElement = 4;
 // Latents that justify a part of their own.
@@ -73,10 +81,11 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
   const auto run_tokens = [&](int64_t worker, int64_t begin, int64_t end, int64_t c_begin, int64_t c_end,
                               LatentStep step) {
     float* const mine = scratch + worker * floats;
-    for (int64_t t = begin; t < end; t += kLatentTokens) {
+    for (int64_t t = begin, next; t < end; t = next) {
+      next = block_end(p, with_mask, t, end);
       const LatentScores scores = step == LatentStep::both ? LatentScores{mine + at.pre(), mine + at.sigma()}
                                                            : all.from_token(t, p.M);
-      run(p, {t, std::min(end, t + kLatentTokens), c_begin, c_end, 0, with_mask}, step, mine, scores);
+      run(p, {t, next, c_begin, c_end, 0, with_mask}, step, mine, scores);
     }
   };
   if (parts > 1) {
