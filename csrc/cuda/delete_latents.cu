@@ -32,16 +32,18 @@
 namespace cu_fast {
 namespace {
 
-inline constexpr int kStage = 4 * kThreads;  // columns that a block works on at a time, four per thread
-// A row of them in shared memory is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read
-// serves at a time read different banks.
-inline constexpr int kStride = kStage + 16;
 inline constexpr int kSlots = 256;
 inline constexpr int kRowsInFlight = 8;  // of dec
-inline constexpr int kQuads = kThreads / 4;
 
-template <int kTokens, int kMost>
+// kMost latents at most in a mask.
+template <int kTokensPerBlock, int kBlockThreads, int kMost>
 struct DeleteShared {
+  static constexpr int kTokens = kTokensPerBlock, kBlock = kBlockThreads;
+  static constexpr int kStage = 4 * kBlock;  // columns that the block works on at a time, four per thread
+  // A row of them is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read serves
+  // at a time read different banks.
+  static constexpr int kStride = kStage + 16;
+
   alignas(16) float pre[kTokens][kMost];
   alignas(16) float rows[kTokens < 2 ? 2 : kTokens][kStride];
   DecodeSlot slots[kSlots];  // the latents that change, and by how much
@@ -56,10 +58,11 @@ CU_FAST_DEVICE float4 squared(float4 x) {
   return make_float4(multiply(x.x, x.x), multiply(x.y, x.y), multiply(x.z, x.z), multiply(x.w, x.w));
 }
 
-// Adds a row of terms in shared memory, those of columns [0, width), to the partials that this thread of a quad has.
+// Adds a row of at most kStage terms in shared memory to the partials that this thread of a quad has.
+template <int kStage>
 CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t width) {
   const int q = thread_index() % 4;
-#pragma unroll 4
+#pragma unroll 8
   for (int e = 0; e < kStage && e < width; e += kLanes) {
     const float4 term = *reinterpret_cast<const float4*>(row + e + 4 * q);
     partial[0] = add(partial[0], term.x);
@@ -69,19 +72,46 @@ CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t wid
   }
 }
 
+// Adds the products of entries [first, first + kStage) of a row of enc and those in shared memory, zeros beyond the width.
+// Whole batches of kLoads are apart from the rest: the test of each load would be more instructions than its products.
+template <int kLoads, int kStage>
+CU_FAST_DEVICE void add_products_of_row(float (&partial)[4], const Matrix& enc, bool fours, int32_t id,
+                                        int64_t first, int64_t width, const float* x) {
+  static_assert(kStage % (kLoads * kLanes) == 0);
+  const int q = thread_index() % 4;
+  const float* const row = static_cast<const float*>(enc.data) + id * enc.stride + first + 4 * q;
+  const int end = static_cast<int>(width - first < kStage ? width - first : kStage);
+  const int whole = fours ? end / (kLoads * kLanes) * (kLoads * kLanes) : 0;
+  for (int e = 0; e < whole; e += kLoads * kLanes) {
+    float4 entries[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) entries[i] = *reinterpret_cast<const float4*>(row + e + i * kLanes);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      add_products(partial, *reinterpret_cast<const float4*>(x + e + i * kLanes + 4 * q), entries[i]);
+    }
+  }
+#pragma unroll 1
+  for (int e = whole; e < end; e += kLanes) {
+    const uint4 raw = load_raw(enc, fours, id, first + e + 4 * q, width);
+    add_products(partial, *reinterpret_cast<const float4*>(x + e + 4 * q), widen_four(raw, Dtype::f32));
+  }
+}
+
 // The canonical sum of the terms of each token, in the threads of the first warp: quad t has that of token t.
 // term(t, column) returns four of them, zeros beyond the width.
-template <int kTokens, class Shared, class Term>
+template <class Shared, class Term>
 CU_FAST_DEVICE float canonical_sums(Shared& shared, int64_t width, const Term& term) {
   float partial[4] = {};
-  for (int64_t first = 0; first < width; first += kStage) {
+  for (int64_t first = 0; first < width; first += Shared::kStage) {
     sync_block();  // the previous terms have been read
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < Shared::kTokens; ++t) {
       *reinterpret_cast<float4*>(&shared.rows[t][4 * thread_index()]) = term(t, first + 4 * thread_index());
     }
     sync_block();
-    if (thread_index() < 4 * kTokens) add_terms(partial, shared.rows[thread_index() / 4], width - first);
+    if (thread_index() < 4 * Shared::kTokens)
+      add_terms<Shared::kStage>(partial, shared.rows[thread_index() / 4], width - first);
   }
   return quad_sum(partial);
 }
@@ -124,24 +154,25 @@ CU_FAST_DEVICE void store_y(const DeleteLatentsParams& p, float4 y, int64_t toke
 }
 
 // Bits, not numbers: a NaN keeps its payload.
-template <class Word>
+template <class Word, int kBlock>
 CU_FAST_DEVICE void copy_words(const void* from, void* to, int64_t first, int64_t end) {
-  for (int64_t i = first + thread_index(); i < end; i += kThreads) {
+  for (int64_t i = first + thread_index(); i < end; i += kBlock) {
     static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
   }
 }
 
+template <int kBlock>
 CU_FAST_DEVICE void copy_residual(const DeleteLatentsParams& p, int64_t token) {
   const int64_t size = p.residual.dtype == Dtype::f32 ? 4 : 2;
   const void* const from = p.residual.from_row(token).data;
   void* const to = static_cast<char*>(p.y) + token * p.Dout * size;
   const bool wide = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
   const int64_t vectors = wide ? p.Dout * size / 16 : 0;
-  copy_words<uint4>(from, to, 0, vectors);
+  copy_words<uint4, kBlock>(from, to, 0, vectors);
   if (size == 4) {
-    copy_words<uint32_t>(from, to, vectors * 4, p.Dout);
+    copy_words<uint32_t, kBlock>(from, to, vectors * 4, p.Dout);
   } else {
-    copy_words<uint16_t>(from, to, vectors * 8, p.Dout);
+    copy_words<uint16_t, kBlock>(from, to, vectors * 8, p.Dout);
   }
 }
 
@@ -182,8 +213,9 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
   dec.dtype = Dtype::f32;
   const bool dec_fours = reads_fours(dec), residual_fours = reads_fours(p.residual);
   float partial[4] = {};  // first quad: of the squares of what is added; second: of the residual's
-  for (int64_t first = 0; first < p.Dout; first += kStage) {
+  for (int64_t first = 0; first < p.Dout; first += Shared::kStage) {
     const int64_t column = first + 4 * thread_index();
+    const bool whole = dec_fours && column + 4 <= p.Dout;
     float4 sum = make_float4(0, 0, 0, 0);
     for (int64_t begin = 0; begin < shared.listed[t]; begin += kSlots) {
       if (first == 0 || shared.listed[t] > kSlots) {
@@ -192,19 +224,32 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
         sync_block();
       }
       if (column >= p.Dout) continue;
-      for (int i = 0; i < shared.used; i += kRowsInFlight) {
-        uint4 rows[kRowsInFlight];
+      const int used = shared.used;
+      const auto add_row = [&](float change, float4 row) {
 #pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          if (i + r < shared.used) rows[r] = load_raw(dec, dec_fours, shared.slots[i + r].id, column, p.Dout);
+        for (int c = 0; c < 4; ++c) entry(sum, c) = add(entry(sum, c), multiply(change, entry(row, c)));
+      };
+      if (whole) {
+        const float* const column_of = static_cast<const float*>(dec.data) + column;
+        for (int i = 0; i < used; i += kRowsInFlight) {
+          float4 rows[kRowsInFlight];
+#pragma unroll
+          for (int r = 0; r < kRowsInFlight; ++r) {
+            if (i + r < used) {
+              rows[r] = *reinterpret_cast<const float4*>(column_of + shared.slots[i + r].id * dec.stride);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kRowsInFlight; ++r) {
+            if (i + r >= used) break;
+            add_row(shared.slots[i + r].weight, rows[r]);
+          }
         }
-#pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          if (i + r >= shared.used) break;
-          const float change = shared.slots[i + r].weight;
-          float4 row = widen_four(rows[r], dec.dtype);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) entry(sum, c) = add(entry(sum, c), multiply(change, entry(row, c)));
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < used; ++i) {
+          const uint4 raw = load_raw(dec, dec_fours, shared.slots[i].id, column, p.Dout);
+          add_row(shared.slots[i].weight, widen_four(raw, Dtype::f32));
         }
       }
     }
@@ -213,8 +258,8 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
       kept = widen_four(load_raw(p.residual, residual_fours, token, column, p.Dout), p.residual.dtype);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        // Beyond the width there is nothing to multiply: sigma may be what makes NaN of a zero.
-        if (column + c < p.Dout) entry(sum, c) = multiply(shared.sigma[t], entry(sum, c));
+        // Beyond the width there is nothing: an infinite change has made NaN of its zeros.
+        entry(sum, c) = column + c < p.Dout ? multiply(shared.sigma[t], entry(sum, c)) : 0.0f;
         entry(y, c) = add(entry(kept, c), entry(sum, c));
       }
       store_y(p, y, token, column);
@@ -223,17 +268,20 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
     *reinterpret_cast<float4*>(&shared.rows[0][4 * thread_index()]) = squared(sum);
     *reinterpret_cast<float4*>(&shared.rows[1][4 * thread_index()]) = squared(kept);
     sync_block();
-    if (thread_index() < 8) add_terms(partial, shared.rows[thread_index() / 4], p.Dout - first);
+    if (thread_index() < 8)
+      add_terms<Shared::kStage>(partial, shared.rows[thread_index() / 4], p.Dout - first);
   }
   const float norm = sqrtf(quad_sum(partial));
   return norm / shuffle_xor(norm, 4);
 }
 
-template <int kTokens, int kMost, int kLoads>
-CU_FAST_KERNEL(kThreads, 2)
+template <int kTokens, int kBlock, int kMost, int kLoads>
+CU_FAST_KERNEL(kBlock, 512 / kBlock)
 delete_latents(DeleteLatentsParams p) {
   start_kernel();
-  using Shared = DeleteShared<kTokens, kMost>;
+  using Shared = DeleteShared<kTokens, kBlock, kMost>;
+  constexpr int kStage = Shared::kStage, kPairs = kBlock / 4;
+  static_assert(kTokens <= kBlock / 32);
   Shared& shared = shared_memory<Shared>();
   const int64_t t0 = int64_t{block_index_x()} * kTokens;
   const int thread = thread_index();
@@ -280,13 +328,13 @@ delete_latents(DeleteLatentsParams p) {
     }
   } else {
     const bool centres = p.scale == TokenScale::layer_norm;
-    float sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+    float sum = canonical_sums(shared, p.Din, [&](int t, int64_t column) {
       const float4 four = checked_x(t, column);
       return centres ? four : squared(four);
     });
     if (centres) {
       if (thread < 4 * kTokens) shared.mean[thread / 4] = sum / static_cast<float>(p.Din);
-      sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+      sum = canonical_sums(shared, p.Din, [&](int t, int64_t column) {
         float4 four = x(t, column);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -315,12 +363,12 @@ delete_latents(DeleteLatentsParams p) {
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) most = scores(t) > most ? scores(t) : most;
   const int own = thread / 4 % kTokens;
-  for (int32_t begin = 0; begin < most; begin += kQuads / kTokens) {
+  for (int32_t begin = 0; begin < most; begin += kPairs / kTokens) {
     const int32_t i = begin + thread / 4 / kTokens;
     const bool scored = i < scores(own);
     const int32_t id = scored ? p.mask_latents[shared.mask[own] * p.M + i] : -1;
     const bool exists = scored && id < p.R;
-    float partial[1][4] = {};
+    float partial[4] = {};
     for (int64_t first = 0; first < p.Din; first += kStage) {
       const int64_t column = first + 4 * thread;
       sync_block();  // the previous entries have been read
@@ -335,20 +383,17 @@ delete_latents(DeleteLatentsParams p) {
         *reinterpret_cast<float4*>(&shared.rows[t][4 * thread]) = four;
       }
       sync_block();
-      const auto z = [&](int, int64_t e) {
-        return *reinterpret_cast<const float4*>(&shared.rows[own][e - first]);
-      };
-      for (int64_t e = first; e < first + kStage && e < p.Din && exists; e += kLoads * kLanes) {
-        add_steps<1, kLoads>(partial, enc, enc_fours, id, e, p.Din, z);
+      if (exists) {
+        add_products_of_row<kLoads, kStage>(partial, enc, enc_fours, id, first, p.Din, shared.rows[own]);
       }
     }
-    const float dot = quad_sum(partial[0]);
+    const float dot = quad_sum(partial);
     if (scored && thread % 4 == 0) shared.pre[own][i] = exists ? add(dot, p.bias[id]) : quiet_nan();
   }
   sync_block();
 
   // 3.
-  constexpr int kSharers = kThreads / kTokens;
+  constexpr int kSharers = kBlock / kTokens;
   {
     const int t = thread / kSharers;
     const int32_t end = scores(t);
@@ -378,7 +423,7 @@ delete_latents(DeleteLatentsParams p) {
       const float4 nan = make_float4(dose, dose, dose, dose);
       for (int64_t column = 4 * thread; column < p.Dout; column += kStage) store_y(p, nan, token, column);
     } else if (hits == 0) {
-      copy_residual(p, token);
+      copy_residual<kBlock>(p, token);
     } else {
       dose = change_token(p, token, t, shared);
     }
@@ -389,10 +434,10 @@ delete_latents(DeleteLatentsParams p) {
   }
 }
 
-template <int kTokens, int kMost, int kLoads>
+template <int kTokens, int kBlock, int kMost, int kLoads>
 void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
-  static_assert(kTokens <= kWarps && kStage % (kLoads * kLanes) == 0);
-  launch(delete_latents<kTokens, kMost, kLoads>, Grid2{(p.T + kTokens - 1) / kTokens}, kThreads, stream, p);
+  const Grid2 grid{(p.T + kTokens - 1) / kTokens};
+  launch(delete_latents<kTokens, kBlock, kMost, kLoads>, grid, kBlock, stream, p);
 }
 
 }  // namespace
@@ -400,11 +445,11 @@ void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
 void launch_delete_latents(const DeleteLatentsParams& p, Stream stream) {
   if (p.T == 0) return;
   // Four tokens per block where that leaves work for half of the multiprocessors.
-  constexpr int kMostOfFour = 1024;
+  constexpr int kMostOfFour = 512;
   if (p.M <= kMostOfFour && p.T > 2 * int64_t{multiprocessors()}) {
-    launch_tokens<4, kMostOfFour, 8>(p, stream);
+    launch_tokens<4, 512, kMostOfFour, 16>(p, stream);
   } else {
-    launch_tokens<1, kMaxMaskLatents, 16>(p, stream);
+    launch_tokens<1, 256, kMaxMaskLatents, 16>(p, stream);
   }
 }
 
