@@ -46,8 +46,10 @@ int64_t block_end(const DeleteLatentsParams& p, const int64_t* order, int64_t t,
   return t + (same - t + blocks - 1) / blocks;
 }
 
-// Multiplications that take as long as reading or writing an element of a row.
+// Multiplications that take as long as reading or writing an element.
 constexpr int64_t kWorkOfElement = 4;
+// Multiplications that justify waking a thread: about 10 us.
+constexpr int64_t kWorkOfThread = 1024 * 1024;
 // Latents that justify a part of their own.
 constexpr int64_t kPartLatents = 16;
 
@@ -62,8 +64,8 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
   const int64_t* const with_mask = sorted.order.data() + unmasked;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t moving = kWorkOfElement * (p.Din + 2 * p.Dout);
-  const int64_t work = masked * p.M * p.Din + p.T * moving;
-  const int64_t most = std::min(threads, 1 + work / kMinWork);
+  const int64_t rows = masked == 0 ? 0 : p.M * p.Din, work = (masked + kWorkOfElement) * rows + p.T * moving;
+  const int64_t most = std::min(threads, 1 + work / kWorkOfThread);
   // Blocks of tokens that keep all threads busy; if there are too few, parts of the lists too.
   const int64_t blocks = std::max<int64_t>(1, masked / kFairTokens);
   const int64_t parts =
@@ -97,7 +99,7 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
       }
     });
   }
-  const int64_t finishers = parts > 1 ? std::min({workers, p.T, 1 + p.T * moving / kMinWork}) : workers;
+  const int64_t finishers = parts > 1 ? std::min({workers, p.T, 1 + p.T * moving / kWorkOfThread}) : workers;
   parallel(finishers, finishers, [&](int64_t worker, int64_t begin, int64_t end) {
     const auto share = [&](int64_t n, int64_t w) {
       return w == finishers ? n : round_up(n * w / finishers, 4);
