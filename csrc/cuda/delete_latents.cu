@@ -1,29 +1,30 @@
-// Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i, one launch.
+// Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i. One launch.
 //
-//   pre_i = canonical(enc_i, rho x_t) + bias_i; a latent of the token's mask fires where pre_i > max(theta_i, 0)
-//   and (pre_i, i) is not below the token's floor
+//   pre_i = canonical(enc_i, rho x_t) + bias_i
+//   A latent of the token's mask fires where pre_i > max(theta_i, 0) and (pre_i, i) is not below the token's
+//   floor.
 //
-//   what            shape                             where it stays
-//   x, residual     [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; read per token, x 2 or 3 times: L1
-//   enc, dec        fp32 [R, Din], [R, Dout]          in place: the rows of masks, of dec those that fire: L2
-//   rho x           [kTokens, kStage]                 shared, kStage entries at a time, so that any Din will do
-//   pre             [kTokens, kMost]                  shared
-//   y               [T, Dout]                         contiguous, residual's dtype
+//   what         shape                             where it stays
+//   x, residual  [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; x is read two to four times: L1
+//   enc, dec     fp32 [R, Din], [R, Dout]          in place: the rows of masks; of dec those that change: L2
+//   rho x        [kTokens, kStage]                 shared, kStage entries at a time: any Din will do
+//   pre          [kTokens, kMost]                  shared
+//   y            [T, Dout]                         contiguous, residual's dtype
 //
-// One block per kTokens neighbouring tokens, each with its own mask.
-// 1. Per token: whether x is finite, rho and sigma.
-// 2. pre: a quad (cuda/canonical.h) per pair of token and latent. The tokens' quads of a latent are neighbours in a
-//    warp: under the same mask one read of its row serves all.
+// One block per kTokens neighbouring tokens, each of which has its own mask.
+// 1. Per token: whether x is finite; rho and sigma.
+// 2. pre, by a quad (cuda/canonical.h) per pair of token and latent. The quads of a block's tokens and one
+//    place in their lists are neighbours in a warp: under the same mask one read of enc serves them all.
 // 3. Which latents fire, how many, and whether idle values count.
-// 4. Token by token. Nothing fired: the residual's bits are copied. Else the first warp lists what changes, in the order
-//    of the mask, and each thread adds up four columns; the squares for the dose go through shared memory to the first
-//    warp, which adds them canonically while the others are at the next columns.
+// 4. Token by token. Where nothing fired the residual's bits are copied. Else the first warp lists what
+//    changes, in the mask's order, and a thread adds up four columns. The squares for the dose go through
+//    shared memory to the first warp, which adds them canonically while the others are at the next columns.
 //
-// What bounds it (inferred, not measured), with 20 latents per mask and Din = Dout = 4096: the rows of enc, 320 KiB per
-// block, come from L2. One token per block, 512 tokens: 160 MiB, some 30 us of an H100's L2. Four tokens per block read
-// a quarter; then the 84 million products and sums, which must not be fused, take about as long as reading x and
-// writing y do. So many tokens go four to a block. With few tokens a block waits for its rows of enc: kLoads of them
-// are in flight per thread. Where little fires, dec is hardly read.
+// What bounds it (inferred, not measured), with 512 tokens, Din = Dout = 4096 and 20 latents per mask on an
+// H100: a block reads 320 KiB of enc from L2. With a token per block that is 160 MiB, some 30 us; with four
+// per block 40 MiB, no more than the 84 million products and sums take, which must not be fused, or reading x
+// and writing y. So many tokens go four to a block. Few tokens wait for memory: kLoads reads of enc are in
+// flight per thread.
 
 #include "cuda/canonical.h"
 #include "cuda/kernels.h"
@@ -72,8 +73,8 @@ CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t wid
   }
 }
 
-// Adds the products of entries [first, first + kStage) of a row of enc and those in shared memory, zeros beyond the width.
-// Whole batches of kLoads are apart from the rest: the test of each load would be more instructions than its products.
+// Adds the products of entries [first, first + kStage) of a row of enc and of x, in shared memory. Whole
+// batches of kLoads apart from the rest: to test every load would take more instructions than its products.
 template <int kLoads, int kStage>
 CU_FAST_DEVICE void add_products_of_row(float (&partial)[4], const Matrix& enc, bool fours, int32_t id,
                                         int64_t first, int64_t width, const float* x) {
@@ -176,7 +177,7 @@ CU_FAST_DEVICE void copy_residual(const DeleteLatentsParams& p, int64_t token) {
   }
 }
 
-// Of latents [begin, begin + kSlots) of a token's list, those that change, in their order. By the first warp.
+// Lists which of latents [begin, begin + kSlots) of a token's mask change. By the first warp.
 template <class Shared>
 CU_FAST_DEVICE void list_changes(const DeleteLatentsParams& p, int64_t token, int t, int64_t begin,
                                  Shared& shared) {
@@ -310,7 +311,11 @@ delete_latents(DeleteLatentsParams p) {
   }
   sync_block();
 
-  // 1. A token without a mask counts as zeros.
+  // 1. A token without a mask counts as zeros; where none has one there is nothing to read.
+  bool any = false;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) any = any || shared.mask[t] >= 0;
+  const int64_t width = any ? p.Din : 0;
   const bool x_fours = reads_fours(p.x);
   const auto x = [&](int t, int64_t column) {
     if (shared.mask[t] < 0) return make_float4(0, 0, 0, 0);
@@ -322,19 +327,19 @@ delete_latents(DeleteLatentsParams p) {
     return four;
   };
   if (p.scale == TokenScale::none) {
-    for (int64_t column = 4 * thread; column < p.Din; column += kStage) {
+    for (int64_t column = 4 * thread; column < width; column += kStage) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) checked_x(t, column);
     }
   } else {
     const bool centres = p.scale == TokenScale::layer_norm;
-    float sum = canonical_sums(shared, p.Din, [&](int t, int64_t column) {
+    float sum = canonical_sums(shared, width, [&](int t, int64_t column) {
       const float4 four = checked_x(t, column);
       return centres ? four : squared(four);
     });
     if (centres) {
       if (thread < 4 * kTokens) shared.mean[thread / 4] = sum / static_cast<float>(p.Din);
-      sum = canonical_sums(shared, p.Din, [&](int t, int64_t column) {
+      sum = canonical_sums(shared, width, [&](int t, int64_t column) {
         float4 four = x(t, column);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
