@@ -117,13 +117,15 @@ def fit_codes(
             other settings, with it.
         FileExistsError: the output is there.
         FileNotFoundError: there are no data.
-        ImportError: data that need the ``datasets`` library, which is not installed.
+        RuntimeError: data that need the ``datasets`` library, which is not installed.
         OSError: the disk has no place for the buffer.
         An error before the first checkpoint leaves no file.
     """
     began = time.perf_counter()
     check_choice("kind", kind, get_args(Kind))
-    C, K, rate = (given or usual for given, usual in zip((num_codes, k, learning_rate), DEFAULTS[kind]))
+    C, K, rate = (
+        usual if given is None else given for given, usual in zip((num_codes, k, learning_rate), DEFAULTS[kind])
+    )
     _check_ints(
         num_codes=C, k=K, code_dim=code_dim, max_length=max_length, model_batch_size=model_batch_size,
         batch_size=batch_size, buffer_bytes=buffer_bytes, **({} if tokens is None else {"tokens": tokens}),
@@ -148,8 +150,9 @@ def fit_codes(
     else:
         from cu_fast.sae import save_sae
     source = Source(texts, tokenizer, max_length, model_batch_size, tokens)
-    plan = source.plan(2 * width + 4, buffer_bytes)
-    _check_plan(plan, texts, C, buffer_bytes, 2 * width + 4)
+    row_bytes = 2 * width + 4  # in bf16, and its length
+    plan = source.plan(buffer_bytes // row_bytes)
+    _check_plan(plan, texts, C, buffer_bytes, row_bytes)
     counted = time.perf_counter()
 
     training = _training_arguments(
@@ -262,7 +265,9 @@ class StepCallback(TrainerCallback):
         """Called by the trainer before each optimizer step."""
         self.module.before_step()
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Called by the trainer after each optimizer step."""
         self.module.after_step()
 
@@ -271,9 +276,7 @@ def _as_argument(rows: Tensor) -> dict[str, Tensor]:
     return {"rows": rows}
 
 
-def _training_arguments(
-    work: Path, more: dict[str, Any], *, batch_size: int, **chosen: Any
-) -> TrainingArguments:
+def _training_arguments(work: Path, more: dict[str, Any], *, batch_size: int, **chosen: Any) -> TrainingArguments:
     fields = dict(
         output_dir=str(work), **chosen, weight_decay=0.0, adam_beta2=0.99,
         max_grad_norm=0.0, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 0},
@@ -357,9 +360,9 @@ def _check_plan(plan: Plan, texts: Texts, C: int, buffer_bytes: int, row_bytes: 
             f"num_codes is {C}, and data, {texts.name}, gives {plan.rows} rows to train on; every code starts at one of its "
             f"own: give more texts or tokens, or at most {plan.rows} codes"
         )
-    if plan.rounds[0].rows < C:
-        least = (plan.held + C + plan.capacity - plan.rounds[0].rows) * row_bytes
+    needed = plan.held + min(plan.rows, C + plan.largest)
+    if buffer_bytes // row_bytes < needed:
         raise ValueError(
-            f"buffer_bytes is {buffer_bytes}, which holds {plan.rounds[0].rows} rows to train on; it should be at least "
-            f"{least}, as {C} codes start at a row each"
+            f"buffer_bytes is {buffer_bytes}; it should be at least {needed * row_bytes}: {plan.held} rows that are held "
+            f"out, and {needed - plan.held} for {C} codes to start at, of {row_bytes} bytes each"
         )

@@ -64,8 +64,8 @@ class Plan:
         tokens: that the model reads.
         held: rows held out.
         rows: rows to train on, outliers among them.
-        rounds: of batches to train on.
-        capacity: rows that the file holds beside those held out.
+        rounds: of batches to train on, as many in each as the file holds; at least one.
+        largest: rows of the largest batch to train on.
         sha256: of all windows.
     """
 
@@ -73,7 +73,7 @@ class Plan:
     held: int
     rows: int
     rounds: tuple[Round, ...]
-    capacity: int
+    largest: int
     sha256: str
 
 
@@ -125,38 +125,24 @@ class Source:
         for i in range(0, len(pool), self.size):
             yield _batch(False, pool[i : i + self.size])
 
-    def plan(self, row_bytes: int, buffer_bytes: int) -> Plan:
+    def plan(self, capacity: int) -> Plan:
         """Read all texts once, without the model.
 
         Args:
-            row_bytes: that a row takes in the file.
-            buffer_bytes: of the file, at most.
-
-        Raises:
-            ValueError: ``buffer_bytes`` is too small for the held-out rows and one batch.
+            capacity: rows that the file holds, those held out among them.
         """
-        digest, rounds, tokens, held, rows = hashlib.sha256(), [], 0, 0, 0
-        sizes = []
+        digest, rounds, sizes, tokens, held = hashlib.sha256(), [], [], 0, 0
         for batch in self.batches():
             for window in batch.windows:
                 digest.update(array.array("q", window).tobytes() + b"|")
                 tokens += len(window)
             held += batch.rows * batch.held
-            if not batch.held:
-                sizes.append(batch.rows)
-        capacity = buffer_bytes // row_bytes - held
-        if sizes and capacity < max(sizes):
-            least = (held + max(sizes)) * row_bytes
-            raise ValueError(
-                f"buffer_bytes is {buffer_bytes}; it should be at least {least}: {held} rows that are held out and one "
-                f"batch of {max(sizes)}, of {row_bytes} bytes each"
-            )
+            sizes += [] if batch.held else [batch.rows]
         for number, size in enumerate(sizes):
-            if not rounds or rounds[-1].rows + size > capacity:
+            if not rounds or rounds[-1].rows + size > capacity - held:
                 rounds.append(Round(number, 0, 0))
             rounds[-1] = Round(rounds[-1].first, rounds[-1].batches + 1, rounds[-1].rows + size)
-            rows += size
-        return Plan(tokens, held, rows, tuple(rounds), capacity, digest.hexdigest())
+        return Plan(tokens, held, sum(sizes), tuple(rounds), max(sizes, default=0), digest.hexdigest())
 
 
 def _batch(held: bool, some: list[list[int]]) -> Batch:

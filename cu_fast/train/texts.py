@@ -35,7 +35,7 @@ class Texts:
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: an iterator, which would be empty the second time, or no texts at all.
-        ImportError: the ``datasets`` library is needed, and not installed.
+        RuntimeError: the ``datasets`` library is needed, and not installed.
         ValueError: a folder that it did not write, or one of several splits.
     """
 
@@ -48,7 +48,7 @@ class Texts:
             return
         path = Path(source)
         self.name = str(path)
-        if path.is_dir() or path.suffix == ".parquet" and path.exists():
+        if path.is_dir() or (path.suffix == ".parquet" and path.exists()):
             rows = _dataset(path)
             self._open = lambda: (row[COLUMN] for row in rows)
         elif not path.is_file():
@@ -126,7 +126,7 @@ def _dataset(path: Path) -> Iterable[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise RuntimeError(
             f"data is {path}; a parquet file or a folder is read by the datasets library, which is not installed: pip "
             f"install datasets, or give a text file or a .jsonl file"
         ) from error
