@@ -265,9 +265,9 @@ def test_outliers_and_nan_are_left_out(tmp_path):
         return rows
 
     made = states(tmp_path / "a", source, Counting(change), epochs=1.5)
-    found = read(made)
-    assert of(every) & Counter({(77, 74): 1, (78, 75): 1})
-    assert found.isfinite().all() and not {77, 78} & set(found[:, 0].int().tolist()) and len(found[:, 0].unique()) > 100
+    found = read(made).float()
+    assert of(w for i, w in enumerate(every) if i % HOLD_EVERY) & Counter({(77, 74): 1})
+    assert found.isfinite().all() and found.norm(dim=1).max() < 400 and len(found[:, 0].unique()) > 100
 
 
 def test_windows_are_cut_off_at_the_number_of_tokens(tokenizer):
