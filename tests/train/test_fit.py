@@ -264,7 +264,7 @@ def test_dead_codes_are_moved(model, tokenizer, tmp_path, monkeypatch):
         fitted(model, tokenizer, tmp_path / f"book{every}", kind="codebook")
         return len(made)
 
-    assert moved(10) == 3  # of 45 steps: 10, 20, 30
+    assert moved(10) == 2  # of about 42 steps: 10 and 20, as 30 is beyond 0.7 of them
 
 
 class Stopped(Exception):
@@ -274,10 +274,10 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("kind", "at"), [("topk", 23), ("codebook", 23), ("topk", 3)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(model, tokenizer, tmp_path, monkeypatch, kind, at):
     """In several rounds. Stopped before the first checkpoint nothing is left; a killed process leaves a folder."""
-    monkeypatch.setattr(fit, "RESEED_EVERY", 4)
+    monkeypatch.setattr(fit, "RESEED_EVERY", 3)  # the checkpoint after step 20 is between two
     monkeypatch.setattr(fit, "DEAD_ROWS", 640)
     saving = {"disable_tqdm": True, "save_steps": 5}
-    options = dict(kind=kind, buffer_bytes=(2 * 32 + 4) * 400, arguments=saving)
+    options = dict(kind=kind, num_codes=200, buffer_bytes=(2 * 32 + 4) * 400, arguments=saving)
     figures = fitted(model, tokenizer, tmp_path / "whole", **options)
     assert figures["steps"] > 30
 
