@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cu_fast.cli.options import ROWS, Activation, Json, ModelFolder, Recipe
+from cu_fast.cli import fit
+from cu_fast.cli.options import ROWS, Activation, Dtype, Json, Kind, ModelFolder, Recipe, Splice
 from cu_fast.cli.tables import evidence_table, pairs
 from cu_fast.cli.terminal import console, errors_are_messages
 
@@ -17,73 +18,169 @@ TEXTS = "a text file with one text per line, or a .jsonl file with one JSON stri
 
 def train(
     model: Annotated[str, typer.Argument(help="Folder of the transformers model, with its tokenizer, to start from.")],
-    data: Annotated[Path, typer.Argument(help=f'Training rows: {ROWS} or with "text" (causal models).')],
+    data: Annotated[
+        Path,
+        typer.Argument(help=f'Training rows: {ROWS} or with "text" (causal models). With --splice delta: {fit.TEXTS}.'),
+    ],
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder of the run: its two newest checkpoints, one per epoch, and in 'model' the trained model."
+            help="Folder of the run: its two newest checkpoints, one per epoch, and in 'model' the trained model. With "
+            "--splice delta: a new folder, which will hold the codes alone."
         ),
     ],
-    layer: Annotated[str, typer.Option(help="Name of the layer that the bottleneck follows, e.g. model.layers.3.")],
-    codes: Annotated[int, typer.Option(help="Number of codes in the codebook, C.")] = 25_000,
-    k: Annotated[int, typer.Option(help="Codes kept per token.")] = 8,
-    code_dim: Annotated[int | None, typer.Option(help="Width of a code, E. Default: the model's hidden size.")] = None,
+    splice: Annotated[
+        Splice,
+        typer.Option(
+            help="replace: what codes say takes the place of the layer's output, and the model is trained with them. "
+            "delta: codes are fitted to the layer, and the model stays as it is."
+        ),
+    ] = "replace",
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="With --splice delta: topk, a TopK sparse autoencoder; codebook, a codebook bottleneck."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the layer that the bottleneck follows, e.g. model.layers.3. Default with --splice delta: the one "
+            "at a quarter of the depth."
+        ),
+    ] = None,
+    codes: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of codes in the codebook, C. Default: 25000; with --splice delta 16384, or 8192 latents."
+        ),
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Codes kept per token. Default: 8; with --splice delta 16, or 32 latents.")
+    ] = None,
+    code_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of a code, E. Default: the model's hidden size; with --splice delta 256."),
+    ] = None,
     activation: Annotated[
-        Activation, typer.Option(help="Activation function of the bottleneck's encoder; none: the encoder is linear.")
-    ] = "relu",
+        Activation | None,
+        typer.Option(
+            help="Activation function of the bottleneck's encoder; none: the encoder is linear. Default: relu."
+        ),
+    ] = None,
     recipe: Annotated[
-        Recipe,
+        Recipe | None,
         typer.Option(
             help="joint: train the whole model. frozen_below: freeze what runs before the bottleneck, "
-            "for a model that already knows its task."
+            "for a model that already knows its task. Default: joint."
         ),
-    ] = "joint",
-    epochs: Annotated[float, typer.Option(help="Passes over the training rows; may be a fraction.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Training rows per step, on each device.")] = 12,
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the training rows; may be a fraction. Default: 10; with --splice delta 4."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Training rows per step, on each device. Default: 12. With --splice delta: tokens per step, on all "
+            "devices together. Default: 2048."
+        ),
+    ] = None,
     learning_rate: Annotated[
-        float,
-        typer.Option(help="Learning rate of all weights but the codes: warm-up for 30 steps, then a cosine down to 0."),
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            help="Learning rate of all weights but the codes: warm-up for 30 steps, then a cosine down to 0. Default: "
+            "1e-3. With --splice delta: warm-up, then constant, then down to 0; 2e-3 for topk."
+        ),
+    ] = None,
     codebook_learning_rate: Annotated[
-        float, typer.Option(help="Learning rate of the codes; the schedule is the same.")
-    ] = 3e-3,
+        float | None,
+        typer.Option(help="Learning rate of the codes; the schedule is the same. Default: 3e-3."),
+    ] = None,
     prompt_weight: Annotated[
-        float,
-        typer.Option(help="Weight of a prompt's tokens in the loss; a completion's have 1. 0: they do not count."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Weight of a prompt's tokens in the loss; a completion's have 1. 0: they do not count. Default: 1."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="With --splice delta: tokens that the model reads, at most. Default: all of the data."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="With --splice delta: tokens that the model reads at once. Default: 256."),
+    ] = None,
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            help="With --splice delta: size in MiB, at most, of the file beside --output that holds the layer's outputs "
+            "while it trains. Default: 1024."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="With --splice delta: type of the model and of the training's products. Default: bf16."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the rows, the first codes and dropout.")] = 0,
     resume: Annotated[
         bool,
         typer.Option(
-            help="Continue from the newest checkpoint in --output; all settings but --epochs have to be the same."
+            help="Continue from the newest checkpoint of the run that was stopped; all settings but --epochs have to be "
+            "the same, and with --splice delta that too."
         ),
     ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Put a codebook bottleneck into a model and train it."""
+    """Put a codebook bottleneck into a model and train it; or fit codes to a model that stays as it is."""
     with errors_are_messages():
-        import transformers
+        if splice == "delta":
+            fit.refuse(splice, activation=activation, recipe=recipe, codebook_learning_rate=codebook_learning_rate,
+                       prompt_weight=prompt_weight)  # fmt: skip
+            figures = fit.run(
+                model, data, output, dtype, kind=kind, layer=layer, num_codes=codes, k=k, code_dim=code_dim,
+                tokens=tokens, max_length=max_length, epochs=epochs, batch_size=batch_size, seed=seed, resume=resume,
+                learning_rate=learning_rate, buffer_bytes=None if buffer is None else buffer * 2**20,
+            )  # fmt: skip
+            where = output
+        else:
+            fit.refuse(splice, kind=kind, tokens=tokens, max_length=max_length, buffer=buffer, dtype=dtype)
+            if layer is None:
+                raise ValueError("there is no --layer; name the layer that the bottleneck follows, e.g. model.layers.3")
+            import transformers
 
-        from cu_fast.hf.checkpoint import read_model, save_model
-        from cu_fast.nn import BottleneckConfig
-        from cu_fast.train import train as run
+            from cu_fast.hf.checkpoint import read_model, save_model
+            from cu_fast.nn import BottleneckConfig
+            from cu_fast.train import train as run
 
-        rows = _read_lines(data, dict)
-        network, tokenizer = read_model(model)
-        width = getattr(network.config.get_text_config(), "hidden_size", None)
-        if width is None:
-            raise ValueError(f"{model}: its config states no hidden_size; put bottlenecks into it with cu_fast.attach")
-        config = BottleneckConfig(width, code_dim or width, codes, k, activation=activation)
-        arguments = transformers.TrainingArguments(
-            output_dir=str(output), num_train_epochs=epochs, per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.0, seed=seed,
-            save_strategy="epoch", save_total_limit=2, logging_steps=50, report_to=[], dataloader_pin_memory=False,
-        )  # fmt: skip
-        attachment, figures = run(
-            network, tokenizer, rows, {layer: config}, arguments, recipe=recipe, prompt_weight=prompt_weight,
-            codebook_learning_rate=codebook_learning_rate, resume=resume,
-        )  # fmt: skip
-        save_model(attachment, tokenizer, output / "model")
-        console.print(pairs(figures, f"trained; saved to {output / 'model'}"))
+            rows = _read_lines(data, dict)
+            network, tokenizer = read_model(model)
+            width = getattr(network.config.get_text_config(), "hidden_size", None)
+            if width is None:
+                raise ValueError(
+                    f"{model}: its config states no hidden_size; put bottlenecks into it with cu_fast.attach"
+                )
+            config = BottleneckConfig(
+                width, code_dim or width, _or(codes, 25_000), _or(k, 8), activation=activation or "relu"
+            )
+            arguments = transformers.TrainingArguments(
+                output_dir=str(output), num_train_epochs=_or(epochs, 10),
+                per_device_train_batch_size=_or(batch_size, 12), learning_rate=_or(learning_rate, 1e-3),
+                lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.0, seed=seed, save_strategy="epoch",
+                save_total_limit=2, logging_steps=50, report_to=[], dataloader_pin_memory=False,
+            )  # fmt: skip
+            attachment, figures = run(
+                network, tokenizer, rows, {layer: config}, arguments, recipe=recipe or "joint", resume=resume,
+                prompt_weight=_or(prompt_weight, 1.0), codebook_learning_rate=_or(codebook_learning_rate, 3e-3),
+            )  # fmt: skip
+            where = output / "model"
+            save_model(attachment, tokenizer, where)
+        if as_json:
+            print(json.dumps(figures, indent=2))
+        else:
+            console.print(pairs(figures, f"trained; saved to {where}"))
+
+
+def _or(given: Any, usual: Any) -> Any:
+    return usual if given is None else given
 
 
 def unlearn(

@@ -13,6 +13,8 @@ import typer
 
 Activation = Literal["relu", "none"]
 Recipe = Literal["joint", "frozen_below"]
+Splice = Literal["replace", "delta"]
+Kind = Literal["topk", "codebook"]
 Device = Literal["cpu", "cuda"]
 Cache = Literal["warm", "cold"]
 Op = Literal["sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck"]

@@ -119,10 +119,7 @@ def train(
     trainer.settings = settings
     if attachment is not None:
         trainer.add_callback(UsageCallback(trainer, reseed_every, reseed_until, arguments.seed))
-        if checkpoint is not None and arguments.process_index == 0:  # the file has the sum over all processes
-            usage = safetensors.torch.load_file(checkpoint / USAGE)
-            for name, bottleneck in attachment.bottlenecks.items():
-                bottleneck.codebook.counts.copy_(usage[name])
+    trainer.restore_usage(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
     figures = {
@@ -163,6 +160,11 @@ class CodebookTrainer(Trainer):
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # the loss below is a mean already
 
+    @property
+    def bottlenecks(self) -> Mapping[str, CodebookBottleneck]:
+        """Name -> a bottleneck that is trained."""
+        return self.attachment.bottlenecks if self.attachment is not None else {}
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -198,9 +200,8 @@ class CodebookTrainer(Trainer):
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """An optimizer with parameter groups of their own for the codes and the embedding."""
-        if self.optimizer is None and (self.attachment is not None or self.embedding_learning_rate):
-            bottlenecks = self.attachment.bottlenecks.values() if self.attachment is not None else ()
-            codes = [bottleneck.codebook.codes for bottleneck in bottlenecks]
+        if self.optimizer is None and (self.bottlenecks or self.embedding_learning_rate):
+            codes = [bottleneck.codebook.codes for bottleneck in self.bottlenecks.values()]
             embedding = [self.model.get_input_embeddings().weight] if self.embedding_learning_rate else []
             apart = {id(parameter) for parameter in codes + embedding}
             rest = [p for p in self.model.parameters() if id(p) not in apart]
@@ -220,13 +221,19 @@ class CodebookTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if not _internal_call or self.settings is None:
             return  # not a checkpoint, or a trainer that :func:`train` did not make and cannot resume
-        bottlenecks = self.attachment.bottlenecks if self.attachment is not None else {}
-        usage = {name: bottleneck.codebook.counts.clone() for name, bottleneck in bottlenecks.items()}
+        usage = {name: bottleneck.codebook.counts.clone() for name, bottleneck in self.bottlenecks.items()}
         for counts in usage.values():
             _sum_over_ranks(counts)
         if self.args.should_save:
             safetensors.torch.save_file(usage, Path(output_dir) / USAGE)
             (Path(output_dir) / SETTINGS).write_text(json.dumps(self.settings, indent=2))
+
+    def restore_usage(self, checkpoint: Path | None) -> None:
+        """The codes' use as :meth:`save_model` wrote it; None = a fresh run, nothing happens."""
+        if checkpoint is not None and self.args.process_index == 0:  # the file has the sum over all processes
+            usage = safetensors.torch.load_file(checkpoint / USAGE)
+            for name, bottleneck in self.bottlenecks.items():
+                bottleneck.codebook.counts.copy_(usage[name])
 
 
 class UsageCallback(TrainerCallback):
@@ -249,7 +256,7 @@ class UsageCallback(TrainerCallback):
         step = state.global_step + 1
         if not self.every or step % self.every:
             return
-        for bottleneck in self.trainer.attachment.bottlenecks.values():
+        for bottleneck in self.trainer.bottlenecks.values():
             _sum_over_ranks(bottleneck.codebook.counts)
             usage = bottleneck.usage()
             self.trainer.terms["codes_used"].append(usage["used"])

@@ -15,6 +15,7 @@ from cu_fast.bench import cells, plan
 from cu_fast.cli.app import app
 from cu_fast.nn import BottleneckConfig
 from cu_fast.train import Recipe
+from cu_fast.train.fit import Kind
 
 # Texts that may be anything. A string that may not is a Literal, or has a parser that knows its choices.
 FREE_TEXT = {
@@ -28,6 +29,9 @@ TRAIN = ("train", "model", "data", "--output", "out", "--layer", "model.layers.1
 CHOICES = {
     ("train", "activation"): (*TRAIN, "--activation"),
     ("train", "recipe"): (*TRAIN, "--recipe"),
+    ("train", "splice"): (*TRAIN, "--splice"),
+    ("train", "kind"): (*TRAIN, "--kind"),
+    ("train", "dtype"): (*TRAIN, "--dtype"),
     ("bench", "op"): ("bench",),
     ("bench", "dtype"): ("bench", "--dtype"),
     ("bench", "mask"): ("bench", "--mask"),
@@ -38,6 +42,9 @@ CHOICES = {
 DEFINED = {
     ("train", "activation"): typing.get_args(typing.get_type_hints(BottleneckConfig)["activation"]),
     ("train", "recipe"): typing.get_args(Recipe),
+    ("train", "splice"): ("replace", "delta"),
+    ("train", "kind"): typing.get_args(Kind),
+    ("train", "dtype"): tuple(cells.DTYPES),
     ("bench", "op"): cells.OPS,
     ("bench", "dtype"): tuple(cells.DTYPES),
     ("bench", "mask"): cells.MASKS,
