@@ -41,25 +41,28 @@ inline void check_shape(const char* name, const Tensor& t, const char* letters,
                         std::initializer_list<int64_t> sizes) {
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
-  std::ostringstream wanted;
   for (int64_t size : sizes) {
     ok = ok && (size < 0 || t.size(d) == size);
-    wanted << (d ? ", " : "");
-    size < 0 ? wanted << "any" : wanted << size;
     ++d;
   }
-  check(ok, name, " must have shape ", letters, " = [", wanted.str(), "], got ", describe(t));
+  if (ok) return;  // a stream costs as much as a small kernel's launch: only for a message
+  std::ostringstream wanted;
+  for (int64_t size : sizes) {
+    if (wanted.tellp() > 0) wanted << ", ";
+    size < 0 ? wanted << "any" : wanted << size;
+  }
+  check(false, name, " must have shape ", letters, " = [", wanted.str(), "], got ", describe(t));
 }
 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
-  check(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
-        describe(t));
+  if (t.scalar_type() == dtype) return;
+  check(false, name, " must be ", torch::headeronly::toString(dtype), ", got ", describe(t));
 }
 
 inline void check_float(const char* name, const Tensor& t) {
   const ScalarType s = t.scalar_type();
-  check(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half, name,
-        " must be Float, BFloat16 or Half, got ", describe(t));
+  if (s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half) return;
+  check(false, name, " must be Float, BFloat16 or Half, got ", describe(t));
 }
 
 // A copy of an int32 [rows, columns] tensor, every element in [low, high). Elements that become addresses are

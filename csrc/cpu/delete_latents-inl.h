@@ -92,67 +92,100 @@ Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) 
   return listed;
 }
 
-// dots[t * dots_stride + r] of kTokens rows of x and kRows rows of enc. x is padded with zeros.
+// Floats of a row that are multiplied at a time: those of a tile of latents stay in the L1 cache for all tokens.
+constexpr int64_t kChunk = 512;
+
+// partial[t][r] += x[t] * rows[r] from `begin` to `end`, of kTokens rows of x, padded with zeros, and kRows rows of enc.
 template <int kTokens, int kRows>
-[[gnu::noinline]] void dot_rows(const float* x, int64_t x_stride, const float* const* rows, int64_t n,
-                                float* dots, int64_t dots_stride) {
+[[gnu::noinline]] void add_products(const float* x, int64_t x_stride, const float* const* rows, int64_t begin,
+                                    int64_t end, float* partials) {
   const float* row[kRows];
   Vec partial[kTokens][kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     row[r] = rows[r];
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) partial[t][r] = Vec::broadcast(0);
+    for (int t = 0; t < kTokens; ++t)
+      partial[t][r] = begin == 0 ? Vec::broadcast(0) : Vec::load(partials + (t * kRows + r) * kLanes);
   }
-  int64_t e = 0;
-  for (; e + kLanes <= n; e += kLanes) {
-    Vec latent[kRows];
+  int64_t e = begin;
+  for (; e + kLanes <= end; e += kLanes) {
+    Vec token[kTokens];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) latent[r] = Vec::load(row[r] + e);
+    for (int t = 0; t < kTokens; ++t) token[t] = Vec::load(x + t * x_stride + e);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec token = Vec::load(x + t * x_stride + e);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec latent = Vec::load(row[r] + e).in_register();
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) partial[t][r] = partial[t][r] + token * latent[r];
+      for (int t = 0; t < kTokens; ++t) partial[t][r] = partial[t][r] + token[t] * latent;
     }
   }
-  if (e < n) {
-    for (int r = 0; r < kRows; ++r) {
-      const Vec latent = load_first(row[r] + e, n - e);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (e < end) {
+      const Vec latent = load_first(row[r] + e, end - e);
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t)
         partial[t][r] = partial[t][r] + Vec::load(x + t * x_stride + e) * latent;
     }
-  }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-    if constexpr (kRows == Vec::kCodes) {
-      Vec::tree_sums(partial[t], dots + t * dots_stride);
-    } else {
-      for (int r = 0; r < kRows; ++r) dots[t * dots_stride + r] = tree_sum_of(partial[t][r]);
-    }
+    for (int t = 0; t < kTokens; ++t) partial[t][r].store(partials + (t * kRows + r) * kLanes);
+  }
+}
+
+// The same of `tokens` rows, kTokens at a time.
+template <int kTokens, int kRows>
+void add_products_of(int64_t tokens, const float* x, int64_t x_stride, const float* const* rows,
+                     int64_t begin, int64_t end, float* partials) {
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens)
+    add_products<kTokens, kRows>(x + t * x_stride, x_stride, rows, begin, end, partials + t * kRows * kLanes);
+  if constexpr (kTokens > 1) {
+    if (t < tokens)
+      add_products_of<kTokens - 1, kRows>(tokens - t, x + t * x_stride, x_stride, rows, begin, end,
+                                          partials + t * kRows * kLanes);
+  }
+}
+
+// pre[t * stride + r] of `tokens` rows of x and the first n of kRows latents; a tile that is not full repeats the last.
+template <int kRows>
+void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, const float* x, int64_t tokens,
+                float* pre) {
+  constexpr int kTokens = Vec::kDeepTokens;
+  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
+  const float* rows[kRows];
+  for (int r = 0; r < kRows; ++r)
+    rows[r] = static_cast<const float*>(p.enc.data) + ids[std::min<int64_t>(r, n - 1)] * p.enc.stride;
+  alignas(64) float partials[kLatentTokens * kRows * kLanes];
+  const int64_t chunk = tokens > kTokens ? kChunk : p.Din;
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + chunk, p.Din);
+    add_products_of<kTokens, kRows>(tokens, x, width, rows, begin, end, partials);
+    begin = end;
+  } while (begin < p.Din);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < n; ++r)
+      pre[t * stride + r] = tree_sum_of(Vec::load(partials + (t * kRows + r) * kLanes));
   }
 }
 
 // pre of `tokens` rows of x and the latents [m_begin, m_end) of a list.
 void score_rows(const DeleteLatentsParams& p, const Listed& listed, int64_t m_begin, int64_t m_end,
                 const float* x, int64_t tokens, float* pre) {
-  constexpr int kTokens = Vec::kTokens, kRows = Vec::kCodes;
-  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
-  const auto* const enc = static_cast<const float*>(p.enc.data);
-  for (int64_t m = m_begin, rows; m < m_end; m += rows) {
-    rows = m_end - m >= kRows ? kRows : 1;
-    const float* row[kRows];
-    for (int64_t r = 0; r < rows; ++r) row[r] = enc + listed.ids[m + r] * p.enc.stride;
-    int64_t t = 0;
-    if (rows == kRows) {
-      for (; t + kTokens <= tokens; t += kTokens)
-        dot_rows<kTokens, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-      for (; t < tokens; ++t)
-        dot_rows<1, kRows>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+  constexpr int kRows = Vec::kDeepCodes, kHalf = (kRows + 1) / 2;
+  for (int64_t m = m_begin; m < m_end;) {
+    const int64_t left = m_end - m;
+    const int32_t* const ids = listed.ids + m;
+    if (left > kHalf) {
+      score_tile<kRows>(p, ids, std::min<int64_t>(left, kRows), x, tokens, pre + m);
+      m += kRows;
+    } else if (left > 1) {
+      score_tile<kHalf>(p, ids, left, x, tokens, pre + m);
+      m += kHalf;
     } else {
-      for (; t + kTokens <= tokens; t += kTokens)
-        dot_rows<kTokens, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
-      for (; t < tokens; ++t) dot_rows<1, 1>(x + t * width, width, row, p.Din, pre + t * stride + m, stride);
+      score_tile<1>(p, ids, left, x, tokens, pre + m);
+      m += 1;
     }
   }
 }

@@ -10,8 +10,8 @@
 
 namespace cu_fast {
 
-// The most tokens of a block: their rows, widened, stay in the L2 cache (32 x 2304 floats are 288 KiB).
-inline constexpr int64_t kLatentTokens = 32;
+// The most tokens of a block: their rows, widened, stay in the L2 cache (36 x 2304 floats are 324 KiB).
+inline constexpr int64_t kLatentTokens = 36;
 
 // score: pre and sigma of tokens. apply: the rest, from these. Both at once where a block has whole masks.
 enum class LatentStep { score, apply, both };
@@ -26,18 +26,19 @@ struct LatentScores {
 
 // The scratch of one worker: where each array starts, in floats.
 struct LatentScratch {
-  int64_t width, listed;
+  int64_t tokens, width, listed;
 
   explicit LatentScratch(const DeleteLatentsParams& p)
-      : width(round_up(p.Din, kLanes)), listed(round_up(p.M, kLanes)) {}
 
-  int64_t x() const { return 0; }                              // [kLatentTokens, width], rho x
-  int64_t pre() const { return x() + kLatentTokens * width; }  // [kLatentTokens, listed], of LatentStep::both
-  int64_t sigma() const { return pre() + kLatentTokens * listed; }  // [kLatentTokens], likewise
-  int64_t ids() const { return sigma() + kLatentTokens; }           // int32 [listed], a mask's latents
-  int64_t bias() const { return ids() + listed; }                   // [listed], theirs
-  int64_t least() const { return bias() + listed; }                 // [listed], max(theta, 0)
-  int64_t slots() const { return least() + listed; }                // DecodeSlot [listed]
+      : tokens(std::min(p.T, kLatentTokens)), width(round_up(p.Din, kLanes)), listed(round_up(p.M, kLanes)) {}
+
+  int64_t x() const { return 0; }                                     // [tokens, width], rho x
+  int64_t pre() const { return x() + tokens * width; }                // [tokens, listed], of LatentStep::both
+  int64_t sigma() const { return pre() + tokens * listed; }           // [tokens], likewise
+  int64_t ids() const { return sigma() + round_up(tokens, kLanes); }  // int32 [listed], a mask's latents
+  int64_t bias() const { return ids() + listed; }                     // [listed], theirs
+  int64_t least() const { return bias() + listed; }                   // [listed], max(theta, 0)
+  int64_t slots() const { return least() + listed; }                  // DecodeSlot [listed]
   int64_t size() const { return slots() + 2 * listed; }
 };
 

@@ -16,6 +16,7 @@ namespace cu_fast::avx2 {
 
 struct Vec {
   static constexpr int kTokens = 4, kCodes = 1;  // 4 sums of two registers each: 8 of 16
+  static constexpr int kDeepTokens = 2, kDeepCodes = 2;  // likewise
 
   __m256 low, high;
 
@@ -83,6 +84,12 @@ struct Vec {
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // packs works within halves
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+  }
+
+  Vec in_register() const {
+    Vec r = *this;
+    asm("" : "+x"(r.low), "+x"(r.high));
+    return r;
   }
 
   Vec relu() const {  // maxps returns its second operand if one is NaN

@@ -15,6 +15,7 @@ namespace cu_fast::avx512 {
 
 struct Vec {
   static constexpr int kTokens = 4, kCodes = 4;  // 16 sums: 16 of 32 registers
+  static constexpr int kDeepTokens = 3, kDeepCodes = 8;  // 24 sums, 3 rows and a code: 28 of 32
 
   __m512 v;
 
@@ -71,6 +72,12 @@ struct Vec {
   static Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   void store_bytes(int8_t* to) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
+  Vec in_register() const {
+    Vec r = *this;
+    asm("" : "+v"(r.v));
+    return r;
   }
 
   Vec relu() const {  // maxps returns its second operand if one is NaN

@@ -14,6 +14,8 @@ namespace cu_fast::scalar {
 struct Vec {
   // Rows of z and codes whose partials stay in registers together.
   static constexpr int kTokens = 1, kCodes = 1;
+  // The same where the codes stay in the L1 cache and the rows come from the L2.
+  static constexpr int kDeepTokens = 1, kDeepCodes = 2;
 
   float lane[kLanes];
 
@@ -89,6 +91,9 @@ struct Vec {
   void store_bytes(int8_t* to) const {
     for (int l = 0; l < kLanes; ++l) to[l] = static_cast<int8_t>(lane[l]);
   }
+
+  // The same; not read from memory again where it is used.
+  Vec in_register() const { return *this; }
 
   // Lanes below zero become zero; NaN stays NaN.
   Vec relu() const {

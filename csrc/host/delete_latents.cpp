@@ -25,7 +25,7 @@ Tensor contiguous(const char* name, const Tensor& t, const char* letters,
                   std::initializer_list<int64_t> sizes, ScalarType dtype) {
   check_shape(name, t, letters, sizes);
   check_dtype(name, t, dtype);
-  return torch::stable::contiguous(t);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);  // a call by name costs half a microsecond
 }
 
 template <class Device>
@@ -48,8 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> delete_latents(const Tensor& x_in, const Opti
         " rows, must have at least one and fewer than 2^31");
   const Tensor dec = fp32_matrix("dec", dec_in, "[R, Dout]", {R, -1});
   const int64_t Dout = dec.size(1);
-  check(residual_in || Dout == Din, "residual must be given where dec is not as wide as enc: dec is ",
-        describe(dec), ", enc is ", describe(enc));
+  if (!residual_in && Dout != Din)
+    check(false, "residual must be given where dec is not as wide as enc: dec is ", describe(dec),
+          ", enc is ", describe(enc));
   if (residual_in) {
     check_shape("residual", *residual_in, "[T, Dout]", {T, Dout});
     check_float("residual", *residual_in);

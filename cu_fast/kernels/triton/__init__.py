@@ -24,6 +24,7 @@ HOME = {  # operator -> its file
     "sae_encode_topk": "sae_encode",
     "masked_decode": "masked_decode",
     "codebook_bottleneck": "codebook_bottleneck",
+    "delete_latents": "delete_latents",
 }
 
 

@@ -39,7 +39,7 @@ class Tuning(NamedTuple):
     read_rate: float = 3e6  # bytes per microsecond, from memory; this and the next two are guesses about an H100
     exact_rate: float = 8e6  # products per microsecond, every code scored
     scan_rate: float = 300e6  # products per microsecond, scanned
-    keys: int = 1 << 22  # in memory at a time where k is too large for a list
+    keys: int = 1 << 22  # in memory at a time where k is too large for a list; numbers, of delete_latents
 
 
 TUNING = Tuning()
@@ -88,6 +88,9 @@ TABLE = {
     "dot_slots": {"few": _config(1, C=8, UNROLL=8), "many": _config(4, C=32, UNROLL=8)},
     "sum_pieces": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
     "sum_codes": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
+    "score_latents": {"all": _config(4, C=32, UNROLL=8)},
+    "add_latents": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
+    "dose_latents": {"all": _config(1, UNROLL=16)},
 }
 
 
@@ -152,7 +155,7 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
         kernel: its name.
         arch: "sm_90", "gfx942", ...
         T: tokens.
-        E: width of a code; D for gather_sum and encode_tile.
+        E: width of a code; D for gather_sum, encode_tile and the kernels of delete_latents.
         C: codes; E for encode_tile.
         k: codes kept per token.
         dtype: of the codes, or of the table.
@@ -163,7 +166,7 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
         name = "few" if T <= 16 else "many"
     elif kernel == "finish":
         name = "small" if T > 64 and k <= LISTS[-1] else "large"
-    elif kernel in ("gather_sum", "sum_pieces", "sum_codes"):
+    elif kernel in ("gather_sum", "sum_pieces", "sum_codes", "add_latents"):
         name = "wide" if E > 1024 else "narrow"
     elif kernel == "dot_slots":
         name = "few" if k <= 8 else "many"

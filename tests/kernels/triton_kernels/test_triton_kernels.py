@@ -34,6 +34,7 @@ EVERY = ("sm_90", "gfx942") if TEST_ALL else ()
 # Whose products and sums are defined.
 SCORES = {
     "score_codes", "score_candidates", "encode_tile", "gather_sum", "dot_slots", "sum_pieces", "sum_codes",
+    "score_latents", "add_latents", "dose_latents",
 }  # fmt: skip
 # What the tiles were chosen with. Older ones (torch 2.11 brings 3.6) spill a little, and on sm_100 use older matrix units.
 TUNED_FOR = (3, 9)
@@ -105,7 +106,9 @@ class TestCompiled:
         for kernel in scoring:
             assert kernel["products"] > 0, kernel
             assert kernel["flushes"] == 0, kernel
-            assert kernel["mean"] or kernel["fused"] == 0, kernel  # a division is a sequence of fused steps
+            # A division is a sequence of fused steps. A scale of score_latents divides; one launch of it has none.
+            assert kernel["division"] or kernel["fused"] == 0, kernel
+        assert any(kernel["kernel"] == "score_latents" and not kernel["division"] for kernel in scoring)
 
     def test_bytes_go_through_the_matrix_units(self, arch):
         units = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA", "sm_120": "IMMA", "gfx942": "v_mfma_i32"}
@@ -120,7 +123,11 @@ class TestCompiled:
         means = [kernel for kernel in compiled(arch) if kernel["mean"]]
         assert means and all(kernel["division"] == ["div.rn.f32"] for kernel in means), means
         roots = [kernel for kernel in compiled(arch) if kernel["kernel"] == "scan_rows"]
-        assert roots and all(kernel["root"] == ["sqrt.rn.f32"] for kernel in roots), roots
+        scales = [kernel for kernel in compiled(arch) if kernel["kernel"] == "score_latents" and kernel["root"]]
+        doses = [kernel for kernel in compiled(arch) if kernel["kernel"] == "dose_latents"]
+        for some in (roots, scales, doses):
+            assert some and all(kernel["root"] == ["sqrt.rn.f32"] for kernel in some), some
+        assert all(kernel["division"] == ["div.rn.f32"] for kernel in scales + doses), scales + doses
 
 
 @heavy

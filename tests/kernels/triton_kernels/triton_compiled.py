@@ -53,6 +53,11 @@ MAIN = [EVERY[0], EVERY[9], EVERY[13]]
 # T, E, k, dtype; the last has too few places for a piece
 TRAINING = [(64, 512, 8, bf16), (64, 4096, 64, fp32), (64, 515, 9, fp16), (9, 512, 9, fp32)]
 
+# T, Din, Dout, M, dtype, scale, whether there is a floor
+DELETIONS = [
+    (64, 4096, 4096, 20, bf16, 1, True), (1, 515, 515, 20, fp16, 0, True), (64, 768, 515, 200, fp32, 2, False),
+]  # fmt: skip
+
 
 def written_down(arch: str, every: bool) -> list[tuple]:
     """(kernel, config, arguments) of all launches; equal ones once."""
@@ -90,6 +95,15 @@ def written_down(arch: str, every: bool) -> list[tuple]:
             mask=(torch.empty(3, 32, dtype=torch.int32), torch.empty(64, dtype=torch.int32)),
         )  # fmt: skip
         call("masked_decode", on=torch.ops.cu_fast_triton, **given)
+    for T, Din, Dout, M, dtype, scale, floor in DELETIONS if every else DELETIONS[:2]:
+        numbers = {name: torch.empty(1000) for name in ("bias", "theta")}
+        floors = dict(floor_scores=torch.empty(T), floor_ids=torch.empty(T, dtype=torch.int32)) if floor else {}
+        call(
+            "delete_latents", on=torch.ops.cu_fast_triton, x=torch.empty(T, Din, dtype=dtype), enc=torch.empty(1000, Din),
+            residual=torch.empty(T, Dout, dtype=dtype), dec=torch.empty(1000, Dout), scale=scale, norm=2.0, **numbers,
+            mask_latents=torch.empty(3, M, dtype=torch.int32), mask_change=torch.empty(3, M, 3),
+            mask_row=torch.empty(T, dtype=torch.int32), **floors,
+        )  # fmt: skip
     for T, E, k, dtype in TRAINING if every else TRAINING[:1]:
         ids, weights = torch.zeros(T, k, dtype=torch.int32), torch.empty(T, k, dtype=dtype)
         g, codes = torch.empty(T, E, dtype=dtype), torch.empty(1000, E, dtype=dtype)

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from typing import NamedTuple
 
+import deletions
 import gpu_examples
 import hurtful
 import torch
@@ -341,6 +342,88 @@ def through_ops(mask_mode: str, encode: bool) -> None:
         same(*results)
 
 
+class Delete(NamedTuple):
+    """Tokens of which something has to fire, unless `fires` says otherwise; the rest: deletions.deletion."""
+
+    T: int
+    Din: int
+    Dout: int
+    R: int
+    U: int = 3
+    M: int = 5
+    scale: int = 0
+    kind: str = "gaussian"
+    dtype: torch.dtype = fp32
+    residual: torch.dtype | None = fp32
+    latent_kind: str = "gaussian"
+    idle: bool = True
+    floor: bool = False
+    faults: bool = False
+    layout: str = "plain"
+    seed: int = 0
+    fires: bool = True
+    tuning: dict | None = None
+
+
+DELETIONS = {
+    "one token": Delete(1, 40, 40, 20, U=1, M=9, residual=None, seed=1),
+    "one entry, one latent": Delete(9, 1, 1, 1, M=1, residual=None),
+    "layer norm": Delete(9, 33, 40, 20, scale=1, dtype=bf16, residual=bf16),
+    "layer norm, one entry": Delete(5, 1, 3, 20, scale=1, fires=False),
+    "constant norm": Delete(9, 33, 40, 20, scale=2, dtype=fp16, residual=fp16),
+    "norms of hurtful rows": Delete(24, 20, 17, 20, scale=2, kind="mixed"),
+    "layer norm of hurtful rows": Delete(24, 20, 17, 20, scale=1, kind="mixed", dtype=bf16, residual=None),
+    "no idle values": Delete(9, 40, 15, 20, idle=False),
+    "floor": Delete(14, 40, 15, 20, M=20, floor=True),
+    "floor, ties": Delete(14, 17, 15, 30, M=30, kind="tied", latent_kind="tied", floor=True),
+    "long lists": Delete(5, 33, 15, 150, M=140, floor=True, scale=2),
+    "wide": Delete(3, 140, 1030, 20, dtype=bf16, residual=None),
+    "wide, fp16": Delete(3, 140, 1030, 20, residual=fp16),
+    "NaN and Inf": Delete(20, 33, 40, 20, kind="faulty", residual=None),
+    "latents with NaN and Inf": Delete(20, 33, 40, 20, latent_kind="faulty"),
+    "huge": Delete(9, 2, 40, 20, kind="huge"),
+    "huge, layer norm": Delete(9, 33, 40, 20, kind="huge", scale=1, fires=False),  # squares are infinite
+    "denormal": Delete(9, 33, 40, 20, kind="denormal", residual=None, scale=2),
+    "zeros": Delete(9, 33, 40, 20, kind="zeros", scale=2, residual=None),
+    "faults": Delete(30, 33, 40, 20, faults=True),
+    "rows apart": Delete(7, 33, 40, 20, layout="rows"),
+    "columns apart": Delete(7, 33, 40, 20, dtype=bf16, residual=bf16, layout="columns"),
+    "some tokens at a time": Delete(9, 33, 40, 20, scale=1, floor=True, tuning={"keys": 150}),
+    "no latents in the masks": Delete(5, 33, 40, 20, M=0, fires=False),
+    "no masks in the table": Delete(5, 33, 40, 20, U=0, fires=False),
+    "no tokens": Delete(0, 33, 40, 20, fires=False),
+}
+
+
+def deletion(case: Delete) -> None:
+    from cu_fast.kernels.triton import launch
+
+    launch.TUNING = launch.Tuning(**(case.tuning or {}))
+    *described, fires, _ = case
+    given = deletions.deletion(**dict(zip(Delete._fields, described)))
+    want = by_reference("delete_latents", **given)
+    got = tuple(result.cpu() for result in by_triton("delete_latents", **given))
+    same(got, want)
+    assert deletions.keeps_bits(*got, given)
+    assert (want[1] > 0).any() == fires, f"{want[1]} latents fired"
+    assert want[2].isnan().any() or not case.faults
+
+
+def deletion_through_ops(kind: str, scale: str) -> None:
+    """impl="triton" of the public operator; the rank of "topk" is Triton's too."""
+    from cu_fast import ops
+
+    given = deletions.deletion(12, 40, 33, 50, M=20, dtype=bf16, residual=bf16)
+    names = ("enc", "bias", "theta", "dec")
+    results = []
+    for impl, at in (("triton", on(given)), ("reference", given)):
+        latents = ops.Latents(*(at[name] for name in names), kind=kind, k=9 if kind == "topk" else None, scale=scale)
+        masks = ops.LatentMasks(at["mask_latents"], at["mask_change"])
+        results.append(ops.delete_latents(at["x"], latents, masks, at["mask_row"], residual=at["residual"], impl=impl))
+    same(*results)
+    assert results[1].hits.any()
+
+
 CASES = {
     **{f"codebook_quantize: {name}": (selection, case) for name, case in SELECTIONS.items()},
     "codebook_quantize: wrong mask row": (wrong_mask_row, False),
@@ -360,6 +443,9 @@ CASES = {
     "sae_encode_topk: scan, no biases": (encode_topk, 9, fp16, "faulty", False, True, True),
     **{f"masked_decode: {name}": (decode, case) for name, case in DECODES.items()},
     "masked_decode: ties of bf16": (ties_of_bf16,),
+    **{f"delete_latents: {name}": (deletion, case) for name, case in DELETIONS.items()},
+    "delete_latents: impl": (deletion_through_ops, "threshold", "layer_norm"),
+    "delete_latents: impl, topk": (deletion_through_ops, "topk", "constant_norm"),
     "codebook_bottleneck: ablate": (through_ops, "ablate", True),
     "codebook_bottleneck: reselect": (through_ops, "reselect", False),
 }

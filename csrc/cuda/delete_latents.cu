@@ -1,0 +1,411 @@
+// Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i, one launch.
+//
+//   pre_i = canonical(enc_i, rho x_t) + bias_i; a latent of the token's mask fires where pre_i > max(theta_i, 0)
+//   and (pre_i, i) is not below the token's floor
+//
+//   what            shape                             where it stays
+//   x, residual     [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; read per token, x 2 or 3 times: L1
+//   enc, dec        fp32 [R, Din], [R, Dout]          in place: the rows of masks, of dec those that fire: L2
+//   rho x           [kTokens, kStage]                 shared, kStage entries at a time, so that any Din will do
+//   pre             [kTokens, kMost]                  shared
+//   y               [T, Dout]                         contiguous, residual's dtype
+//
+// One block per kTokens neighbouring tokens, each with its own mask.
+// 1. Per token: whether x is finite, rho and sigma.
+// 2. pre: a quad (cuda/canonical.h) per pair of token and latent. The tokens' quads of a latent are neighbours in a
+//    warp: under the same mask one read of its row serves all.
+// 3. Which latents fire, how many, and whether idle values count.
+// 4. Token by token. Nothing fired: the residual's bits are copied. Else the first warp lists what changes, in the order
+//    of the mask, and each thread adds up four columns; the squares for the dose go through shared memory to the first
+//    warp, which adds them canonically while the others are at the next columns.
+//
+// What bounds it (inferred, not measured), with 20 latents per mask and Din = Dout = 4096: the rows of enc, 320 KiB per
+// block, come from L2. One token per block, 512 tokens: 160 MiB, some 30 us of an H100's L2. Four tokens per block read
+// a quarter; then the 84 million products and sums, which must not be fused, take about as long as reading x and
+// writing y do. So many tokens go four to a block. With few tokens a block waits for its rows of enc: kLoads of them
+// are in flight per thread. Where little fires, dec is hardly read.
+
+#include "cuda/canonical.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace cu_fast {
+namespace {
+
+inline constexpr int kStage = 4 * kThreads;  // columns that a block works on at a time, four per thread
+// A row of them in shared memory is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read
+// serves at a time read different banks.
+inline constexpr int kStride = kStage + 16;
+inline constexpr int kSlots = 256;
+inline constexpr int kRowsInFlight = 8;  // of dec
+inline constexpr int kQuads = kThreads / 4;
+
+template <int kTokens, int kMost>
+struct DeleteShared {
+  alignas(16) float pre[kTokens][kMost];
+  alignas(16) float rows[kTokens < 2 ? 2 : kTokens][kStride];
+  DecodeSlot slots[kSlots];  // the latents that change, and by how much
+  int32_t used;
+  uint32_t faulty, idles;  // bits: the token is NaN; its idle values count
+  int32_t mask[kTokens];   // -1: none, or one that does not exist
+  int32_t listed[kTokens], hits[kTokens];
+  float mean[kTokens], rho[kTokens], sigma[kTokens];
+};
+
+CU_FAST_DEVICE float4 squared(float4 x) {
+  return make_float4(multiply(x.x, x.x), multiply(x.y, x.y), multiply(x.z, x.z), multiply(x.w, x.w));
+}
+
+// Adds a row of terms in shared memory, those of columns [0, width), to the partials that this thread of a quad has.
+CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t width) {
+  const int q = thread_index() % 4;
+#pragma unroll 4
+  for (int e = 0; e < kStage && e < width; e += kLanes) {
+    const float4 term = *reinterpret_cast<const float4*>(row + e + 4 * q);
+    partial[0] = add(partial[0], term.x);
+    partial[1] = add(partial[1], term.y);
+    partial[2] = add(partial[2], term.z);
+    partial[3] = add(partial[3], term.w);
+  }
+}
+
+// The canonical sum of the terms of each token, in the threads of the first warp: quad t has that of token t.
+// term(t, column) returns four of them, zeros beyond the width.
+template <int kTokens, class Shared, class Term>
+CU_FAST_DEVICE float canonical_sums(Shared& shared, int64_t width, const Term& term) {
+  float partial[4] = {};
+  for (int64_t first = 0; first < width; first += kStage) {
+    sync_block();  // the previous terms have been read
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      *reinterpret_cast<float4*>(&shared.rows[t][4 * thread_index()]) = term(t, first + 4 * thread_index());
+    }
+    sync_block();
+    if (thread_index() < 4 * kTokens) add_terms(partial, shared.rows[thread_index() / 4], width - first);
+  }
+  return quad_sum(partial);
+}
+
+CU_FAST_DEVICE bool fires(const DeleteLatentsParams& p, int64_t token, int32_t id, float pre) {
+  if (!(pre > p.theta[id] && pre > 0)) return false;
+  if (p.floor_scores == nullptr) return true;
+  const float floor = p.floor_scores[token];
+  return pre > floor || (pre == floor && id <= p.floor_ids[token]);
+}
+
+template <class T>
+CU_FAST_DEVICE void store_four(float4 from, void* y, int64_t D, int64_t row, int64_t column) {
+  T* const at = static_cast<T*>(y) + row * D + column;
+  alignas(16) T narrowed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) narrow(entry(from, i), &narrowed[i]);
+  if (column + 4 <= D && reinterpret_cast<uintptr_t>(at) % sizeof(narrowed) == 0) {
+    if constexpr (sizeof(T) == 4) {
+      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(narrowed);
+    } else {
+      *reinterpret_cast<uint2*>(at) = *reinterpret_cast<const uint2*>(narrowed);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column + i < D) at[i] = narrowed[i];
+    }
+  }
+}
+
+CU_FAST_DEVICE void store_y(const DeleteLatentsParams& p, float4 y, int64_t token, int64_t column) {
+  if (p.residual.dtype == Dtype::f32) {
+    store_four<float>(y, p.y, p.Dout, token, column);
+  } else if (p.residual.dtype == Dtype::bf16) {
+    store_four<Bf16>(y, p.y, p.Dout, token, column);
+  } else {
+    store_four<Half>(y, p.y, p.Dout, token, column);
+  }
+}
+
+// Bits, not numbers: a NaN keeps its payload.
+template <class Word>
+CU_FAST_DEVICE void copy_words(const void* from, void* to, int64_t first, int64_t end) {
+  for (int64_t i = first + thread_index(); i < end; i += kThreads) {
+    static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
+  }
+}
+
+CU_FAST_DEVICE void copy_residual(const DeleteLatentsParams& p, int64_t token) {
+  const int64_t size = p.residual.dtype == Dtype::f32 ? 4 : 2;
+  const void* const from = p.residual.from_row(token).data;
+  void* const to = static_cast<char*>(p.y) + token * p.Dout * size;
+  const bool wide = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
+  const int64_t vectors = wide ? p.Dout * size / 16 : 0;
+  copy_words<uint4>(from, to, 0, vectors);
+  if (size == 4) {
+    copy_words<uint32_t>(from, to, vectors * 4, p.Dout);
+  } else {
+    copy_words<uint16_t>(from, to, vectors * 8, p.Dout);
+  }
+}
+
+// Of latents [begin, begin + kSlots) of a token's list, those that change, in their order. By the first warp.
+template <class Shared>
+CU_FAST_DEVICE void list_changes(const DeleteLatentsParams& p, int64_t token, int t, int64_t begin,
+                                 Shared& shared) {
+  const int64_t list = shared.mask[t] * p.M;
+  const bool idles = shared.idles >> t & 1;
+  int32_t used = 0;
+  for (int64_t at = begin; at < begin + kSlots && at < shared.listed[t]; at += 32) {
+    const int64_t i = at + lane_index();
+    DecodeSlot mine = {};
+    bool changes = false;
+    if (i < shared.listed[t]) {
+      const float pre = shared.pre[t][i];
+      const float* const change = p.mask_change + (list + i) * 3;
+      mine.id = p.mask_latents[list + i];
+      if (fires(p, token, mine.id, pre)) {
+        changes = true;
+        mine.weight = add(add(multiply(change[0], pre), change[1]), -pre);
+      } else if (idles) {
+        mine.weight = change[2];
+        changes = mine.weight != 0;
+      }
+    }
+    const uint32_t those = ballot(changes);
+    if (changes) shared.slots[used + count_bits(those & ((1u << lane_index()) - 1))] = mine;
+    used += count_bits(those);
+  }
+  if (lane_index() == 0) shared.used = used;
+}
+
+// A token of which something fired. Returns its dose, to the block's first thread.
+template <class Shared>
+CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, int t, Shared& shared) {
+  Matrix dec = p.dec;
+  dec.dtype = Dtype::f32;
+  const bool dec_fours = reads_fours(dec), residual_fours = reads_fours(p.residual);
+  float partial[4] = {};  // first quad: of the squares of what is added; second: of the residual's
+  for (int64_t first = 0; first < p.Dout; first += kStage) {
+    const int64_t column = first + 4 * thread_index();
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int64_t begin = 0; begin < shared.listed[t]; begin += kSlots) {
+      if (first == 0 || shared.listed[t] > kSlots) {
+        sync_block();  // the previous slots have been read
+        if (warp_index() == 0) list_changes(p, token, t, begin, shared);
+        sync_block();
+      }
+      if (column >= p.Dout) continue;
+      for (int i = 0; i < shared.used; i += kRowsInFlight) {
+        uint4 rows[kRowsInFlight];
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          if (i + r < shared.used) rows[r] = load_raw(dec, dec_fours, shared.slots[i + r].id, column, p.Dout);
+        }
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          if (i + r >= shared.used) break;
+          const float change = shared.slots[i + r].weight;
+          float4 row = widen_four(rows[r], dec.dtype);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) entry(sum, c) = add(entry(sum, c), multiply(change, entry(row, c)));
+        }
+      }
+    }
+    float4 kept = make_float4(0, 0, 0, 0), y = kept;
+    if (column < p.Dout) {
+      kept = widen_four(load_raw(p.residual, residual_fours, token, column, p.Dout), p.residual.dtype);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        // Beyond the width there is nothing to multiply: sigma may be what makes NaN of a zero.
+        if (column + c < p.Dout) entry(sum, c) = multiply(shared.sigma[t], entry(sum, c));
+        entry(y, c) = add(entry(kept, c), entry(sum, c));
+      }
+      store_y(p, y, token, column);
+    }
+    sync_block();  // the previous squares have been added
+    *reinterpret_cast<float4*>(&shared.rows[0][4 * thread_index()]) = squared(sum);
+    *reinterpret_cast<float4*>(&shared.rows[1][4 * thread_index()]) = squared(kept);
+    sync_block();
+    if (thread_index() < 8) add_terms(partial, shared.rows[thread_index() / 4], p.Dout - first);
+  }
+  const float norm = sqrtf(quad_sum(partial));
+  return norm / shuffle_xor(norm, 4);
+}
+
+template <int kTokens, int kMost, int kLoads>
+CU_FAST_KERNEL(kThreads, 2)
+delete_latents(DeleteLatentsParams p) {
+  start_kernel();
+  using Shared = DeleteShared<kTokens, kMost>;
+  Shared& shared = shared_memory<Shared>();
+  const int64_t t0 = int64_t{block_index_x()} * kTokens;
+  const int thread = thread_index();
+
+  // The mask of each token, and how long its list is.
+  if (thread == 0) shared.faulty = shared.idles = 0;
+  sync_block();
+  if (warp_index() < kTokens) {
+    const int t = warp_index();
+    const int32_t row = t0 + t < p.T ? p.mask_row[t0 + t] : -1;
+    const bool exists = row >= 0 && row < p.U;
+    int64_t listed = 0;
+    while (exists && listed < p.M) {
+      const int64_t i = listed + lane_index();
+      const uint32_t ends = ballot(i >= p.M || p.mask_latents[row * p.M + i] < 0);
+      listed += ends == 0 ? 32 : count_bits(~ends & (ends - 1));
+      if (ends != 0) break;
+    }
+    if (lane_index() == 0) {
+      shared.mask[t] = exists ? row : -1;
+      shared.listed[t] = static_cast<int32_t>(listed);
+      shared.hits[t] = 0;
+      shared.rho[t] = shared.sigma[t] = 1;
+      if (row != -1 && !exists) atomic_or(&shared.faulty, 1u << t);
+    }
+  }
+  sync_block();
+
+  // 1. A token without a mask counts as zeros.
+  const bool x_fours = reads_fours(p.x);
+  const auto x = [&](int t, int64_t column) {
+    if (shared.mask[t] < 0) return make_float4(0, 0, 0, 0);
+    return widen_four(load_raw(p.x, x_fours, t0 + t, column, p.Din), p.x.dtype);
+  };
+  const auto checked_x = [&](int t, int64_t column) {
+    const float4 four = x(t, column);
+    if (!is_finite(four)) atomic_or(&shared.faulty, 1u << t);
+    return four;
+  };
+  if (p.scale == TokenScale::none) {
+    for (int64_t column = 4 * thread; column < p.Din; column += kStage) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) checked_x(t, column);
+    }
+  } else {
+    const bool centres = p.scale == TokenScale::layer_norm;
+    float sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+      const float4 four = checked_x(t, column);
+      return centres ? four : squared(four);
+    });
+    if (centres) {
+      if (thread < 4 * kTokens) shared.mean[thread / 4] = sum / static_cast<float>(p.Din);
+      sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+        float4 four = x(t, column);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          entry(four, c) = column + c < p.Din ? add(entry(four, c), -shared.mean[t]) : 0.0f;
+        }
+        return squared(four);
+      });
+    }
+    if (thread < 4 * kTokens) {
+      const int t = thread / 4;
+      const float norm = sqrtf(centres ? sum / static_cast<float>(p.Din - 1) : sum);
+      const float sigma = centres ? norm : norm / p.norm;
+      shared.sigma[t] = sigma;
+      shared.rho[t] = centres ? 1 / add(sigma, kLayerNormEps) : norm == 0 ? 0.0f : p.norm / norm;
+      if (shared.mask[t] >= 0 && !is_finite(sigma)) atomic_or(&shared.faulty, 1u << t);
+    }
+  }
+  sync_block();
+
+  // 2.
+  Matrix enc = p.enc;
+  enc.dtype = Dtype::f32;
+  const bool enc_fours = reads_fours(enc);
+  const auto scores = [&](int t) { return shared.faulty >> t & 1 ? 0 : shared.listed[t]; };
+  int32_t most = 0;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) most = scores(t) > most ? scores(t) : most;
+  const int own = thread / 4 % kTokens;
+  for (int32_t begin = 0; begin < most; begin += kQuads / kTokens) {
+    const int32_t i = begin + thread / 4 / kTokens;
+    const bool scored = i < scores(own);
+    const int32_t id = scored ? p.mask_latents[shared.mask[own] * p.M + i] : -1;
+    const bool exists = scored && id < p.R;
+    float partial[1][4] = {};
+    for (int64_t first = 0; first < p.Din; first += kStage) {
+      const int64_t column = first + 4 * thread;
+      sync_block();  // the previous entries have been read
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        float4 four = x(t, column);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          // A zero beyond the width stays one, whatever rho is.
+          entry(four, c) = column + c < p.Din ? multiply(entry(four, c), shared.rho[t]) : 0.0f;
+        }
+        *reinterpret_cast<float4*>(&shared.rows[t][4 * thread]) = four;
+      }
+      sync_block();
+      const auto z = [&](int, int64_t e) {
+        return *reinterpret_cast<const float4*>(&shared.rows[own][e - first]);
+      };
+      for (int64_t e = first; e < first + kStage && e < p.Din && exists; e += kLoads * kLanes) {
+        add_steps<1, kLoads>(partial, enc, enc_fours, id, e, p.Din, z);
+      }
+    }
+    const float dot = quad_sum(partial[0]);
+    if (scored && thread % 4 == 0) shared.pre[own][i] = exists ? add(dot, p.bias[id]) : quiet_nan();
+  }
+  sync_block();
+
+  // 3.
+  constexpr int kSharers = kThreads / kTokens;
+  {
+    const int t = thread / kSharers;
+    const int32_t end = scores(t);
+    const int64_t list = shared.mask[t] * p.M;
+    sync_block();  // all have read faulty
+    int32_t hits = 0;
+    for (int32_t i = thread % kSharers; i < end; i += kSharers) {
+      const float pre = shared.pre[t][i];
+      if (pre != pre) {
+        atomic_or(&shared.faulty, 1u << t);
+      } else if (fires(p, t0 + t, p.mask_latents[list + i], pre)) {
+        ++hits;
+        if (p.mask_change[(list + i) * 3 + 2] != 0) atomic_or(&shared.idles, 1u << t);
+      }
+    }
+    if (hits != 0) atomic_add(&shared.hits[t], hits);
+  }
+  sync_block();
+
+  // 4.
+  for (int t = 0; t < kTokens && t0 + t < p.T; ++t) {
+    const int64_t token = t0 + t;
+    const bool faulty = shared.faulty >> t & 1;
+    const int32_t hits = faulty ? 0 : shared.hits[t];
+    float dose = faulty ? quiet_nan() : 0.0f;
+    if (faulty) {
+      const float4 nan = make_float4(dose, dose, dose, dose);
+      for (int64_t column = 4 * thread; column < p.Dout; column += kStage) store_y(p, nan, token, column);
+    } else if (hits == 0) {
+      copy_residual(p, token);
+    } else {
+      dose = change_token(p, token, t, shared);
+    }
+    if (thread == 0) {
+      p.hits[token] = hits;
+      p.dose[token] = dose;
+    }
+  }
+}
+
+template <int kTokens, int kMost, int kLoads>
+void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
+  static_assert(kTokens <= kWarps && kStage % (kLoads * kLanes) == 0);
+  launch(delete_latents<kTokens, kMost, kLoads>, Grid2{(p.T + kTokens - 1) / kTokens}, kThreads, stream, p);
+}
+
+}  // namespace
+
+void launch_delete_latents(const DeleteLatentsParams& p, Stream stream) {
+  if (p.T == 0) return;
+  // Four tokens per block where that leaves work for half of the multiprocessors.
+  constexpr int kMostOfFour = 1024;
+  if (p.M <= kMostOfFour && p.T > 2 * int64_t{multiprocessors()}) {
+    launch_tokens<4, kMostOfFour, 8>(p, stream);
+  } else {
+    launch_tokens<1, kMaxMaskLatents, 16>(p, stream);
+  }
+}
+
+}  // namespace cu_fast
