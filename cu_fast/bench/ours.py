@@ -94,11 +94,16 @@ def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Ours:
     return run, lambda y: Answer(module.select(inputs.x).ids, y), f"mask mode {module.mask_mode}"
 
 
-def _delete(inputs: Inputs, impl: str, scan: str) -> Ours:
+def deletion(inputs: Inputs) -> tuple[ops.Latents, ops.LatentMasks]:
+    """What ``delete_latents`` is given beside x and the masks' rows."""
     latents = ops.Latents(*(part.float() for part in (inputs.codes, inputs.bias, inputs.theta, inputs.dec)))
     change = torch.zeros(*inputs.latents.shape, 3, device=inputs.x.device)
     change[..., 1] = CLAMP
-    masks = ops.LatentMasks(inputs.latents, change)
+    return latents, ops.LatentMasks(inputs.latents, change)
+
+
+def _delete(inputs: Inputs, impl: str, scan: str) -> Ours:
+    latents, masks = deletion(inputs)
 
     def run(impl: str = impl, some: slice = ALL) -> ops.Deletion:
         return ops.delete_latents(inputs.x[some], latents, masks, inputs.mask_row[some], impl=impl)
