@@ -49,16 +49,23 @@ inline void with_row(const Matrix& m, int64_t row, Use use) {
 // to[0, round_up(n, 16)) = row of m - minus (null: zero), padded with zeros. Returns whether all values are
 // finite.
 inline bool widen_row(const Matrix& m, int64_t row, const float* minus, int64_t n, float* to) {
-  Vec faults = Vec::broadcast(0);  // x - x is 0, or NaN if x is not finite
+  const Vec none = Vec::broadcast(0);
+  Vec faults[4] = {none, none, none, none};  // x - x is 0, or NaN if x is not finite; one sum would be waited for
   with_row(m, row, [&](const auto* from) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec x = load_first(from + i, n - i);
-      if (minus != nullptr) x = x - load_first(minus + i, n - i);
-      faults = faults + (x - x);
-      x.store(to + i);
+    for (int64_t i = 0; i < n; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const int64_t at = i + v * kLanes;
+        if (at >= n) break;
+        Vec x = load_first(from + at, n - at);
+        if (minus != nullptr) x = x - load_first(minus + at, n - at);
+        faults[v] = faults[v] + (x - x);
+        x.store(to + at);
+      }
     }
   });
-  return Vec::at_least(faults, faults) == (1u << kLanes) - 1;
+  const Vec sum = (faults[0] + faults[1]) + (faults[2] + faults[3]);
+  return Vec::at_least(sum, sum) == (1u << kLanes) - 1;
 }
 
 // The hot loop: kTokens rows of z against kCodes codes, `stride` apart. E is a multiple of 16.

@@ -10,10 +10,10 @@
 //   partials      [kTokens, kRows, 16]    registers
 //   y             [T, Dout]               contiguous, residual's dtype
 //
-// A block's tokens are sorted by mask. Per run of tokens of one mask:
+// A block's tokens have one mask.
 // 1. List its latents up to the first -1, with bias and max(theta, 0). One that does not exist: NaN.
 // 2. Widen the rows of x, multiply by rho, note those that are NaN.
-// 3. Dot products of a tile of latents and all the run's tokens, kRows x kTokens at a time.
+// 3. Dot products of a tile of latents and all the block's tokens, kRows x kTokens at a time.
 // 4. Per token: compare pre with max(theta, 0), 16 at a time, and with the floor, where it has one; list the
 //    latents that fire, each with new - a. None: copy the residual.
 // 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual, store.
@@ -154,8 +154,8 @@ void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, con
   constexpr int kTokens = Vec::kDeepTokens;
   const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
   const float* rows[kRows];
-  for (int r = 0; r < kRows; ++r)
-    rows[r] = static_cast<const float*>(p.enc.data) + ids[std::min<int64_t>(r, n - 1)] * p.enc.stride;
+  for (int64_t r = 0; r < kRows; ++r)
+    rows[r] = static_cast<const float*>(p.enc.data) + ids[std::min(r, n - 1)] * p.enc.stride;
   alignas(64) float partials[kLatentTokens * kRows * kLanes];
   const int64_t chunk = tokens > kTokens ? kChunk : p.Din;
   int64_t begin = 0;
@@ -174,19 +174,12 @@ void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, con
 void score_rows(const DeleteLatentsParams& p, const Listed& listed, int64_t m_begin, int64_t m_end,
                 const float* x, int64_t tokens, float* pre) {
   constexpr int kRows = Vec::kDeepCodes, kHalf = (kRows + 1) / 2;
-  for (int64_t m = m_begin; m < m_end;) {
+  for (int64_t m = m_begin, n; m < m_end; m += n) {
     const int64_t left = m_end - m;
     const int32_t* const ids = listed.ids + m;
-    if (left > kHalf) {
-      score_tile<kRows>(p, ids, std::min<int64_t>(left, kRows), x, tokens, pre + m);
-      m += kRows;
-    } else if (left > 1) {
-      score_tile<kHalf>(p, ids, left, x, tokens, pre + m);
-      m += kHalf;
-    } else {
-      score_tile<1>(p, ids, left, x, tokens, pre + m);
-      m += 1;
-    }
+    n = std::min<int64_t>(left, kRows);
+    const auto score = left > kHalf ? score_tile<kRows> : left > 1 ? score_tile<kHalf> : score_tile<1>;
+    score(p, ids, n, x, tokens, pre + m);
   }
 }
 
@@ -307,27 +300,20 @@ void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep
                     const LatentScores& scores) {
   const LatentScratch at(p);
   const int64_t tokens = block.tokens();
-  for (int64_t begin = 0, end; begin < tokens; begin = end) {
-    const int32_t mask = p.mask_row[block.token(begin)];
-    for (end = begin + 1; end < tokens && p.mask_row[block.token(end)] == mask;) ++end;
-    const Listed listed = list_latents(p, mask, scratch);
-    if (step != LatentStep::apply) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* const x = scratch + at.x() + (t - begin) * at.width;
-        const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
-        const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
-        if (block.c_begin == 0)
-          scores.sigma[t] = sigma;  // once, where several threads have parts of the list
-      }
-      if (listed.exist) {
-        score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), end - begin,
-                   scores.pre + begin * at.listed);
-      }
+  const Listed listed = list_latents(p, p.mask_row[block.token(0)], scratch);
+  if (step != LatentStep::apply) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const x = scratch + at.x() + t * at.width;
+      const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
+      const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
+      if (block.c_begin == 0) scores.sigma[t] = sigma;  // once, where several threads have parts of the list
     }
-    if (step == LatentStep::score) continue;
-    for (int64_t t = begin; t < end; ++t) {
-      finish_token(p, listed, block.token(t), scores.pre + t * at.listed, scores.sigma[t],
-                   reinterpret_cast<DecodeSlot*>(scratch + at.slots()));
-    }
+    if (listed.exist)
+      score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), tokens,
+                 scores.pre);
   }
+  if (step == LatentStep::score) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    finish_token(p, listed, block.token(t), scores.pre + t * at.listed, scores.sigma[t],
+                 reinterpret_cast<DecodeSlot*>(scratch + at.slots()));
 }

@@ -38,8 +38,18 @@ void copy_token(const DeleteLatentsParams& p, int64_t token) {
   p.dose[token] = 0;
 }
 
-// Multiplications that take as long as reading or writing an element of a row.
+// Where a block ends that begins at `t`: its tokens have one mask, and are as many as in the others of the mask.
+int64_t block_end(const DeleteLatentsParams& p, const int64_t* order, int64_t t, int64_t end) {
+  int64_t same = t + 1;
+  while (same < end && p.mask_row[order[same]] == p.mask_row[order[t]]) ++same;
+  const int64_t blocks = (same - t + kLatentTokens - 1) / kLatentTokens;
+  return t + (same - t + blocks - 1) / blocks;
+}
+
+// Multiplications that take as long as reading or writing an element.
 constexpr int64_t kWorkOfElement = 4;
+// Multiplications that justify waking a thread: about 10 us.
+constexpr int64_t kWorkOfThread = 1024 * 1024;
 // Latents that justify a part of their own.
 constexpr int64_t kPartLatents = 16;
 
@@ -54,8 +64,8 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
   const int64_t* const with_mask = sorted.order.data() + unmasked;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t moving = kWorkOfElement * (p.Din + 2 * p.Dout);
-  const int64_t work = masked * p.M * p.Din + p.T * moving;
-  const int64_t most = std::min(threads, 1 + work / kMinWork);
+  const int64_t rows = masked == 0 ? 0 : p.M * p.Din, work = (masked + kWorkOfElement) * rows + p.T * moving;
+  const int64_t most = std::min(threads, 1 + work / kWorkOfThread);
   // Blocks of tokens that keep all threads busy; if there are too few, parts of the lists too.
   const int64_t blocks = std::max<int64_t>(1, masked / kFairTokens);
   const int64_t parts =
@@ -73,10 +83,11 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
   const auto run_tokens = [&](int64_t worker, int64_t begin, int64_t end, int64_t c_begin, int64_t c_end,
                               LatentStep step) {
     float* const mine = scratch + worker * floats;
-    for (int64_t t = begin; t < end; t += kLatentTokens) {
+    for (int64_t t = begin, next; t < end; t = next) {
+      next = block_end(p, with_mask, t, end);
       const LatentScores scores = step == LatentStep::both ? LatentScores{mine + at.pre(), mine + at.sigma()}
                                                            : all.from_token(t, p.M);
-      run(p, {t, std::min(end, t + kLatentTokens), c_begin, c_end, 0, with_mask}, step, mine, scores);
+      run(p, {t, next, c_begin, c_end, 0, with_mask}, step, mine, scores);
     }
   };
   if (parts > 1) {
@@ -88,7 +99,7 @@ void Cpu::delete_latents(const DeleteLatentsParams& p) const {
       }
     });
   }
-  const int64_t finishers = parts > 1 ? std::min({workers, p.T, 1 + p.T * moving / kMinWork}) : workers;
+  const int64_t finishers = parts > 1 ? std::min({workers, p.T, 1 + p.T * moving / kWorkOfThread}) : workers;
   parallel(finishers, finishers, [&](int64_t worker, int64_t begin, int64_t end) {
     const auto share = [&](int64_t n, int64_t w) {
       return w == finishers ? n : round_up(n * w / finishers, 4);

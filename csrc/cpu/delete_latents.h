@@ -10,8 +10,9 @@
 
 namespace cu_fast {
 
-// The most tokens of a block: their rows, widened, stay in the L2 cache (36 x 2304 floats are 324 KiB).
-inline constexpr int64_t kLatentTokens = 36;
+// The most tokens of a block: each latent's row is read from memory once for so many. Their own, widened, stay in the L2
+// cache (64 x 2304 floats are 576 KiB).
+inline constexpr int64_t kLatentTokens = 64;
 
 // score: pre and sigma of tokens. apply: the rest, from these. Both at once where a block has whole masks.
 enum class LatentStep { score, apply, both };
@@ -29,7 +30,6 @@ struct LatentScratch {
   int64_t tokens, width, listed;
 
   explicit LatentScratch(const DeleteLatentsParams& p)
-
       : tokens(std::min(p.T, kLatentTokens)), width(round_up(p.Din, kLanes)), listed(round_up(p.M, kLanes)) {}
 
   int64_t x() const { return 0; }                                     // [tokens, width], rho x

@@ -28,7 +28,7 @@ CU_FAST_FOR_EACH_LEVEL(
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
     // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
     void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);
-    // The given steps of a block's tokens, which are sorted by mask; its codes are places in their masks' lists.
+    // The given steps of a block's tokens, which have one mask; its codes are places in the mask's list.
     void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep step, float* scratch,
                         const LatentScores& scores);
     // Return the operations or bytes done (peak-inl.h).

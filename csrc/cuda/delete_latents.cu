@@ -1,29 +1,30 @@
-// Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i, one launch.
+// Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i. One launch.
 //
-//   pre_i = canonical(enc_i, rho x_t) + bias_i; a latent of the token's mask fires where pre_i > max(theta_i, 0)
-//   and (pre_i, i) is not below the token's floor
+//   pre_i = canonical(enc_i, rho x_t) + bias_i
+//   A latent of the token's mask fires where pre_i > max(theta_i, 0) and (pre_i, i) is not below the token's
+//   floor.
 //
-//   what            shape                             where it stays
-//   x, residual     [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; read per token, x 2 or 3 times: L1
-//   enc, dec        fp32 [R, Din], [R, Dout]          in place: the rows of masks, of dec those that fire: L2
-//   rho x           [kTokens, kStage]                 shared, kStage entries at a time, so that any Din will do
-//   pre             [kTokens, kMost]                  shared
-//   y               [T, Dout]                         contiguous, residual's dtype
+//   what         shape                             where it stays
+//   x, residual  [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; x is read two to four times: L1
+//   enc, dec     fp32 [R, Din], [R, Dout]          in place: the rows of masks; of dec those that change: L2
+//   rho x        [kTokens, kStage]                 shared, kStage entries at a time: any Din will do
+//   pre          [kTokens, kMost]                  shared
+//   y            [T, Dout]                         contiguous, residual's dtype
 //
-// One block per kTokens neighbouring tokens, each with its own mask.
-// 1. Per token: whether x is finite, rho and sigma.
-// 2. pre: a quad (cuda/canonical.h) per pair of token and latent. The tokens' quads of a latent are neighbours in a
-//    warp: under the same mask one read of its row serves all.
+// One block per kTokens neighbouring tokens, each of which has its own mask.
+// 1. Per token: whether x is finite; rho and sigma.
+// 2. pre, by a quad (cuda/canonical.h) per pair of token and latent. The quads of a block's tokens and one
+//    place in their lists are neighbours in a warp: under the same mask one read of enc serves them all.
 // 3. Which latents fire, how many, and whether idle values count.
-// 4. Token by token. Nothing fired: the residual's bits are copied. Else the first warp lists what changes, in the order
-//    of the mask, and each thread adds up four columns; the squares for the dose go through shared memory to the first
-//    warp, which adds them canonically while the others are at the next columns.
+// 4. Token by token. Where nothing fired the residual's bits are copied. Else the first warp lists what
+//    changes, in the mask's order, and a thread adds up four columns. The squares for the dose go through
+//    shared memory to the first warp, which adds them canonically while the others are at the next columns.
 //
-// What bounds it (inferred, not measured), with 20 latents per mask and Din = Dout = 4096: the rows of enc, 320 KiB per
-// block, come from L2. One token per block, 512 tokens: 160 MiB, some 30 us of an H100's L2. Four tokens per block read
-// a quarter; then the 84 million products and sums, which must not be fused, take about as long as reading x and
-// writing y do. So many tokens go four to a block. With few tokens a block waits for its rows of enc: kLoads of them
-// are in flight per thread. Where little fires, dec is hardly read.
+// What bounds it (inferred, not measured), with 512 tokens, Din = Dout = 4096 and 20 latents per mask on an
+// H100: a block reads 320 KiB of enc from L2. With a token per block that is 160 MiB, some 30 us; with four
+// per block 40 MiB, no more than the 84 million products and sums take, which must not be fused, or reading x
+// and writing y. So many tokens go four to a block. Few tokens wait for memory: kLoads reads of enc are in
+// flight per thread.
 
 #include "cuda/canonical.h"
 #include "cuda/kernels.h"
@@ -32,16 +33,18 @@
 namespace cu_fast {
 namespace {
 
-inline constexpr int kStage = 4 * kThreads;  // columns that a block works on at a time, four per thread
-// A row of them in shared memory is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read
-// serves at a time read different banks.
-inline constexpr int kStride = kStage + 16;
 inline constexpr int kSlots = 256;
 inline constexpr int kRowsInFlight = 8;  // of dec
-inline constexpr int kQuads = kThreads / 4;
 
-template <int kTokens, int kMost>
+// kMost latents at most in a mask.
+template <int kTokensPerBlock, int kBlockThreads, int kMost>
 struct DeleteShared {
+  static constexpr int kTokens = kTokensPerBlock, kBlock = kBlockThreads;
+  static constexpr int kStage = 4 * kBlock;  // columns that the block works on at a time, four per thread
+  // A row of them is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read serves
+  // at a time read different banks.
+  static constexpr int kStride = kStage + 16;
+
   alignas(16) float pre[kTokens][kMost];
   alignas(16) float rows[kTokens < 2 ? 2 : kTokens][kStride];
   DecodeSlot slots[kSlots];  // the latents that change, and by how much
@@ -56,10 +59,11 @@ CU_FAST_DEVICE float4 squared(float4 x) {
   return make_float4(multiply(x.x, x.x), multiply(x.y, x.y), multiply(x.z, x.z), multiply(x.w, x.w));
 }
 
-// Adds a row of terms in shared memory, those of columns [0, width), to the partials that this thread of a quad has.
+// Adds a row of at most kStage terms in shared memory to the partials that this thread of a quad has.
+template <int kStage>
 CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t width) {
   const int q = thread_index() % 4;
-#pragma unroll 4
+#pragma unroll 8
   for (int e = 0; e < kStage && e < width; e += kLanes) {
     const float4 term = *reinterpret_cast<const float4*>(row + e + 4 * q);
     partial[0] = add(partial[0], term.x);
@@ -69,19 +73,46 @@ CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t wid
   }
 }
 
+// Adds the products of entries [first, first + kStage) of a row of enc and of x, in shared memory. Whole
+// batches of kLoads apart from the rest: to test every load would take more instructions than its products.
+template <int kLoads, int kStage>
+CU_FAST_DEVICE void add_products_of_row(float (&partial)[4], const Matrix& enc, bool fours, int32_t id,
+                                        int64_t first, int64_t width, const float* x) {
+  static_assert(kStage % (kLoads * kLanes) == 0);
+  const int q = thread_index() % 4;
+  const float* const row = static_cast<const float*>(enc.data) + id * enc.stride + first + 4 * q;
+  const int end = static_cast<int>(width - first < kStage ? width - first : kStage);
+  const int whole = fours ? end / (kLoads * kLanes) * (kLoads * kLanes) : 0;
+  for (int e = 0; e < whole; e += kLoads * kLanes) {
+    float4 entries[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) entries[i] = *reinterpret_cast<const float4*>(row + e + i * kLanes);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      add_products(partial, *reinterpret_cast<const float4*>(x + e + i * kLanes + 4 * q), entries[i]);
+    }
+  }
+#pragma unroll 1
+  for (int e = whole; e < end; e += kLanes) {
+    const uint4 raw = load_raw(enc, fours, id, first + e + 4 * q, width);
+    add_products(partial, *reinterpret_cast<const float4*>(x + e + 4 * q), widen_four(raw, Dtype::f32));
+  }
+}
+
 // The canonical sum of the terms of each token, in the threads of the first warp: quad t has that of token t.
 // term(t, column) returns four of them, zeros beyond the width.
-template <int kTokens, class Shared, class Term>
+template <class Shared, class Term>
 CU_FAST_DEVICE float canonical_sums(Shared& shared, int64_t width, const Term& term) {
   float partial[4] = {};
-  for (int64_t first = 0; first < width; first += kStage) {
+  for (int64_t first = 0; first < width; first += Shared::kStage) {
     sync_block();  // the previous terms have been read
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < Shared::kTokens; ++t) {
       *reinterpret_cast<float4*>(&shared.rows[t][4 * thread_index()]) = term(t, first + 4 * thread_index());
     }
     sync_block();
-    if (thread_index() < 4 * kTokens) add_terms(partial, shared.rows[thread_index() / 4], width - first);
+    if (thread_index() < 4 * Shared::kTokens)
+      add_terms<Shared::kStage>(partial, shared.rows[thread_index() / 4], width - first);
   }
   return quad_sum(partial);
 }
@@ -124,28 +155,29 @@ CU_FAST_DEVICE void store_y(const DeleteLatentsParams& p, float4 y, int64_t toke
 }
 
 // Bits, not numbers: a NaN keeps its payload.
-template <class Word>
+template <class Word, int kBlock>
 CU_FAST_DEVICE void copy_words(const void* from, void* to, int64_t first, int64_t end) {
-  for (int64_t i = first + thread_index(); i < end; i += kThreads) {
+  for (int64_t i = first + thread_index(); i < end; i += kBlock) {
     static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
   }
 }
 
+template <int kBlock>
 CU_FAST_DEVICE void copy_residual(const DeleteLatentsParams& p, int64_t token) {
   const int64_t size = p.residual.dtype == Dtype::f32 ? 4 : 2;
   const void* const from = p.residual.from_row(token).data;
   void* const to = static_cast<char*>(p.y) + token * p.Dout * size;
   const bool wide = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
   const int64_t vectors = wide ? p.Dout * size / 16 : 0;
-  copy_words<uint4>(from, to, 0, vectors);
+  copy_words<uint4, kBlock>(from, to, 0, vectors);
   if (size == 4) {
-    copy_words<uint32_t>(from, to, vectors * 4, p.Dout);
+    copy_words<uint32_t, kBlock>(from, to, vectors * 4, p.Dout);
   } else {
-    copy_words<uint16_t>(from, to, vectors * 8, p.Dout);
+    copy_words<uint16_t, kBlock>(from, to, vectors * 8, p.Dout);
   }
 }
 
-// Of latents [begin, begin + kSlots) of a token's list, those that change, in their order. By the first warp.
+// Lists which of latents [begin, begin + kSlots) of a token's mask change. By the first warp.
 template <class Shared>
 CU_FAST_DEVICE void list_changes(const DeleteLatentsParams& p, int64_t token, int t, int64_t begin,
                                  Shared& shared) {
@@ -182,8 +214,9 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
   dec.dtype = Dtype::f32;
   const bool dec_fours = reads_fours(dec), residual_fours = reads_fours(p.residual);
   float partial[4] = {};  // first quad: of the squares of what is added; second: of the residual's
-  for (int64_t first = 0; first < p.Dout; first += kStage) {
+  for (int64_t first = 0; first < p.Dout; first += Shared::kStage) {
     const int64_t column = first + 4 * thread_index();
+    const bool whole = dec_fours && column + 4 <= p.Dout;
     float4 sum = make_float4(0, 0, 0, 0);
     for (int64_t begin = 0; begin < shared.listed[t]; begin += kSlots) {
       if (first == 0 || shared.listed[t] > kSlots) {
@@ -192,19 +225,32 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
         sync_block();
       }
       if (column >= p.Dout) continue;
-      for (int i = 0; i < shared.used; i += kRowsInFlight) {
-        uint4 rows[kRowsInFlight];
+      const int used = shared.used;
+      const auto add_row = [&](float change, float4 row) {
 #pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          if (i + r < shared.used) rows[r] = load_raw(dec, dec_fours, shared.slots[i + r].id, column, p.Dout);
+        for (int c = 0; c < 4; ++c) entry(sum, c) = add(entry(sum, c), multiply(change, entry(row, c)));
+      };
+      if (whole) {
+        const float* const column_of = static_cast<const float*>(dec.data) + column;
+        for (int i = 0; i < used; i += kRowsInFlight) {
+          float4 rows[kRowsInFlight];
+#pragma unroll
+          for (int r = 0; r < kRowsInFlight; ++r) {
+            if (i + r < used) {
+              rows[r] = *reinterpret_cast<const float4*>(column_of + shared.slots[i + r].id * dec.stride);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kRowsInFlight; ++r) {
+            if (i + r >= used) break;
+            add_row(shared.slots[i + r].weight, rows[r]);
+          }
         }
-#pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          if (i + r >= shared.used) break;
-          const float change = shared.slots[i + r].weight;
-          float4 row = widen_four(rows[r], dec.dtype);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) entry(sum, c) = add(entry(sum, c), multiply(change, entry(row, c)));
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < used; ++i) {
+          const uint4 raw = load_raw(dec, dec_fours, shared.slots[i].id, column, p.Dout);
+          add_row(shared.slots[i].weight, widen_four(raw, Dtype::f32));
         }
       }
     }
@@ -213,8 +259,8 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
       kept = widen_four(load_raw(p.residual, residual_fours, token, column, p.Dout), p.residual.dtype);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        // Beyond the width there is nothing to multiply: sigma may be what makes NaN of a zero.
-        if (column + c < p.Dout) entry(sum, c) = multiply(shared.sigma[t], entry(sum, c));
+        // Beyond the width there is nothing: an infinite change has made NaN of its zeros.
+        entry(sum, c) = column + c < p.Dout ? multiply(shared.sigma[t], entry(sum, c)) : 0.0f;
         entry(y, c) = add(entry(kept, c), entry(sum, c));
       }
       store_y(p, y, token, column);
@@ -223,17 +269,20 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
     *reinterpret_cast<float4*>(&shared.rows[0][4 * thread_index()]) = squared(sum);
     *reinterpret_cast<float4*>(&shared.rows[1][4 * thread_index()]) = squared(kept);
     sync_block();
-    if (thread_index() < 8) add_terms(partial, shared.rows[thread_index() / 4], p.Dout - first);
+    if (thread_index() < 8)
+      add_terms<Shared::kStage>(partial, shared.rows[thread_index() / 4], p.Dout - first);
   }
   const float norm = sqrtf(quad_sum(partial));
   return norm / shuffle_xor(norm, 4);
 }
 
-template <int kTokens, int kMost, int kLoads>
-CU_FAST_KERNEL(kThreads, 2)
+template <int kTokens, int kBlock, int kMost, int kLoads>
+CU_FAST_KERNEL(kBlock, 512 / kBlock)
 delete_latents(DeleteLatentsParams p) {
   start_kernel();
-  using Shared = DeleteShared<kTokens, kMost>;
+  using Shared = DeleteShared<kTokens, kBlock, kMost>;
+  constexpr int kStage = Shared::kStage, kPairs = kBlock / 4;
+  static_assert(kTokens <= kBlock / 32);
   Shared& shared = shared_memory<Shared>();
   const int64_t t0 = int64_t{block_index_x()} * kTokens;
   const int thread = thread_index();
@@ -262,7 +311,11 @@ delete_latents(DeleteLatentsParams p) {
   }
   sync_block();
 
-  // 1. A token without a mask counts as zeros.
+  // 1. A token without a mask counts as zeros; where none has one there is nothing to read.
+  bool any = false;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) any = any || shared.mask[t] >= 0;
+  const int64_t width = any ? p.Din : 0;
   const bool x_fours = reads_fours(p.x);
   const auto x = [&](int t, int64_t column) {
     if (shared.mask[t] < 0) return make_float4(0, 0, 0, 0);
@@ -274,19 +327,19 @@ delete_latents(DeleteLatentsParams p) {
     return four;
   };
   if (p.scale == TokenScale::none) {
-    for (int64_t column = 4 * thread; column < p.Din; column += kStage) {
+    for (int64_t column = 4 * thread; column < width; column += kStage) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) checked_x(t, column);
     }
   } else {
     const bool centres = p.scale == TokenScale::layer_norm;
-    float sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+    float sum = canonical_sums(shared, width, [&](int t, int64_t column) {
       const float4 four = checked_x(t, column);
       return centres ? four : squared(four);
     });
     if (centres) {
       if (thread < 4 * kTokens) shared.mean[thread / 4] = sum / static_cast<float>(p.Din);
-      sum = canonical_sums<kTokens>(shared, p.Din, [&](int t, int64_t column) {
+      sum = canonical_sums(shared, width, [&](int t, int64_t column) {
         float4 four = x(t, column);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -315,12 +368,12 @@ delete_latents(DeleteLatentsParams p) {
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) most = scores(t) > most ? scores(t) : most;
   const int own = thread / 4 % kTokens;
-  for (int32_t begin = 0; begin < most; begin += kQuads / kTokens) {
+  for (int32_t begin = 0; begin < most; begin += kPairs / kTokens) {
     const int32_t i = begin + thread / 4 / kTokens;
     const bool scored = i < scores(own);
     const int32_t id = scored ? p.mask_latents[shared.mask[own] * p.M + i] : -1;
     const bool exists = scored && id < p.R;
-    float partial[1][4] = {};
+    float partial[4] = {};
     for (int64_t first = 0; first < p.Din; first += kStage) {
       const int64_t column = first + 4 * thread;
       sync_block();  // the previous entries have been read
@@ -335,20 +388,17 @@ delete_latents(DeleteLatentsParams p) {
         *reinterpret_cast<float4*>(&shared.rows[t][4 * thread]) = four;
       }
       sync_block();
-      const auto z = [&](int, int64_t e) {
-        return *reinterpret_cast<const float4*>(&shared.rows[own][e - first]);
-      };
-      for (int64_t e = first; e < first + kStage && e < p.Din && exists; e += kLoads * kLanes) {
-        add_steps<1, kLoads>(partial, enc, enc_fours, id, e, p.Din, z);
+      if (exists) {
+        add_products_of_row<kLoads, kStage>(partial, enc, enc_fours, id, first, p.Din, shared.rows[own]);
       }
     }
-    const float dot = quad_sum(partial[0]);
+    const float dot = quad_sum(partial);
     if (scored && thread % 4 == 0) shared.pre[own][i] = exists ? add(dot, p.bias[id]) : quiet_nan();
   }
   sync_block();
 
   // 3.
-  constexpr int kSharers = kThreads / kTokens;
+  constexpr int kSharers = kBlock / kTokens;
   {
     const int t = thread / kSharers;
     const int32_t end = scores(t);
@@ -378,7 +428,7 @@ delete_latents(DeleteLatentsParams p) {
       const float4 nan = make_float4(dose, dose, dose, dose);
       for (int64_t column = 4 * thread; column < p.Dout; column += kStage) store_y(p, nan, token, column);
     } else if (hits == 0) {
-      copy_residual(p, token);
+      copy_residual<kBlock>(p, token);
     } else {
       dose = change_token(p, token, t, shared);
     }
@@ -389,10 +439,10 @@ delete_latents(DeleteLatentsParams p) {
   }
 }
 
-template <int kTokens, int kMost, int kLoads>
+template <int kTokens, int kBlock, int kMost, int kLoads>
 void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
-  static_assert(kTokens <= kWarps && kStage % (kLoads * kLanes) == 0);
-  launch(delete_latents<kTokens, kMost, kLoads>, Grid2{(p.T + kTokens - 1) / kTokens}, kThreads, stream, p);
+  const Grid2 grid{(p.T + kTokens - 1) / kTokens};
+  launch(delete_latents<kTokens, kBlock, kMost, kLoads>, grid, kBlock, stream, p);
 }
 
 }  // namespace
@@ -400,11 +450,11 @@ void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
 void launch_delete_latents(const DeleteLatentsParams& p, Stream stream) {
   if (p.T == 0) return;
   // Four tokens per block where that leaves work for half of the multiprocessors.
-  constexpr int kMostOfFour = 1024;
+  constexpr int kMostOfFour = 512;
   if (p.M <= kMostOfFour && p.T > 2 * int64_t{multiprocessors()}) {
-    launch_tokens<4, kMostOfFour, 8>(p, stream);
+    launch_tokens<4, 512, kMostOfFour, 16>(p, stream);
   } else {
-    launch_tokens<1, kMaxMaskLatents, 16>(p, stream);
+    launch_tokens<1, 256, kMaxMaskLatents, 16>(p, stream);
   }
 }
 

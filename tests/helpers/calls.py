@@ -51,6 +51,18 @@ def plane_of(codes: Tensor, inv_norm: Tensor | None = None, on: Any = torch.ops.
     return tuple(call("pack_scan", on=on, codes=codes, inv_norm=inv_norm))
 
 
+def latent_masks(U: int, M: int, R: int, seed: int) -> tuple[Tensor, Tensor]:
+    """mask_latents and mask_change of masks that list up to M of R latents; one in three has an idle that is not 0."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.full((U, M), -1, dtype=torch.int32)
+    for row in latents:
+        n = min(int(torch.randint(M // 2, M + 1, (1,), generator=g)), R)
+        row[:n] = torch.randperm(R, generator=g)[:n].sort().values
+    change = torch.randn(U, M, 3, generator=g)
+    change[..., 2] *= (torch.arange(U) % 3 == 2)[:, None]
+    return latents, change
+
+
 def every_operator(
     T: int, E: int, C: int, k: int, *, kind: str = "gaussian", dtype: torch.dtype = torch.float32, layout: str = "plain",
     mask: bool = True, scan: bool = True, seed: int = 0,
@@ -68,6 +80,11 @@ def every_operator(
     inv_norm = reference.inverse_norm(codes)
     scaled, plain = (plane_of(codes, inv_norm), plane_of(codes)) if scan else (None, None)
     scores, ids, _ = call("codebook_quantize", on=reference, z=z, codes=codes, k=k)
+    enc, (mask_latents, mask_change) = (
+        hurtful.matrix(C, E, kind, torch.float32, seed + 6),
+        latent_masks(3, C // 2, C, seed),
+    )
+    theta, floor_scores = hurtful.normal(C, seed=seed + 7), hurtful.normal(T, seed=seed + 8)
     given = {
         "codebook_quantize": dict(
             z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=masks, return_hits=mask, scan=scaled
@@ -82,6 +99,13 @@ def every_operator(
             x=z, W_enc=W_enc, b_enc=pre, b_pre=pre, relu=mask, codes=codes, inv_norm=inv_norm, bias=bias, k=k,
             mask=masks, reselect=scan, scan=scaled, table=codes, b_dec=pre, score_weights=mask, mean=not mask,
             receipt=receipt,
+        ),
+        "delete_latents": dict(
+            x=z, residual=hurtful.matrix(T, E, kind, dtype, seed + 9) if mask else None,
+            enc=hurtful.strided(enc, layout), bias=hurtful.normal(C, seed=seed + 10), theta=theta, dec=enc.flip(0),
+            scale=seed % 3, norm=3.0, mask_latents=mask_latents, mask_change=mask_change,
+            mask_row=(torch.arange(T) % 4 - 1).int().flip(0), floor_scores=floor_scores if mask else None,
+            floor_ids=torch.arange(T, dtype=torch.int32) if mask else None,
         ),
         "pack_scan": dict(codes=codes, inv_norm=inv_norm if mask else None),
     }  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import deletions
 import hurtful
 import numpy as np
 import pytest
 import torch
 from calls import call, plane_of
 from hurtful import normal
-from test_cuda_kernels import INF, NAN, bottleneck, emulated, pytestmark, same, select
+from test_cuda_kernels import INF, NAN, bottleneck, deleted, emulated, pytestmark, same, select
 
 from cu_fast.kernels import reference
 
@@ -186,6 +187,8 @@ def test_offsets_beyond_two_to_the_31(plane, width):
     ids = torch.arange(17).flip(0)[:, None].int()
     want = call("masked_decode", on=reference, ids=ids, table=near_codes, residual=near_x)
     assert torch.equal(emulated("masked_decode", ids=ids, table=codes, residual=x), want)
+    given = deletions.deletion(17, width, width, 20, M=9, dtype=torch.bfloat16)
+    deleted(given | dict(x=x, residual=x))
 
 
 def test_inputs_are_not_written_to(plane):
@@ -204,6 +207,9 @@ def test_inputs_are_not_written_to(plane):
     emulated("sae_encode_topk", x=z, W_enc=table, b_enc=bias, b_pre=b_pre, k=8, mask=mask, relu=True, scan=plain)
     emulated("masked_decode", ids=ids, weights=weights, table=table, bias=b_dec, residual=z, mask=mask, mean=True)
     assert all(map(torch.equal, given, before))
+    given = deletions.deletion(9, 24, 40, 9, M=5, scale=1, floor=True)
+    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    assert deleted(given)[1].any() and all(torch.equal(given[name], value) for name, value in before.items())
 
 
 def test_a_plane_of_other_codes_is_refused():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import re
 
+import deletions
 import emulation
 import hurtful
 import pytest
 import torch
 from calls import call, every_operator, plane_of
 from hurtful import normal
-from test_cuda_kernels import bottleneck, emulated, kernels, pytestmark, same, select
+from test_cuda_kernels import bottleneck, deleted, emulated, kernels, pytestmark, same, select
 from tiers import heavy
 
 from cu_fast.kernels import reference
@@ -37,6 +38,7 @@ def test_every_kernel_that_ships_has_run():
     for T in (1, 3, 30):
         emulated("sae_encode", x=normal(T, 24), W_enc=normal(40, 24), relu=True)
         select(normal(T, 40), codes)
+        deleted(deletions.deletion(T, 24, 40, 9))
     for T, wgmma in ((8, True), (16, True), (64, True), (72, False), (137, True)):
         select(normal(T, 40), codes, scan=plane_of(codes), wgmma=wgmma)
     assert kernels() == SHIPPED and len(SHIPPED) > 20
@@ -95,6 +97,16 @@ class TestEnds:
         ids[0, 0], ids[-1, 0] = C, -2
         y = emulated("masked_decode", ids=ids, table=table, residual=residual, mean=True)
         assert y[[0, -1]].isnan().all()
+
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("T, Din, Dout, R", [(1, 1, 1, 1), (3, 39, 38, 9), (9, 37, 39, 9)])
+    @layouts
+    def test_delete(self, layout, T, Din, Dout, R, dtype):
+        for M, scale in ((0, 1), (1, 0), (7, 1), (R, 2)):
+            given = deletions.deletion(T, Din, Dout, R, M=M, scale=scale, dtype=dtype, residual=dtype, floor=True)
+            given |= {name: layout(given[name]) for name in ("x", "residual", "enc", "dec")}
+            given["mask_latents"][:, :1], given["mask_latents"][:, 1:2] = R - 1, -1  # the last row of enc and of dec
+            deleted(given)
 
     @pytest.mark.parametrize("scans", [False, True])
     @pytest.mark.parametrize("reselect", [False, True])

@@ -5,6 +5,7 @@ The emulation cuts small (SelectTuning in csrc/cuda/select.h), so that small inp
 
 from __future__ import annotations
 
+import deletions
 import emulation
 import hurtful
 import pytest
@@ -199,6 +200,74 @@ def test_codebook_bottleneck(
     got = emulated("codebook_bottleneck", **given, receipt=receipts[1], seed=seed, multiprocessors=multiprocessors)
     assert hurtful.equal(got, want)
     assert not counts or (torch.equal(*receipts) and receipts[1][0] == 100 + T)
+
+
+def deleted(given, **how):
+    """What the kernels give for delete_latents, which has to be what the reference gives."""
+    want, got = call("delete_latents", on=reference, **given), emulated("delete_latents", **given, **how)
+    assert deletions.same(got, want) and deletions.keeps_bits(*got, given)
+    return got
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    T=st.integers(0, 20) | st.sampled_from([1, 6, 7]), Din=st.integers(1, 70) | st.sampled_from([1024, 1030]),
+    Dout=st.integers(1, 70) | st.sampled_from([1024, 1030]), R=st.integers(1, 60), U=st.integers(0, 3),
+    M=st.integers(0, 20) | st.sampled_from([64, 65]), scale=st.integers(0, 2), kind=hurtful.kinds,
+    latent_kind=st.sampled_from(["gaussian", "tied", "faulty", "huge", "zeros"]), dtype=hurtful.dtypes,
+    residual=st.sampled_from([None, *hurtful.DTYPES]), idle=st.booleans(), floor=st.booleans(), faults=st.booleans(),
+    infinite=st.booleans(), layout=hurtful.layouts, multiprocessors=machines, seed=hurtful.seeds,
+)  # fmt: skip
+def test_delete_latents(multiprocessors, seed, **described):
+    deleted(deletions.deletion(**described, seed=seed), seed=seed, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [3, 40], ids=["four tokens per block", "one token per block"])
+@pytest.mark.parametrize("scale", [0, 1, 2])
+@pytest.mark.parametrize("M", [20, 300, 1100])
+def test_delete_latents_many(M, scale, multiprocessors):
+    """Lists longer than a block scores at a time, and than it has slots; rows wider than it has threads."""
+    sizes = {20: (2100, 2049, 70), 300: (40, 1030, 420), 1100: (20, 40, 1200)}[M]
+    given = deletions.deletion(11, *sizes, M=M, scale=scale, dtype=torch.bfloat16, residual=torch.float16, floor=M == 20)
+    given["mask_row"] = torch.tensor([0, 0, 1, -1, 0, 0, 0, 0, -1, 2, 0], dtype=torch.int32)
+    y, hits, dose = deleted(given, multiprocessors=multiprocessors)
+    assert hits.max() > M // 8 and dose.isfinite().all()
+    assert ("delete_latents<4, 512, 512, 16>" in kernels()) == (M <= 512 and multiprocessors == 3)
+
+
+@pytest.mark.parametrize("row", [3, -2, deletions.INT_MIN, deletions.INT_MAX])
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_delete_latents_poisons_one_token(row, multiprocessors):
+    """The token whose mask row or latent does not exist, or whose x is not finite, is NaN, and its neighbours are not."""
+    given = deletions.deletion(9, 40, 33, 30, residual=torch.bfloat16)
+    given["mask_row"][:] = 0
+    given["mask_row"][2], given["mask_row"][5], given["mask_row"][8] = row, 1, -1
+    given["mask_latents"][1] = torch.tensor([0, 30, -1, 31, 32])
+    given["x"][3, 39], given["x"][6, 0], given["x"][8, 3] = NAN, -INF, NAN
+    y, hits, dose = deleted(given, multiprocessors=multiprocessors)
+    faulty = torch.tensor([t in (2, 3, 5, 6) for t in range(9)])
+    assert torch.equal(dose.isnan(), faulty) and torch.equal(y.isnan().all(1), faulty) and not hits[faulty].any()
+    assert hits[~faulty].any()
+
+
+@pytest.mark.parametrize("Dout", [33, 34, 35, 36])
+def test_delete_latents_by_an_infinite_number(Dout):
+    """What the last four columns hold beyond the width is not a part of the dose: 0 * Inf would be NaN."""
+    given = deletions.deletion(9, 40, Dout, 30, M=1, infinite=True)
+    given["bias"] += 20.0  # so that most fire
+    dose = deleted(given)[2]
+    assert dose.isinf().any() and not dose.isnan().any()
+
+
+def test_delete_latents_of_a_token_alone():
+    """A token's result does not depend on the others, nor on how many are in its block, nor on the order of threads."""
+    given = deletions.deletion(18, 70, 40, 50, M=20, scale=1, residual=torch.float16, floor=True)
+    batch = [deleted(given, seed=seed) for seed in range(6)]
+    assert all(same(batch[0], other) for other in batch) and batch[0][1].any()
+    for t in range(18):
+        per_token = ("x", "residual", "mask_row", "floor_scores", "floor_ids")
+        one = given | {name: given[name][t : t + 1] for name in per_token}
+        assert same(deleted(one), [result[t : t + 1] for result in batch[0]])
 
 
 @pytest.mark.parametrize("dtype", hurtful.DTYPES)
