@@ -155,6 +155,16 @@ def test_a_row_that_the_cpu_computes_otherwise_is_not_identical(cuda):
     assert job.identical((scores, ids, hits)) == 0.8
 
 
+@pytest.mark.parametrize("part", ["y", "hits", "dose"])
+def test_a_deletion_of_which_the_cpu_computes_one_part_otherwise_is_not_identical(part, cuda):
+    inputs = moved(make_inputs(Cell("delete_latents", 5, 16, 700, 600, mask="rows")), "cpu")
+    job = GPU_PROVIDERS["delete_latents"]["cu_fast"](inputs)
+    deletion = job.call()
+    assert job.identical(deletion) == 1.0
+    getattr(deletion, part)[2] += 1
+    assert job.identical(deletion) == 0.8
+
+
 def test_inputs_that_were_moved_are_the_same():
     for op in GPU_PROVIDERS:
         here = make_inputs(Cell(op, 3, 16, 70, 4, "bf16", MASKS_OF[op][-1]))
