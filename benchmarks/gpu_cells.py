@@ -22,6 +22,7 @@ from cu_fast.bench.providers import PROVIDERS
 rivals.register()
 
 LARGE, WIDE, SMALL = (2048, 65_536, 64), (512, 65_536, 64), (768, 10_000, 8)
+GEMMA = ((2304, 16_384, 20), (2304, 16_384, 345))
 NARROW = ((512, 25_000, 8), (512, 25_000, 64))
 # Compiling takes most of a minute, and so may what Triton compiles: both have parts of their own.
 COMPILED = ("cu_fast", "torch_bf16", "torch_compile_bf16")
@@ -57,11 +58,13 @@ def plans() -> list[bench.Plan]:
         plan("codebook_quantize", (1, 64, 512), *NARROW, dtypes=("fp32",)),
         plan("sae_encode_topk", (1, 64, 2048), (768, 24_576, 32)),
         plan("sae_encode", (1, 64, 2048), (2048, 2048, 1)),
+        plan("delete_latents", (1, 64, 2048), *GEMMA, masks=("one", "rows")),
         plan("codebook_quantize", (512,), NARROW[0], data=("outliers", "clusters20", "equal")),
         plan("codebook_quantize", (2048,), LARGE, providers=COMPILED),
         plan("masked_decode", (2048,), LARGE, providers=TRITON),
         plan("sae_encode", (1, 2048), (2048, 2048, 1), providers=TRITON),
         plan("sae_encode_topk", (64,), (768, 24_576, 32), providers=TRITON),
+        plan("delete_latents", (1, 64), GEMMA[1], masks=("rows",), providers=TRITON),
     ]
 
 

@@ -1,5 +1,7 @@
 """Other libraries that do the same job, where they are installed: :func:`register` adds them to the benchmark.
 
+Beside a deletion there is what is done instead of it: the hook of SAEBench, written anew, and a LoRA, which is another job.
+
 Each is called as its users call it, with what can be prepared once prepared before. A library that does not have
 what a cell asks for (deletion, a mask for each row) is skipped there, with the reason.
 """
@@ -8,14 +10,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import warnings
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from cu_fast.bench.cells import DTYPES, Inputs
-from cu_fast.bench.eager import normalised
+from cu_fast.bench.cells import CLAMP, DTYPES, Inputs
+from cu_fast.bench.eager import normalised, tokens_by_mask
 from cu_fast.bench.job import Builder, Job, Skip, require_memory
 from cu_fast.bench.providers import PROVIDERS
 from cu_fast.bench.truth import Answer
@@ -137,6 +140,93 @@ def _set(parameter: Tensor, value: Tensor) -> None:
         parameter.requires_grad_(False).copy_(value)
 
 
+# -- beside a deletion -------------------------------------------------------------------------------------------
+
+
+def _saebench_hook(dtype: torch.dtype) -> Builder:
+    """What SAEBench hooks into a model: all latents are encoded, some changed, both decoded, and the difference added."""
+
+    def build(inputs: Inputs) -> Job:
+        cell = inputs.cell
+        if len(inputs.latents) > 1:
+            raise Skip("SAEBench's hook changes the same latents in every token")
+        needed = dtype.itemsize * (2 * cell.C * cell.E + 5 * cell.T * cell.C)
+        require_memory(inputs.memory, needed, "weights, and activations [T, C],")
+        x, bias, theta = (part.to(dtype) for part in (inputs.x, inputs.bias, inputs.theta))
+        W_enc, W_dec, latents = inputs.codes.to(dtype).T.contiguous(), inputs.dec.to(dtype), inputs.latents[0].long()
+
+        def run() -> Tensor:
+            pre = torch.addmm(bias, x, W_enc)
+            activations = torch.relu(pre) * (pre > theta)
+            changed = activations.clone()
+            some = changed[:, latents]
+            changed[:, latents] = torch.where(some > 0, CLAMP, some)
+            return x + (changed @ W_dec - activations @ W_dec)
+
+        return Job(run, lambda y: Answer(values=y), note="a JumpReLU autoencoder, in PyTorch")
+
+    return build
+
+
+class _Known(nn.Linear):
+    """A linear layer whose output is there already, so that its own product is not timed."""
+
+    output: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
+OTHER_JOB = "another job: adds to a linear layer's output, whose own product is not timed"
+
+
+def _peft_lora(inputs: Inputs) -> Job:
+    """PEFT's layer with an adapter of rank k, not merged; with one per mask, and each token's named, where there are several."""
+    peft = installed("peft", "peft")
+    cell, pool = inputs.cell, len(inputs.latents)
+    require_memory(inputs.memory, 8 * (pool * cell.k * cell.E + cell.E**2), "adapters")
+    model, x = nn.Sequential(_Known(cell.E, cell.E, bias=False)), inputs.x
+    model.to(x.device, x.dtype)
+    config = peft.LoraConfig(r=cell.k, lora_alpha=cell.k, target_modules=["0"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of several adapters, which are meant
+        for mask in range(pool):
+            peft.inject_adapter_in_model(config, model, adapter_name=str(mask))
+    layer = model.eval()[0]
+    layer.base_layer.output = torch.zeros_like(x)
+    note = f"{version('peft')}; {OTHER_JOB}"
+    if pool == 1:
+        return Job(lambda: layer(x), note=note)
+    names = list(map(str, inputs.mask_row.tolist()))
+    return Job(lambda: layer(x, adapter_names=names), note=f"{note}; an adapter per mask")
+
+
+def _torch_lora(inputs: Inputs) -> Job:
+    """The same two products and sum in PyTorch; adapter by adapter where there are several."""
+    x, held, k = inputs.x, tokens_by_mask(inputs.mask_row), inputs.cell.k
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, len(held), k, x.shape[1], generator=generator).div_(x.shape[1]).to(x.device, x.dtype)
+    output, (downs, ups) = torch.zeros_like(x), weights
+    ups = ups.mT.contiguous()
+    if len(held) == 1:
+        return Job(lambda: output + F.linear(F.linear(x, downs[0]), ups[0]), note=OTHER_JOB)
+
+    def run() -> Tensor:
+        for (_, some), down, up in zip(held, downs, ups):
+            output[some] += F.linear(F.linear(x[some], down), up)
+        return output
+
+    return Job(run, note=f"{OTHER_JOB}; an adapter per mask")
+
+
+_DELETION: dict[str, Builder] = {
+    "saebench_hook": _saebench_hook(torch.float32),
+    "saebench_hook_bf16": _saebench_hook(torch.bfloat16),
+    "peft_lora": _peft_lora,
+    "torch_lora": _torch_lora,
+}
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +274,7 @@ RIVALS: dict[str, dict[str, dict[str, Builder]]] = {
     "cpu": {
         "sae_encode_topk": {"faiss": _faiss, "eai_sparsify": _eai_sparsify, "sae_lens": _sae_lens},
         "codebook_quantize": {"faiss": _faiss, "codebook_features": _codebook_features},
+        "delete_latents": _DELETION,
     },
     "cuda": {
         "codebook_quantize": {
@@ -191,6 +282,7 @@ RIVALS: dict[str, dict[str, dict[str, Builder]]] = {
             "flashinfer_bf16": _flashinfer(torch.bfloat16),
             "faiss_gpu": _faiss_gpu,
         },
+        "delete_latents": _DELETION,
     },
 }
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cu_fast.bench.cells import Inputs
-from cu_fast.bench.job import Builder, Job, require_memory
+from cu_fast.bench.cells import CLAMP, Inputs
+from cu_fast.bench.job import Builder, Job, Skip, require_memory
 from cu_fast.bench.truth import Answer
 
 
@@ -74,11 +74,65 @@ def bottleneck_weights(module: Any, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in (W_enc, b_enc, normalised(codes), codes @ W_dec.T, b_dec)]
 
 
+def delete(x: Tensor, enc: Tensor, bias: Tensor, theta: Tensor, dec: Tensor) -> Tensor:
+    """Latents that fire become CLAMP: those alone that the mask changes are given. x [T, D], enc and dec [k, D]."""
+    pre = F.linear(x, enc, bias)
+    return torch.addmm(x, torch.where(pre > theta, CLAMP - pre, 0.0), dec)
+
+
+def delete_by_mask(x: Tensor, tokens: list[Tensor], latents: list[list[Tensor]]) -> Tensor:
+    """The same, mask by mask: the tokens that hold it, and its latents."""
+    y = torch.empty_like(x)
+    for some, rows in zip(tokens, latents):
+        y[some] = delete(x[some], *rows)
+    return y
+
+
+def gather_delete(x: Tensor, mask_row: Tensor, enc: Tensor, bias: Tensor, theta: Tensor, dec: Tensor) -> Tensor:
+    """The same, for each token of its mask's latents: enc and dec [U, k, D], bias and theta [U, k]."""
+    pre = torch.einsum("td,tkd->tk", x, enc[mask_row]) + bias[mask_row]
+    return x + torch.einsum("tk,tkd->td", torch.where(pre > theta[mask_row], CLAMP - pre, 0.0), dec[mask_row])
+
+
+def tokens_by_mask(mask_row: Tensor) -> list[tuple[int, Tensor]]:
+    """Each mask that a token holds, with its tokens."""
+    return [(mask, (mask_row == mask).nonzero()[:, 0]) for mask in mask_row.unique().tolist()]
+
+
+def _deletion(inputs: Inputs, dtype: torch.dtype, wrap: Callable, gather: bool) -> Job:
+    """What each mask needs is put together before: users know it when the request begins."""
+    cell = inputs.cell
+    copies = 1 + len(inputs.latents) + (cell.T if gather else 0)
+    require_memory(
+        inputs.memory, 2 * dtype.itemsize * copies * cell.k * cell.E, "rows [T, k, D] of encoder and decoder"
+    )
+    x, parts = inputs.x.to(dtype), (inputs.codes, inputs.bias, inputs.theta, inputs.dec)
+    if gather:
+        if len(inputs.latents) == 1:
+            raise Skip("all tokens hold one mask: there is nothing to gather")
+        mask_row, rows = inputs.mask_row.long(), [part[inputs.latents.long()].to(dtype) for part in parts]
+        run = wrap(gather_delete)
+        return Job(lambda: run(x, mask_row, *rows), _values)
+    held = tokens_by_mask(inputs.mask_row)
+    latents = [[part[inputs.latents[mask].long()].to(dtype) for part in parts] for mask, _ in held]
+    if len(held) == 1:
+        run = wrap(delete)
+        return Job(lambda: run(x, *latents[0]), _values)
+    run, tokens = wrap(delete_by_mask), [some for _, some in held]
+    return Job(lambda: run(x, tokens, latents), _values, note="mask by mask")
+
+
 def eager(dtype: torch.dtype, compiled: bool = False, gather: bool = False, mode: str | None = None) -> Builder:
     """PyTorch code in one dtype; ``gather``: decode by gather and einsum; ``mode``: torch.compile's."""
 
     def build(inputs: Inputs) -> Job:
         cell, deleted = inputs.cell, inputs.deleted
+
+        def wrap(function: Callable) -> Callable:
+            return torch.compile(function, dynamic=False, mode=mode) if compiled else function
+
+        if cell.op == "delete_latents":
+            return _deletion(inputs, dtype, wrap, gather)
         scores = 0 if cell.op in ("sae_encode", "masked_decode") else cell.T * cell.C
         copies = 2 if cell.op == "bottleneck" else 1
         require_memory(
@@ -87,9 +141,6 @@ def eager(dtype: torch.dtype, compiled: bool = False, gather: bool = False, mode
 
         def cast(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(dtype)
-
-        def wrap(function: Callable) -> Callable:
-            return torch.compile(function, dynamic=False, mode=mode) if compiled else function
 
         k, x = cell.k, cast(inputs.x)
         if cell.op == "codebook_quantize":
@@ -101,12 +152,12 @@ def eager(dtype: torch.dtype, compiled: bool = False, gather: bool = False, mode
             return Job(lambda: run(x, b_pre, codes, bias, deleted, k), _ids_of_topk)
         if cell.op == "sae_encode":
             run = wrap(encode)
-            return Job(lambda: run(x, b_pre, codes, bias), lambda z: Answer(values=z))
+            return Job(lambda: run(x, b_pre, codes, bias), _values)
         if cell.op == "masked_decode":
             ids, weights, run = inputs.ids.long(), cast(inputs.weights), wrap(gather_decode if gather else decode)
             if gather:
                 require_memory(inputs.memory, 2 * dtype.itemsize * cell.T * cell.k * cell.E, "gathered rows [T, k, D]")
-            return Job(lambda: run(ids, weights, codes, deleted), lambda y: Answer(values=y))
+            return Job(lambda: run(ids, weights, codes, deleted), _values)
         W_enc, b_enc, unit, table, b_dec = bottleneck_weights(inputs.bottleneck, dtype)
         run = wrap(through_bottleneck)
 
@@ -130,7 +181,7 @@ def dense(dtype: torch.dtype) -> Builder:
         if inputs.deleted is not None:
             activations.masked_fill_(inputs.deleted, 0)
         columns = inputs.codes.to(dtype).T
-        return Job(lambda: F.linear(activations, columns), lambda y: Answer(values=y), note="activations ready, masked")
+        return Job(lambda: F.linear(activations, columns), _values, note="activations ready, masked")
 
     return build
 
@@ -141,6 +192,10 @@ def product(inputs: Inputs) -> Job:
     require_memory(inputs.memory, 2 * cell.C * cell.E + 2 * cell.T * cell.C, "codes, and scores [T, C],")
     x, codes = inputs.x.bfloat16(), inputs.codes.bfloat16()
     return Job(lambda: F.linear(x, codes), note="scores [T, C] only: nothing is selected")
+
+
+def _values(output: Tensor) -> Answer:
+    return Answer(values=output)
 
 
 def _ids_of_topk(output: tuple[Tensor, Tensor]) -> Answer:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cu_fast import ops
-from cu_fast.bench.cells import Inputs
+from cu_fast.bench.cells import CLAMP, Inputs
 from cu_fast.bench.job import Builder, Job, Skip
 from cu_fast.bench.truth import Answer, share_identical
 
@@ -26,7 +27,8 @@ def ours(which: str, scan: str) -> Builder:
 
     def build(inputs: Inputs) -> Job:
         cell, impl = inputs.cell, inputs.x.device.type if which == "native" else which
-        if impl == "reference" and cell.T * cell.C * cell.E > REFERENCE_LIMIT:
+        scored = cell.k if cell.op == "delete_latents" else cell.C
+        if impl == "reference" and cell.T * scored * cell.E > REFERENCE_LIMIT:
             raise Skip("the reference runs in cells of up to 5e8 multiply-adds")
         run, answer, note = _OURS[cell.op](inputs, impl, scan)
 
@@ -92,6 +94,23 @@ def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Ours:
     return run, lambda y: Answer(module.select(inputs.x).ids, y), f"mask mode {module.mask_mode}"
 
 
+def deletion(inputs: Inputs) -> tuple[ops.Latents, ops.LatentMasks]:
+    """What ``delete_latents`` is given beside x and the masks' rows."""
+    latents = ops.Latents(*(part.float() for part in (inputs.codes, inputs.bias, inputs.theta, inputs.dec)))
+    change = torch.zeros(*inputs.latents.shape, 3, device=inputs.x.device)
+    change[..., 1] = CLAMP
+    return latents, ops.LatentMasks(inputs.latents, change)
+
+
+def _delete(inputs: Inputs, impl: str, scan: str) -> Ours:
+    latents, masks = deletion(inputs)
+
+    def run(impl: str = impl, some: slice = ALL) -> ops.Deletion:
+        return ops.delete_latents(inputs.x[some], latents, masks, inputs.mask_row[some], impl=impl)
+
+    return run, lambda deletion: Answer(values=deletion.y), ""
+
+
 def _masks(inputs: Inputs, some: slice) -> dict[str, Tensor | None]:
     row = None if inputs.mask_row is None else inputs.mask_row[some]
     return {"mask_table": inputs.mask_table, "mask_row": row}
@@ -103,4 +122,5 @@ _OURS: dict[str, Callable[[Inputs, str, str], Ours]] = {
     "codebook_quantize": _quantize,
     "masked_decode": _decode,
     "bottleneck": _bottleneck,
+    "delete_latents": _delete,
 }

@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cu_fast.bench.cells import DATA, DTYPES, MASKS, OPS, Cell
+from cu_fast.bench.cells import DATA, DTYPES, MASKS, MASKS_OF, OPS, Cell
 from cu_fast.bench.job import Builder
 from cu_fast.bench.providers import PROVIDERS
 
 TOKENS = (1, 8, 64, 512, 4096)
+TOKENS_OF = {"delete_latents": (1, 8, 64, 512)}  # by op, where it has others
 SHAPES = ((512, 25_000, 8), (512, 25_000, 64), (768, 24_576, 32), (2048, 65_536, 32), (4096, 16_384, 64))
+SHAPES_OF = {"delete_latents": ((2304, 16_384, 20), (2304, 16_384, 345))}  # of Gemma 2 2B
 CACHES = {"cpu": ("warm", "cold"), "cuda": ("cold", "warm")}  # by device, the default first
 
 
@@ -64,7 +66,8 @@ class Plan:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         if not self.cells():
-            raise ValueError(f"no cell of {self.op!r} has mask {self.masks}; sae_encode has no masks")
+            has = "; ".join(f"{op} has {', '.join(MASKS_OF[op])}" for op in self.ops)
+            raise ValueError(f"no cell of {self.op!r} has mask {self.masks}; {has}")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -77,11 +80,10 @@ class Plan:
         return list(dict.fromkeys(cell for op in wanted for cell in self._cells(op)))
 
     def _cells(self, op: str) -> Iterator[Cell]:
-        dtypes, masks = self.dtypes or tuple(DTYPES), self.masks or MASKS
-        if op == "sae_encode":
-            masks = [mask for mask in masks if mask == "none"]
+        masks = [mask for mask in self.masks or MASKS_OF[op] if mask in MASKS_OF[op]]
+        shapes, tokens = self.shapes or SHAPES_OF.get(op, SHAPES), self.tokens or TOKENS_OF.get(op, TOKENS)
         for (E, C, k), dtype, kind, mask, T in itertools.product(
-            self.shapes or SHAPES, dtypes, self.data or ("gaussian",), masks, self.tokens or TOKENS
+            shapes, self.dtypes or tuple(DTYPES), self.data or ("gaussian",), masks, tokens
         ):
             yield Cell(op, T, E, *((E, 1) if op == "sae_encode" else (C, k)), dtype, mask, kind)
 

@@ -52,6 +52,7 @@ PROVIDERS: dict[str, dict[str, dict[str, Builder]]] = {
             "torch_dense_bf16": dense(torch.bfloat16),
         },
         "bottleneck": _without_scan(_CPU),
+        "delete_latents": _without_scan(_CPU) | {"torch_gather": eager(torch.float32, gather=True)},
     },
     "cuda": {
         "sae_encode": _without_scan(_GPU),
@@ -65,5 +66,6 @@ PROVIDERS: dict[str, dict[str, dict[str, Builder]]] = {
             "torch_dense_bf16": dense(torch.bfloat16),
         },
         "bottleneck": _without_scan(_GPU),
+        "delete_latents": _without_scan(_GPU) | {"torch_gather": eager(torch.float32, gather=True)},
     },
 }

@@ -8,6 +8,10 @@ with u = 2^-24, s_j the factor that the score is multiplied by (1 / ||c_j|| for 
 worst-case bound, which grows with E and would hide the errors of bf16, but several times what sums of fp32 products
 reach in any usual order: about 0.5 u for independent terms, 2 u for terms of one sign. A bf16 product is wrong by
 some hundred u. A row's tolerance is the largest of its codes', and two scores are compared with twice of it.
+
+Of ``delete_latents`` a latent of the mask may fire or not where its score is within the tolerance of its threshold. What is
+written may be wrong by as much as the scores that it is made of, by the roundings of a sum of k, and by 8 u ||a|| ||dec_d||
+with a the activations of all latents and dec_d a column of the decoder: a dense hook subtracts two such sums.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cu_fast.bench.cells import DTYPES, Inputs
-from cu_fast.ops import Selection
+from cu_fast.bench.cells import CLAMP, DTYPES, Inputs
+from cu_fast.ops import Deletion, Selection
 
 SAMPLE = 64  # rows at most, so that no [T, C] exists for a large T
 CHUNK = 4096  # codes widened to fp64 at a time
@@ -101,6 +105,8 @@ class Truth:
         inputs = self.inputs
         if self.op == "sae_encode":
             truth, slack = torch.relu(self.scores), self.tolerance
+        elif self.op == "delete_latents":
+            truth, slack = self._deletion()
         else:
             ids = inputs.ids[self.rows].long() if ids is None else ids
             weights = torch.ones(ids.shape) if inputs.weights is None else inputs.weights[self.rows]
@@ -114,11 +120,31 @@ class Truth:
             slack += torch.finfo(DTYPES[inputs.cell.dtype]).eps * truth.abs()
         return ((values - truth).abs() <= slack).all(1)
 
+    def _deletion(self) -> tuple[Tensor, Tensor]:
+        """What should be written, and by how much it may be wrong, fp64 [rows, D]."""
+        inputs, scores = self.inputs, self.scores
+        theta = inputs.theta.double().clamp(min=0)
+        held = inputs.latents[inputs.mask_row[self.rows].long()].long()
+        pre, level = scores.gather(1, held), theta[held]
+        change = torch.where(pre > level, CLAMP - pre, 0.0)
+        # A change is wrong by as much as its score, and by all of it where the latent may fire or not.
+        wrong = torch.where(pre > level, self.tolerance, 0.0)
+        wrong = torch.where((pre - level).abs() <= self.tolerance, (CLAMP - pre).abs() + self.tolerance, wrong)
+        wrong += (held.shape[1] + 2) * U * change.abs()
+        truth, slack = self.x.clone(), torch.zeros_like(self.x)
+        for i in range(held.shape[1]):
+            dec = inputs.dec[held[:, i]].double()
+            truth, slack = truth + change[:, i, None] * dec, slack + wrong[:, i, None] * dec.abs()
+        active = torch.where(scores > theta, scores, 0.0).norm(dim=1, keepdim=True)
+        fires = (wrong > 0).any(1, keepdim=True)
+        slack += torch.where(fires, FACTOR * U * active * inputs.dec.float().norm(dim=0).double(), 0.0)
+        return truth, slack + torch.where(fires, torch.finfo(DTYPES[inputs.cell.dtype]).eps * truth.abs(), 0.0)
 
-def share_identical(output: Tensor | Selection, reference: Tensor | Selection) -> float:
-    """The share of the reference's rows, the first of the output's, that are equal bit for bit."""
-    parts = [(output, reference)] if isinstance(output, Tensor) else zip(output[:2], reference[:2])
-    same = [(_bits(a[: len(b)].to(b.device)) == _bits(b)).all(1) for a, b in parts]
+
+def share_identical(output: Tensor | Selection | Deletion, reference: Tensor | Selection | Deletion) -> float:
+    """The share of the reference's rows, the first of the output's, that are equal bit for bit, in all that it holds."""
+    parts = [(output, reference)] if isinstance(output, Tensor) else zip(output, reference)
+    same = [(_bits(a[: len(b)].to(b.device)) == _bits(b)).reshape(len(b), -1).all(1) for a, b in parts if b is not None]
     return float(torch.stack(same).all(0).double().mean())
 
 

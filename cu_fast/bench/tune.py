@@ -29,6 +29,7 @@ from cu_fast.bench import machine
 from cu_fast.bench.cells import make_inputs
 from cu_fast.bench.clock_gpu import GraphClock
 from cu_fast.bench.job import Job
+from cu_fast.bench.ours import deletion
 from cu_fast.bench.tune_grid import CROSSING, SCENES, Scene, candidates, proofs
 from cu_fast.kernels import triton
 from cu_fast.kernels.triton import launch, tiles
@@ -194,6 +195,9 @@ class Tuner:
             return lambda: (ops.masked_decode(inputs.ids, inputs.weights, inputs.codes, **inputs.masks, impl="triton"),)
         if cell.op == "sae_encode":
             return lambda: (ops.sae_encode(inputs.x, inputs.codes, inputs.bias, inputs.b_pre, impl="triton"),)
+        if cell.op == "delete_latents":
+            latents, masks = deletion(inputs)
+            return lambda: ops.delete_latents(inputs.x, latents, masks, inputs.mask_row, impl="triton")
         packed, options = ops.pack_codes(inputs.codes, scan="int8" if scene.scan else "fp32"), inputs.masks
         return lambda: ops.codebook_quantize(
             inputs.x, packed, k=cell.k, **options, return_hits=scene.hits, impl="triton"

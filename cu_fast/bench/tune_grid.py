@@ -32,6 +32,10 @@ def _decode(D: int) -> Scene:
     return Scene(Cell("masked_decode", 256, D, 25_000, 32, "bf16"))
 
 
+def _delete(k: int, E: int = 2304) -> Scene:
+    return Scene(Cell("delete_latents", 64, E, 8192, k, "bf16", "rows"))
+
+
 # By kernel and what a row is chosen for, in the order of measuring: what takes most of the time first.
 SCENES: dict[str, dict[str, tuple[Scene, ...]]] = {
     "score_codes": {
@@ -47,6 +51,9 @@ SCENES: dict[str, dict[str, tuple[Scene, ...]]] = {
     "narrow": {"all": (_quantize(256, 64, scan=True),)},
     "scan_threshold": {"all": (_quantize(256, 64, scan=True),)},
     "scan_rows": {"all": (_quantize(256, 8, scan=True, E=2048, C=8192),)},
+    "score_latents": {"all": (_delete(20), _delete(345))},
+    "add_latents": {"narrow": (_delete(345, 768),), "wide": (_delete(345),)},
+    "dose_latents": {"all": (_delete(20),)},
 }
 # Where scanning and scoring all are compared; the first and last of each axis give the rates.
 CROSSING = [_quantize(T, 8, scan=True, C=C) for C in (4096, 25_000) for T in (1, 8, 64, 256)]
@@ -62,22 +69,26 @@ _TILES = {
     "few": _rows((4, 8), T=(4,), C=(32, 64), UNROLL=(2, 4)),
     "many": _rows((4, 8), T=(8, 16), C=(32, 64), UNROLL=(2,)),
 }
+_SUMS = {
+    "narrow": _rows((2,), D=(128, 256, 512), UNROLL=(4, 8)),
+    "wide": _rows((4,), D=(512, 1024, 2048), UNROLL=(4, 8)),
+}
 GRID: dict[str, dict[str, tuple[Config, ...]]] = {
     "score_codes": _TILES,
     "scan_codes": {
         "few": _rows((4, 8), (2, 4), T=(16,), C=(64, 128), E=(64,)),
         "many": _rows((8,), (2, 4), T=(32, 64), C=(128, 256), E=(64,)),
     },
-    "gather_sum": {
-        "narrow": _rows((2,), D=(128, 256, 512), UNROLL=(4, 8)),
-        "wide": _rows((4,), D=(512, 1024, 2048), UNROLL=(4, 8)),
-    },
+    "gather_sum": _SUMS,
     "encode_tile": _TILES,
     "finish": {"small": _rows((4, 8), N=(512, 1024, 2048)), "large": _rows((4, 8), N=(2048, 4096, 8192))},
     "score_candidates": {"all": _rows((4,), C=(16, 32, 64), UNROLL=(4, 8))},
     "narrow": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
     "scan_threshold": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
     "scan_rows": {"all": _rows((4, 8), E=(512, 1024, 2048), STEP=(64,))},
+    "score_latents": {"all": _rows((2, 4, 8), C=(16, 32, 64), UNROLL=(4, 8))},
+    "add_latents": _SUMS,
+    "dose_latents": {"all": _rows((1, 2), UNROLL=(8, 16, 32))},
 }
 
 
@@ -95,7 +106,7 @@ def candidates(kernel: str, name: str, arch: str) -> dict[Config, str | None]:
 def proofs(kernel: str, scene: Scene) -> list[Scene]:
     """What a row has to run beside its scenes: more to hold, and lists of every length where the kernel keeps one."""
     ks = (*launch.LISTS, launch.LISTS[-1] + 1) if kernel == "score_codes" else (scene.cell.k,)
-    mask = "none" if scene.cell.op == "sae_encode" else "50%"
+    mask = {"sae_encode": "none", "delete_latents": "one"}.get(scene.cell.op, "50%")
     return [
         Scene(dataclasses.replace(scene.cell, k=min(k, scene.cell.C), dtype="fp32", mask=mask), scene.scan, hits=True)
         for k in ks

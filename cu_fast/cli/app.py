@@ -153,7 +153,10 @@ def bench(
     ] = "codebook_quantize",
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="T,...", help="Tokens per call, separated by commas. Default: 1,8,64,512,4096."),
+        typer.Option(
+            metavar="T,...",
+            help="Tokens per call, separated by commas (delete_latents: by default at most 512). Default: 1,8,64,512,4096.",
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -176,8 +179,9 @@ def bench(
         typer.Option(
             parser=several(MaskKind),
             metavar="NAME,...",
-            help=f"Share of the codes that is deleted, separated by commas: {names(MaskKind)} (1%, drawn anew per "
-            "token). Default: all.",
+            help=f"Share of the codes that is deleted, separated by commas: {names(MaskKind)}. rows: 1%, drawn anew per "
+            "token; of delete_latents, whose k is what is deleted: another mask per sequence. one: one mask for all "
+            "tokens, of delete_latents alone. Default: all that OP has.",
         ),
     ] = None,
     data: Annotated[

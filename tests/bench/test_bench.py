@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cu_fast import bench
 from cu_fast.bench import clock, machine
-from cu_fast.bench.cells import DATA, OPS, Cell, make_inputs
+from cu_fast.bench.cells import CLAMP, DATA, MASKS_OF, OPS, Cell, make_inputs
 from cu_fast.bench.job import Job
 from cu_fast.bench.plan import make_plan, providers_of
 from cu_fast.bench.providers import PROVIDERS
@@ -23,12 +23,13 @@ from cu_fast.cli import app
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {"tokens": (3,), "shapes": ((16, 70, 4),), "seconds": 1e-6, "rounds": 1}
+MANY = {"delete_latents": {"shapes": ((16, 70, 60),)}}  # so many latents that some fire
 EXACT = ("cu_fast", "cu_fast_fp32", "reference", "torch_fp32")
 FP32 = (*EXACT, "torch_gather", "torch_dense_fp32", "faiss", "codebook_features", "eai_sparsify", "sae_lens")
 
 
 def run(op, output=None, **options):
-    options = TINY | options
+    options = TINY | MANY.get(op, {}) | options
     quick = tuple(name for name in providers_of(op) if name != "torch_compile")  # compiling takes seconds
     return bench.run(bench.Plan(op, providers=options.pop("providers", quick), **options), output)
 
@@ -39,7 +40,7 @@ def of(rows, provider):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_row_is_whole_and_exact_providers_are_right(op):
-    rows = run(op, masks=("none", "rows"))
+    rows = run(op, masks=("none", "one", "rows"))
     masks = 1 if op == "sae_encode" else 2
     assert len(rows) == 2 * masks * (len(providers_of(op)) - 1)
     for row in rows:
@@ -62,9 +63,9 @@ def ours(rows, row):
     return found
 
 
-@pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode_topk"])
+@pytest.mark.parametrize("op", ["codebook_quantize", "sae_encode_topk", "delete_latents"])
 def test_every_kind_of_data_is_right(op):
-    rows = run(op, data=DATA, masks=("50%",), dtypes=("fp32",), providers=("cu_fast", "torch_fp32"))
+    rows = run(op, data=DATA, masks=("50%", "one"), dtypes=("fp32",), providers=("cu_fast", "torch_fp32"))
     assert len(rows) == 2 * len(DATA) and all(row["match"] == 1.0 for row in rows)
 
 
@@ -74,7 +75,7 @@ def test_bf16_products_of_fp32_inputs_are_seen_to_be_wrong():
     assert right["match"] == 1.0 and wrong["match"] < 0.8
 
 
-@pytest.mark.parametrize("op", ["codebook_quantize", "masked_decode", "bottleneck", "sae_encode"])
+@pytest.mark.parametrize("op", ["codebook_quantize", "masked_decode", "bottleneck", "sae_encode", "delete_latents"])
 def test_a_wrong_provider_is_detected(op, monkeypatch):
     def wrong(inputs):
         job = PROVIDERS["cpu"][op]["torch_fp32"](inputs)
@@ -92,7 +93,7 @@ def test_a_wrong_provider_is_detected(op, monkeypatch):
         return Job(job.call, answer, lambda output: 0.5)
 
     monkeypatch.setitem(PROVIDERS["cpu"][op], "wrong", wrong)
-    (row,) = run(op, providers=("wrong",), dtypes=("fp32",), masks=("none",))
+    (row,) = run(op, providers=("wrong",), dtypes=("fp32",), masks=MASKS_OF[op][:1])
     assert math.isclose(row["match"], 2 / 3) and row["identical"] == 0.5 and row["ratio"] == ""
 
 
@@ -112,6 +113,52 @@ def test_what_is_tied_may_stand_for_one_another_but_a_lost_best_may_not():
     assert truth.match(Answer(torch.tensor([[9, 4, 60, 2]]))) == 1
     truth.scores[0, 7] = 10 * truth.tolerance
     assert truth.match(Answer(torch.tensor([[9, 4, 60, 2]]))) == 0
+
+
+@pytest.mark.parametrize("data", ["gaussian", "outliers", "denormal"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_2_percent_of_the_latents_fire(data, dtype):
+    inputs = make_inputs(Cell("delete_latents", 64, 256, 2000, 20, dtype, "one", data))
+    fires = inputs.x.double() @ inputs.codes.double().T + inputs.bias.double() > inputs.theta.double()
+    assert 0.015 < fires.double().mean() < 0.025
+
+
+def test_masks_of_a_deletion_are_of_all_tokens_of_sequences_or_of_tokens():
+    def masks(mask: str, T: int):
+        inputs = make_inputs(Cell("delete_latents", T, 16, 70, 60, mask=mask))
+        assert inputs.latents.dtype == torch.int32 and (inputs.latents.diff(dim=1) > 0).all()
+        return len(inputs.latents), inputs.mask_row.tolist()
+
+    assert masks("one", 20) == (1, 20 * [0])
+    assert masks("rows", 16) == (16, list(range(16)))
+    assert masks("rows", 20) == (16, 8 * [0] + 8 * [1] + 4 * [2])
+    assert masks("rows", 136)[1][-9:] == [15] + 8 * [0]
+
+
+@pytest.mark.parametrize("mask", ["one", "rows"])
+def test_a_deletion_that_is_left_out_or_too_much_is_wrong_and_near_the_threshold_both_are_right(mask):
+    inputs = make_inputs(Cell("delete_latents", 12, 16, 70, 60, mask=mask))
+    truth = Truth(inputs)
+    held = inputs.latents[inputs.mask_row.long()].long()
+    pre = truth.scores.gather(1, held)
+    change = torch.where(pre > inputs.theta[held], CLAMP - pre, 0.0)
+    fired = int((change != 0).any(1).sum())
+    right = truth.x + torch.einsum("tk,tkd->td", change, inputs.dec[held].double())
+
+    def rows_right(values) -> int:
+        return round(12 * truth.match(Answer(values=values)))
+
+    assert 0 < fired < 12 and rows_right(right) == 12
+    assert rows_right(truth.x) == 12 - fired
+    assert rows_right(right + 1e-9) == fired, "where nothing fires the bits are kept"
+    t, m = change.nonzero()[0]
+    without = right.clone()
+    without[t] -= change[t, m] * inputs.dec[held[t, m]].double()
+    assert rows_right(without) == 11
+    others = torch.arange(12) != t
+    assert not (inputs.theta[held[t, m]] < truth.scores[others, held[t, m]]).any(), "another seed is needed"
+    inputs.theta[held[t, m]] = pre[t, m].float()
+    assert rows_right(without) == rows_right(right) == 12
 
 
 def test_what_does_not_fit_or_cannot_be_done_is_recorded_with_its_reason():
@@ -235,7 +282,9 @@ def test_a_wrong_answer_and_a_missing_one_show_in_the_tables():
         (["--tokens", "0"], "tokens is 0; it should be at least 1"),
         (["--shape", "16,70"], "shape is 16,70; it should be E,C,k"),
         (["--shape", "16,4,70"], "shape is 16,4,70; it should be E,C,k with k <= C"),
-        (["sae_encode", "--mask", "1%"], "no cell of 'sae_encode' has mask ('1%',)"),
+        (["sae_encode", "--mask", "1%"], "no cell of 'sae_encode' has mask ('1%',); sae_encode has none"),
+        (["delete_latents", "--mask", "1%"], "no cell of 'delete_latents' has mask ('1%',); delete_latents has one, "),
+        (["masked_decode", "--mask", "one"], "no cell of 'masked_decode' has mask ('one',); masked_decode has none, "),
         (["--provider", "numpy"], "provider is 'numpy'; it should be one of "),
         (["--seconds", "0"], "seconds is 0.0; it should be greater than 0"),
         (["--rounds", "0"], "rounds is 0; it should be at least 1"),
@@ -271,6 +320,13 @@ def test_a_file_of_something_else_is_not_touched(tmp_path):
     result = command(*TINY_OPTIONS, "--output", path)
     assert result.exit_code == 1 and "not of this benchmark" in result.stderr
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_deletion_has_tokens_shapes_and_masks_of_its_own():
+    cells = bench.Plan("delete_latents").cells()
+    assert {cell.T for cell in cells} == {1, 8, 64, 512} and {cell.mask for cell in cells} == {"one", "rows"}
+    assert {(cell.E, cell.C, cell.k) for cell in cells} == {(2304, 16_384, 20), (2304, 16_384, 345)}
+    assert len(cells) == 32 == len(set(cells))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")

@@ -18,7 +18,7 @@ import torch
 
 from cu_fast import bench
 from cu_fast.bench import clock_gpu
-from cu_fast.bench.cells import Cell, make_inputs, moved
+from cu_fast.bench.cells import MASKS_OF, Cell, make_inputs, moved
 from cu_fast.bench.clock_gpu import GraphClock
 from cu_fast.bench.job import Job
 from cu_fast.bench.plan import providers_of
@@ -26,6 +26,7 @@ from cu_fast.bench.providers import PROVIDERS
 from cu_fast.kernels import triton
 
 TINY = {"tokens": (3,), "shapes": ((16, 700, 4),), "seconds": 1e-6, "rounds": 1}
+MANY = {"delete_latents": {"shapes": ((16, 700, 600),)}}  # so many latents that some fire
 GPU_PROVIDERS = PROVIDERS["cuda"]
 
 
@@ -92,14 +93,18 @@ def cuda(monkeypatch):
 
 def run(op, output=None, **options):
     quick = tuple(name for name in providers_of(op, "cuda") if "compile" not in name and name != "cu_fast_triton")
-    return bench.run(bench.Plan(op, device="cuda", providers=options.pop("providers", quick), **TINY | options), output)
+    options = TINY | MANY.get(op, {}) | options
+    return bench.run(bench.Plan(op, device="cuda", providers=options.pop("providers", quick), **options), output)
 
 
 @pytest.mark.parametrize("op", GPU_PROVIDERS)
 def test_every_row_is_whole_and_right(op, cuda):
-    for row in run(op, masks=("none",) if op == "sae_encode" else ("50%", "rows")):
+    for row in run(op, masks=MASKS_OF[op][-2:]):
         assert tuple(row) == bench.COLUMNS and bench.config(row)["device"] == "Test GPU"
         assert bench.config(row)["cache"] == "cold" and row["int8_gops"] == row["of_ceiling"] == ""
+        if "nothing to gather" in row["note"]:
+            assert row["kernel_provider"] == "torch_gather" and bench.config(row)["mask"] == "one"
+            continue
         assert row["status"] == "ok" and row["y_value_50"] > 0 and row["ratio"] > 0, row["note"]
         exact = "bf16" not in row["kernel_provider"] and bench.config(row)["dtype"] == "fp32"
         assert row["match"] == 1.0 or not exact or row["kernel_provider"] == "product_bf16", row
@@ -116,9 +121,8 @@ def triton_rows():
     bench.GraphClock = lambda: GraphClock(Cuda(), "cpu")
     triton.operator = lambda name: called.add(name) or operator(name)
     for op in GPU_PROVIDERS:
-        mask = "none" if op == "sae_encode" else "rows"
-        small = {"tokens": (2,), "shapes": ((16, 70, 4),)}  # interpreting takes long
-        rows += run(op, dtypes=("bf16",), masks=(mask,), providers=("cu_fast", "cu_fast_triton"), **small)
+        small = {"tokens": (2,), "shapes": ((16, 70, 60 if op in MANY else 4),)}  # interpreting takes long
+        rows += run(op, dtypes=("bf16",), masks=MASKS_OF[op][-1:], providers=("cu_fast", "cu_fast_triton"), **small)
     print(json.dumps({"rows": rows, "called": sorted(called)}))
 
 
@@ -151,9 +155,19 @@ def test_a_row_that_the_cpu_computes_otherwise_is_not_identical(cuda):
     assert job.identical((scores, ids, hits)) == 0.8
 
 
+@pytest.mark.parametrize("part", ["y", "hits", "dose"])
+def test_a_deletion_of_which_the_cpu_computes_one_part_otherwise_is_not_identical(part, cuda):
+    inputs = moved(make_inputs(Cell("delete_latents", 5, 16, 700, 600, mask="rows")), "cpu")
+    job = GPU_PROVIDERS["delete_latents"]["cu_fast"](inputs)
+    deletion = job.call()
+    assert job.identical(deletion) == 1.0
+    getattr(deletion, part)[2] += 1
+    assert job.identical(deletion) == 0.8
+
+
 def test_inputs_that_were_moved_are_the_same():
     for op in GPU_PROVIDERS:
-        here = make_inputs(Cell(op, 3, 16, 70, 4, "bf16", "rows" if op != "sae_encode" else "none"))
+        here = make_inputs(Cell(op, 3, 16, 70, 4, "bf16", MASKS_OF[op][-1]))
         there = moved(here, "cpu")
         assert there.host is here and there.cell is here.cell
         assert torch.equal(there.x, here.x) and torch.equal(there.codes, here.codes)
@@ -211,7 +225,7 @@ def test_compiled_providers_compute_what_the_eager_ones_do(name, cuda, monkeypat
 
     monkeypatch.setattr(torch, "compile", quick)
     for op in GPU_PROVIDERS:
-        (row,) = run(op, dtypes=("bf16",), masks=("none",), providers=(name,))
+        (row,) = run(op, dtypes=("bf16",), masks=MASKS_OF[op][:1], providers=(name,))
         assert row["status"] == "ok", row["note"]
     assert modes == ["max-autotune-no-cudagraphs"] * len(GPU_PROVIDERS)
 

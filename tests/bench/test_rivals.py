@@ -26,6 +26,7 @@ LIBRARIES = {
     "codebook_quantize": ("faiss", "codebook_features"),
 }
 ON_GPU = ("flashinfer_fp32", "flashinfer_bf16", "faiss_gpu")
+DELETION = ("saebench_hook", "saebench_hook_bf16", "peft_lora", "torch_lora")
 
 
 @pytest.fixture
@@ -42,10 +43,12 @@ def rivals(script):
 
 def test_they_are_measured_where_they_are_registered_alone(script):
     known = {(device, op): list(providers_of(op, device)) for device in PROVIDERS for op in PROVIDERS[device]}
-    assert not any(name in names for names in known.values() for name in (*ON_GPU, *sum(LIBRARIES.values(), ())))
+    others = (*ON_GPU, *DELETION, *sum(LIBRARIES.values(), ()))
+    assert not any(name in names for names in known.values() for name in others)
     script("rivals").register()
     for (device, op), names in known.items():
-        more = {"cpu": LIBRARIES, "cuda": {"codebook_quantize": ON_GPU}}[device].get(op, ())
+        added = {"cpu": LIBRARIES, "cuda": {"codebook_quantize": ON_GPU}}[device] | {"delete_latents": DELETION}
+        more = added.get(op, ())
         assert list(providers_of(op, device)) == [*names, *more]
 
 
@@ -56,6 +59,48 @@ def test_those_that_are_installed_are_right(op, rivals):
     for row in rows:
         assert row["kernel_provider"] in FP32 and row["status"] in ("ok", "skipped", "not installed"), row["note"]
         assert row["match"] == 1.0 if row["status"] == "ok" else row["note"], row
+
+
+@pytest.mark.parametrize("on", [run, run_on_gpu])
+def test_beside_a_deletion_the_hook_is_right_and_a_lora_is_not_judged(on, rivals, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(bench, "GraphClock", lambda: GraphClock(Cuda(), "cpu"))
+    rows = on("delete_latents", providers=("cu_fast", *DELETION), tokens=(20,), dtypes=("fp32",))
+    one, several = rows[:5], rows[5:]
+    assert [row["status"] for row in one] == ["ok", "ok", "ok", "not installed", "ok"]
+    assert [row["status"] for row in several] == ["ok", "skipped", "skipped", "not installed", "ok"]
+    assert one[0]["match"] == one[1]["match"] == several[0]["match"] == 1.0 > one[2]["match"]
+    assert "the same latents in every token" in several[1]["note"]
+    for lora in (one[4], several[4]):
+        assert lora["match"] == lora["identical"] == "" and "another job" in lora["note"] and lora["ratio"] > 0
+    assert "an adapter per mask" in several[4]["note"] and "an adapter per mask" not in one[4]["note"]
+
+
+def test_peft_is_called_as_it_is_documented(rivals, monkeypatch):
+    peft, made, called = ModuleType("peft"), [], []
+
+    class Layer(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, x, adapter_names=None):
+            called.append(adapter_names)
+            return self.base_layer(x)
+
+    def inject(config, model, adapter_name):
+        made.append((config["r"], adapter_name))
+        if config["target_modules"] == ["0"] and not isinstance(model[0], Layer):
+            model[0] = Layer(model[0])
+
+    peft.LoraConfig, peft.inject_adapter_in_model = dict, inject
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.0")
+    rows = run("delete_latents", providers=("peft_lora",), tokens=(20,), dtypes=("bf16",))
+    assert [row["status"] for row in rows] == ["ok", "ok"] and rows[0]["note"].startswith("peft 1.0; another job")
+    assert made == [(60, "0")] + [(60, str(mask)) for mask in range(16)]
+    names = 8 * ["0"] + 8 * ["1"] + 4 * ["2"]
+    assert called[0] is None and called[-1] == names and all(each in (None, names) for each in called)
 
 
 def test_a_library_that_is_missing_has_a_row(rivals, monkeypatch):
@@ -109,7 +154,7 @@ def test_those_for_gpus_are_called_as_they_are_documented(rivals, libraries):
 # -- the scripts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "codebook_quantize", "masked_decode", "sae_encode"])
+@pytest.mark.parametrize("op", ["bottleneck", "codebook_quantize", "delete_latents", "masked_decode", "sae_encode"])
 def test_a_script_gives_the_rows_of_the_command(op, script, monkeypatch):
     asked, path = [], str(BENCHMARKS / f"bench_{op}.py")
     monkeypatch.setattr(bench, "run", lambda plan, output, progress: asked.append(plan) or [])

@@ -24,7 +24,7 @@ from cu_fast.bench.cells import Cell
 from cu_fast.bench.clock_gpu import GraphClock
 from cu_fast.bench.tune_grid import Scene
 from cu_fast.kernels import reference
-from cu_fast.kernels.triton import codebook_quantize, launch, masked_decode, sae_encode
+from cu_fast.kernels.triton import codebook_quantize, delete_latents, launch, masked_decode, sae_encode
 
 
 def quantize(T: int, C: int = 20, k: int = 1, scan: bool = False) -> tuple[Scene]:
@@ -39,6 +39,10 @@ def decode(D: int) -> tuple[Scene]:
     return (Scene(Cell("masked_decode", 3, D, 40, 3, "bf16")),)
 
 
+def delete() -> tuple[Scene]:
+    return (Scene(Cell("delete_latents", 2, 20, 20, 15, "bf16", "rows")),)
+
+
 # As those of tune_grid, and tiny; of most kernels one row: interpreting takes long.
 SCENES = {
     "score_codes": {"one": quantize(1), "few": (*quantize(2), *quantize(2, k=17))},
@@ -46,6 +50,8 @@ SCENES = {
     "gather_sum": {"wide": decode(1030)},
     "encode_tile": {"one": encode(1)},
     "finish": {"large": quantize(1)},
+    "add_latents": {"narrow": delete()},
+    **{name: {"all": delete()} for name in ("score_latents", "dose_latents")},
     **{name: {"all": quantize(1, scan=True)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
 }
 CROSSING = [*quantize(1, scan=True), *quantize(2, 40, scan=True)]
@@ -63,7 +69,7 @@ started = []
 
 def watch() -> None:
     """Note what is started."""
-    for module in (codebook_quantize, masked_decode, sae_encode):
+    for module in (codebook_quantize, delete_latents, masked_decode, sae_encode):
 
         def start(kernel, programs, config, begin=module.start, **arguments):
             started.append((kernel.__name__, config))
@@ -192,7 +198,9 @@ SHAPES = {
     "scan_codes": {"few": (8, 512, 25_000, 8)},
     "gather_sum": {"wide": (8, 4096, 25_000, 8)},
     "finish": {"large": (1, 512, 25_000, 8)},
+    "add_latents": {"narrow": (64, 512, 25_000, 8)},
     **{name: {"all": (64, 512, 25_000, 8)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
+    **{name: {"all": (64, 512, 25_000, 8)} for name in ("score_latents", "dose_latents")},
 }
 
 
