@@ -21,7 +21,7 @@ import torch
 from cu_fast import evaluate
 from cu_fast.hf import Attachment
 from cu_fast.hf.checkpoint import load_model
-from cu_fast.hf.topics import near
+from cu_fast.hf.places import near
 from cu_fast.masks import Mask
 from cu_fast.unlearn import CodeCounts, Finding, count_codes, find_mask, random_mask
 

@@ -45,8 +45,6 @@ Kind = Literal["topk", "codebook"]
 # kind -> num_codes, k, learning rate; of a codebook the codes' own rate is CODES_RATE times that of the rest.
 DEFAULTS = {"topk": (8192, 32, 2e-3), "codebook": (16_384, 16, 1e-3)}
 CODES_RATE = 3.0
-# A config that does not know the field is of a version in which every bottleneck replaces the layer's output.
-SPLICE = {"splice": "delta"} if "splice" in {field.name for field in dataclasses.fields(BottleneckConfig)} else {}
 DEAD_ROWS = 81_920  # rows after which a code that none of them kept is dead, where the run is long enough
 SAMPLE = 20_000  # rows that a run starts from, at least
 WARM_UP, DECAY = 20, 0.35  # steps, and the share of the steps at the end, in which the rate rises and falls
@@ -309,7 +307,7 @@ def _start(module: Fit, states: States, C: int, seed: int) -> None:
 
 
 def _save_attachment(model: nn.Module, layer: str, bottleneck: CodebookBottleneck, output: Path) -> None:
-    attachment = attach(model, {layer: dataclasses.replace(bottleneck.config, **SPLICE)})
+    attachment = attach(model, {layer: dataclasses.replace(bottleneck.config, splice="delta")})
     try:
         attachment.bottlenecks[layer].load_state_dict(bottleneck.state_dict())
         attachment.save(output)

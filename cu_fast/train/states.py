@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from cu_fast.hf import Tokenizer
-from cu_fast.hf.topics import near
+from cu_fast.hf.places import near
 from cu_fast.train.texts import Texts, windows
-from cu_fast.unlearn.count import reader_of
+from cu_fast.unlearn.reading import reader_of
 
 OUTLIER = 6.0  # medians of the held-out rows' lengths
 HOLD_EVERY = 20  # windows, the first among them

@@ -10,8 +10,6 @@ Everything behind the selection touches k rows per token, forward and backward: 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +18,6 @@ from cu_fast.nn.autograd import gather_dot, gather_sum, scatter_sum
 from cu_fast.sae import SAE, Provenance
 from cu_fast.train.module import Fit, processes
 
-KEEPS_B_DEC = "b_dec" in {field.name for field in dataclasses.fields(SAE)}  # what is added whatever fires
 TILE = 512  # rows whose pre-activations are in memory at once
 AUX_SHARE = 1 / 32  # of the loss of the dead latents
 AUX_TIMES = 2  # k of the dead latents, in k
@@ -129,7 +126,7 @@ class TopK(Fit):
             k=self.k,
             site=site,
             provenance=Provenance(l0=float(self.k), dtype="F32", model=model),
-            **({"b_dec": (self.scale * self.b_dec + self.mean).detach().float().cpu()} if KEEPS_B_DEC else {}),
+            b_dec=(self.scale * self.b_dec + self.mean).detach().float().cpu(),
         )
 
     def _normed(self, rows: Tensor) -> Tensor:

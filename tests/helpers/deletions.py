@@ -51,7 +51,7 @@ def deletion(
     if idle:
         change[:, :, 2] = torch.randint(0, 2, (U, M), generator=g) * 0.9
     if infinite:
-        change[:, :: 2, 1] = torch.inf  # what is added, 0 * Inf beyond the width would be NaN
+        change[:, ::2, 1] = torch.inf  # what is added, 0 * Inf beyond the width would be NaN
     row = torch.randint(-1, max(U, 0), (T,), generator=g, dtype=torch.int32)
     if U > 0:
         row[::3] = 0  # the full list

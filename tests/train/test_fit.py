@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from command_line import run
 from tiers import heavy
-from tiny_fit import LAYER, provide_save_sae, sentences, settings
+from tiny_fit import LAYER, sentences, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,11 +29,6 @@ from cu_fast.train.states import Reader
 from cu_fast.train.topk import AUX_SHARE, AUX_TIMES, TILE, TopK
 
 TEXTS = sentences(160)
-
-
-@pytest.fixture(autouse=True)
-def saving():
-    provide_save_sae()
 
 
 def planted(n, width=32, directions=60, active=3, seed=0):
@@ -377,7 +372,6 @@ def test_two_processes_give_the_result_of_one(tmp_path, kind):
             f"""
             import json, os, sys, tiny_fit, tiny_training, torch
             torch.set_num_threads(1)
-            tiny_fit.provide_save_sae()
             from cu_fast.train import states
             from cu_fast.train.fit import fit_codes
 

@@ -228,9 +228,11 @@ def test_delete_latents(multiprocessors, seed, **described):
 def test_delete_latents_many(M, scale, multiprocessors):
     """Lists longer than a block scores at a time, and than it has slots; rows wider than it has threads."""
     sizes = {20: (2100, 2049, 70), 300: (40, 1030, 420), 1100: (20, 40, 1200)}[M]
-    given = deletions.deletion(11, *sizes, M=M, scale=scale, dtype=torch.bfloat16, residual=torch.float16, floor=M == 20)
+    given = deletions.deletion(
+        11, *sizes, M=M, scale=scale, dtype=torch.bfloat16, residual=torch.float16, floor=M == 20
+    )
     given["mask_row"] = torch.tensor([0, 0, 1, -1, 0, 0, 0, 0, -1, 2, 0], dtype=torch.int32)
-    y, hits, dose = deleted(given, multiprocessors=multiprocessors)
+    _, hits, dose = deleted(given, multiprocessors=multiprocessors)
     assert hits.max() > M // 8 and dose.isfinite().all()
     assert ("delete_latents<4, 512, 512, 16>" in kernels()) == (M <= 512 and multiprocessors == 3)
 
@@ -244,7 +246,7 @@ def test_delete_latents_poisons_one_token(row, multiprocessors):
     given["mask_row"][2], given["mask_row"][5], given["mask_row"][8] = row, 1, -1
     given["mask_latents"][1] = torch.tensor([0, 30, -1, 31, 32])
     given["x"][3, 39], given["x"][6, 0], given["x"][8, 3] = NAN, -INF, NAN
-    y, hits, dose = deleted(given, multiprocessors=multiprocessors)
+    _, hits, dose = deleted(given, multiprocessors=multiprocessors)
     faulty = torch.tensor([t in (2, 3, 5, 6) for t in range(9)])
     assert torch.equal(dose.isnan(), faulty) and torch.equal(y.isnan().all(1), faulty) and not hits[faulty].any()
     assert hits[~faulty].any()
