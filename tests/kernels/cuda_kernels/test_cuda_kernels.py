@@ -246,7 +246,7 @@ def test_delete_latents_poisons_one_token(row, multiprocessors):
     given["mask_row"][2], given["mask_row"][5], given["mask_row"][8] = row, 1, -1
     given["mask_latents"][1] = torch.tensor([0, 30, -1, 31, 32])
     given["x"][3, 39], given["x"][6, 0], given["x"][8, 3] = NAN, -INF, NAN
-    _, hits, dose = deleted(given, multiprocessors=multiprocessors)
+    y, hits, dose = deleted(given, multiprocessors=multiprocessors)
     faulty = torch.tensor([t in (2, 3, 5, 6) for t in range(9)])
     assert torch.equal(dose.isnan(), faulty) and torch.equal(y.isnan().all(1), faulty) and not hits[faulty].any()
     assert hits[~faulty].any()
