@@ -106,7 +106,7 @@ CU_FAST_DEVICE float canonical_sums(Shared& shared, int64_t width, const Term& t
   float partial[4] = {};
   for (int64_t first = 0; first < width; first += Shared::kStage) {
     sync_block();  // the previous terms have been read
-#pragma unroll
+#pragma unroll 2   // more tokens at a time would not fit the registers
     for (int t = 0; t < Shared::kTokens; ++t) {
       *reinterpret_cast<float4*>(&shared.rows[t][4 * thread_index()]) = term(t, first + 4 * thread_index());
     }
@@ -328,7 +328,7 @@ delete_latents(DeleteLatentsParams p) {
   };
   if (p.scale == TokenScale::none) {
     for (int64_t column = 4 * thread; column < width; column += kStage) {
-#pragma unroll
+#pragma unroll 2  // more tokens at a time would not fit the registers
       for (int t = 0; t < kTokens; ++t) checked_x(t, column);
     }
   } else {
@@ -377,7 +377,7 @@ delete_latents(DeleteLatentsParams p) {
     for (int64_t first = 0; first < p.Din; first += kStage) {
       const int64_t column = first + 4 * thread;
       sync_block();  // the previous entries have been read
-#pragma unroll
+#pragma unroll 2     // more tokens at a time would not fit the registers
       for (int t = 0; t < kTokens; ++t) {
         float4 four = x(t, column);
 #pragma unroll
