@@ -50,7 +50,8 @@ inline void with_row(const Matrix& m, int64_t row, Use use) {
 // finite.
 inline bool widen_row(const Matrix& m, int64_t row, const float* minus, int64_t n, float* to) {
   const Vec none = Vec::broadcast(0);
-  Vec faults[4] = {none, none, none, none};  // x - x is 0, or NaN if x is not finite; one sum would be waited for
+  Vec faults[4] = {none, none, none,
+                   none};  // x - x is 0, or NaN if x is not finite; one sum would be waited for
   with_row(m, row, [&](const auto* from) {
     for (int64_t i = 0; i < n; i += 4 * kLanes) {
 #pragma GCC unroll 4

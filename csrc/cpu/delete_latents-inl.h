@@ -13,11 +13,12 @@
 // A block's tokens have one mask.
 // 1. List its latents up to the first -1, with bias and max(theta, 0). One that does not exist: NaN.
 // 2. Widen the rows of x, multiply by rho, note those that are NaN.
-// 3. Dot products of a tile of latents and all the block's tokens, kRows x kTokens at a time.
+// 3. Dot products of a tile of latents and all the block's tokens, kRows x kTokens at a time: kChunk columns
+//    of the tile stay in the L1 cache, partials between chunks likewise.
 // 4. Per token: compare pre with max(theta, 0), 16 at a time, and with the floor, where it has one; list the
 //    latents that fire, each with new - a. None: copy the residual.
-// 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual, store.
-//    The squares that dose needs are added up on the way.
+// 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual,
+//    store. The squares that dose needs are added up on the way.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
@@ -92,10 +93,11 @@ Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) 
   return listed;
 }
 
-// Floats of a row that are multiplied at a time: those of a tile of latents stay in the L1 cache for all tokens.
+// Columns that are multiplied at a time: those of a tile of latents stay in the L1 cache for all tokens.
 constexpr int64_t kChunk = 512;
 
-// partial[t][r] += x[t] * rows[r] from `begin` to `end`, of kTokens rows of x, padded with zeros, and kRows rows of enc.
+// partial[t][r] += x[t] * rows[r] from `begin` to `end`, of kTokens rows of x, padded with zeros, and kRows rows
+// of enc.
 template <int kTokens, int kRows>
 [[gnu::noinline]] void add_products(const float* x, int64_t x_stride, const float* const* rows, int64_t begin,
                                     int64_t end, float* partials) {
@@ -147,7 +149,8 @@ void add_products_of(int64_t tokens, const float* x, int64_t x_stride, const flo
   }
 }
 
-// pre[t * stride + r] of `tokens` rows of x and the first n of kRows latents; a tile that is not full repeats the last.
+// pre[t * stride + r] of `tokens` rows of x and the first n of kRows latents; a tile that is not full repeats the
+// last.
 template <int kRows>
 void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, const float* x, int64_t tokens,
                 float* pre) {
@@ -194,7 +197,7 @@ struct Found {
   int64_t fired, changed;  // fired < 0: a pre is NaN
 };
 
-// Lists what changes: the latents that fire, each with new - a, and idle ones where one that has an idle fires.
+// Lists what changes: the latents that fire, each with new - a; where one that has an idle fires, idle ones too.
 Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre,
                    DecodeSlot* slots) {
   bool hot = false;
@@ -230,8 +233,8 @@ Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t t
 
 constexpr int64_t kLatentsAhead = 4;  // prefetch distance in rows of dec
 
-// y[d .. d + 16 kRun) of a token, and the squares of what is added and of what it is added to. With kRun = 1 it may end at
-// Dout before that.
+// y[d .. d + 16 kRun) of a token, and the squares of what is added and of what it is added to. With kRun = 1 it
+// may end at Dout before that.
 template <int kRun, class T>
 inline void apply_run(const DeleteLatentsParams& p, const T* kept, T* y, const DecodeSlot* slots, int64_t n,
                       float sigma, int64_t d, Vec& moved, Vec& length) {

@@ -1,5 +1,5 @@
-// Deletion of latents on the CPU: tokens sorted by mask, in blocks; few tokens also by parts of the masks' lists. The
-// kernel: delete_latents-inl.h.
+// Deletion of latents on the CPU: tokens sorted by mask, in blocks; few tokens also by parts of the masks' lists.
+// The kernel: delete_latents-inl.h.
 
 #include <algorithm>
 #include <cstring>
@@ -38,7 +38,7 @@ void copy_token(const DeleteLatentsParams& p, int64_t token) {
   p.dose[token] = 0;
 }
 
-// Where a block ends that begins at `t`: its tokens have one mask, and are as many as in the others of the mask.
+// Where a block ends that begins at `t`: its tokens have one mask, and are as many as in the mask's others.
 int64_t block_end(const DeleteLatentsParams& p, const int64_t* order, int64_t t, int64_t end) {
   int64_t same = t + 1;
   while (same < end && p.mask_row[order[same]] == p.mask_row[order[t]]) ++same;

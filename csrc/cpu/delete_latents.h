@@ -10,8 +10,8 @@
 
 namespace cu_fast {
 
-// The most tokens of a block: each latent's row is read from memory once for so many. Their own, widened, stay in the L2
-// cache (64 x 2304 floats are 576 KiB).
+// The most tokens of a block: each latent's row is read from memory once for so many. Their own, widened, stay in
+// the L2 cache (64 x 2304 floats are 576 KiB).
 inline constexpr int64_t kLatentTokens = 64;
 
 // score: pre and sigma of tokens. apply: the rest, from these. Both at once where a block has whole masks.

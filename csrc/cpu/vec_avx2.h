@@ -15,7 +15,7 @@ CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
 namespace cu_fast::avx2 {
 
 struct Vec {
-  static constexpr int kTokens = 4, kCodes = 1;  // 4 sums of two registers each: 8 of 16
+  static constexpr int kTokens = 4, kCodes = 1;          // 4 sums of two registers each: 8 of 16
   static constexpr int kDeepTokens = 2, kDeepCodes = 2;  // likewise
 
   __m256 low, high;

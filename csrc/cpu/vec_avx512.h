@@ -14,7 +14,7 @@ CU_FAST_TARGET_BEGIN(CU_FAST_AVX512)
 namespace cu_fast::avx512 {
 
 struct Vec {
-  static constexpr int kTokens = 4, kCodes = 4;  // 16 sums: 16 of 32 registers
+  static constexpr int kTokens = 4, kCodes = 4;          // 16 sums: 16 of 32 registers
   static constexpr int kDeepTokens = 3, kDeepCodes = 8;  // 24 sums, 3 rows and a code: 28 of 32
 
   __m512 v;

@@ -1,4 +1,4 @@
-"""Arguments of delete_latents, made to hurt: lists that end early with junk behind, ties with the floor, idle values."""
+"""Arguments of delete_latents, made to hurt: lists that end early, with junk behind; ties with the floor; idle values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def last_kept(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def deletion(
     T: int, Din: int, Dout: int, R: int, U: int = 3, M: int = 5, *, scale: int = 0, kind: str = "gaussian",
     dtype: torch.dtype = torch.float32, residual: torch.dtype | None = torch.float32, latent_kind: str = "gaussian",
-    idle: bool = True, floor: bool = False, faults: bool = False, infinite: bool = False, layout: str = "plain", seed: int = 0,
+    idle: bool = True, floor: bool = False, faults: bool = False, infinite: bool = False,
+    layout: str = "plain", seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The operator's arguments by name. residual: its dtype; None = x is what is deleted from."""
     g = torch.Generator().manual_seed(seed)
@@ -51,7 +52,7 @@ def deletion(
     if idle:
         change[:, :, 2] = torch.randint(0, 2, (U, M), generator=g) * 0.9
     if infinite:
-        change[:, :: 2, 1] = torch.inf  # what is added, 0 * Inf beyond the width would be NaN
+        change[:, ::2, 1] = torch.inf  # what is added, 0 * Inf beyond the width would be NaN
     row = torch.randint(-1, max(U, 0), (T,), generator=g, dtype=torch.int32)
     if U > 0:
         row[::3] = 0  # the full list

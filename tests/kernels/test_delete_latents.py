@@ -213,6 +213,16 @@ def test_faults_make_nan_tokens_alone(impl):
     assert call("delete_latents", on=on, **huge)[0].isnan().all(1).tolist() == [True, False]
 
 
+def test_what_pads_a_row_stays_out():
+    # rho is Inf, and Inf times the zeros that pad a row is NaN: pre would be it too, and the tokens would be faulty.
+    given = example_of(3, 5, U=1, M=3, R=3) | dict(
+        x=torch.full((3, 5), 1e-21), enc=torch.ones(3, 5), scale=2, norm=1e20
+    )
+    given["mask_latents"] = torch.arange(3, dtype=torch.int32)[None]
+    _, hits, _ = check(given)
+    assert hits.tolist() == [3, 3, 3]
+
+
 def test_denormals_are_kept():
     given = example_of(5, 40, M=20)
     given |= dict(x=given["x"] * 1e-41, theta=torch.zeros(40), dec=given["dec"] * 1e3)
