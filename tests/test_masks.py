@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cu_fast.files import read_safetensors, seal, write_directory
-from cu_fast.masks import Gate, Mask, MaskTable, load_masks
+from cu_fast.masks import Gate, LatentRows, Mask, MaskTable, load_masks
 
 SHA = "a" * 64
 
@@ -199,6 +200,12 @@ def gate(codes=(0, 5, 69), weights=(2.0, -0.5, 1e-3), bias=-0.0, level=0.1):
     return Gate(torch.tensor(codes, dtype=torch.int32), torch.tensor(weights), bias, level)
 
 
+def rows(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = (torch.randn(shape, generator=generator) for shape in ((n, 2), (n,), (n,), (n, 2)))
+    return LatentRows(*parts, dict(kind="threshold", k=None, scale="none", norm=1.0, site=None, site_out=None))
+
+
 class TestGate:
     ids = torch.tensor([[0, 1, 5], [5, 9, -1], [2, 69, 0], [-1, -1, -1], [0, 5, 69]], dtype=torch.int32)
     sequence = torch.tensor([0, 2, 2, 2, -1])
@@ -266,9 +273,28 @@ class TestGate:
         with pytest.raises(ValueError, match="lacks the tensors"):
             Mask.load(tmp_path / "m")
 
-    def test_every_flipped_byte_is_refused(self, tmp_path):
-        made = mask([3]).with_gate(gate())
-        files, _ = made.to_files()
+    def test_rows_of_the_gate(self, tmp_path):
+        made = mask([3], strength=2.0).with_gate(gate().with_rows(rows(3)))
+        assert made.digest == mask([3], strength=2.0).with_gate(gate()).digest
+        (tmp_path / "m").mkdir()
+        for name, content in dataclasses.replace(made, rows=rows(1)).to_files(rows=True)[0].items():
+            (tmp_path / "m" / name).write_bytes(content)
+        read = Mask.load(tmp_path / "m")
+        assert read.digest == made.digest and read.gate.rows.settings() == rows(3).settings()
+        assert all(torch.equal(a, b) for a, b in zip(read.gate.rows.rows(), rows(3).rows()))
+        assert all(torch.equal(a, b) for a, b in zip(read.rows.rows(), rows(1).rows()))
+        other = dataclasses.replace(made.with_gate(gate().with_rows(rows(3, seed=1))), rows=rows(1))
+        (tmp_path / "m" / "mask.safetensors").write_bytes(other.to_files(rows=True)[0]["mask.safetensors"])
+        with pytest.raises(ValueError, match=r"does not hold the rows of mask\.json"):
+            Mask.load(tmp_path / "m")
+        with pytest.raises(ValueError, match="rows of the gate are 2; there should be 3"):
+            gate().with_rows(rows(2))
+
+    @pytest.mark.parametrize("with_rows", [False, True])
+    def test_every_flipped_byte_is_refused(self, tmp_path, with_rows):
+        made = mask([3]).with_gate(gate().with_rows(rows(3)))
+        made = dataclasses.replace(made, rows=rows(1))
+        files, _ = made.to_files(rows=with_rows)
         for name, content in files.items():
             for i in range(len(content)):
                 changed = bytearray(content)
@@ -281,6 +307,12 @@ class TestGate:
                     continue
                 # The padding of a safetensors header, or a space of JSON, says nothing.
                 assert read.digest == made.digest and read.topic == made.topic, (name, i)
+                if with_rows:
+                    pairs = zip((read.rows, read.gate.rows), (made.rows, made.gate.rows))
+                    assert all(torch.equal(a, b) for one, two in pairs for a, b in zip(one.rows(), two.rows())), (
+                        name,
+                        i,
+                    )
 
     @pytest.mark.parametrize(
         "value",

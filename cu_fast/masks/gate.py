@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cu_fast.masks.rows import LatentRows, row_shapes
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gate:
@@ -33,6 +35,8 @@ class Gate:
         weights: fp32 [n], of the share of tokens that keep each code.
         bias: added.
         level: the mask is used where the value is above it.
+        rows: of a sparse autoencoder's latents those of the codes, in their order, so that the gate decides without the
+            autoencoder; None = not at hand. No part of what is decided.
 
     Raises:
         ValueError: a wrong shape or dtype, codes that do not ascend from 0 on, or a number that is not finite.
@@ -42,6 +46,7 @@ class Gate:
     weights: Tensor
     bias: float
     level: float
+    rows: LatentRows | None = None
 
     def __post_init__(self) -> None:
         n = self.codes.numel()
@@ -55,6 +60,8 @@ class Gate:
             raise ValueError("codes of the gate should be at least 0, and each above the one before")
         object.__setattr__(self, "bias", float(self.bias))
         object.__setattr__(self, "level", float(self.level))
+        if self.rows is not None and len(self.rows.enc) != n:
+            raise ValueError(f"rows of the gate are {len(self.rows.enc)}; there should be {n}, one per code")
         if not (bool(self.weights.isfinite().all()) and math.isfinite(self.bias) and math.isfinite(self.level)):
             raise ValueError(f"weights, bias {self.bias} and level {self.level} of the gate should be finite")
 
@@ -100,8 +107,12 @@ class Gate:
         value = self.bias + terms[:, 0] / tokens.clamp(min=1)
         return torch.where(tokens > 0, value, torch.inf)
 
+    def with_rows(self, rows: LatentRows | None) -> Gate:
+        """The same gate with the rows of its latents, as ``SAE.rows_of(gate.codes)`` gives them; None = without."""
+        return dataclasses.replace(self, rows=rows)
+
     def to(self, device: torch.device | str) -> Gate:
-        """The same gate with its tensors on a device; itself where they are there."""
+        """The same gate with codes and weights on a device; itself where they are there."""
         if self.codes.device == torch.device(device):
             return self
         return dataclasses.replace(self, codes=self.codes.to(device), weights=self.weights.to(device))
@@ -128,15 +139,17 @@ class Gate:
             return None
         order = torch.tensor(codes).argsort()
         codes = torch.tensor(codes, dtype=torch.int32)[order]
-        return dataclasses.replace(self, codes=codes, weights=self.weights[order])
+        return dataclasses.replace(self, codes=codes, weights=self.weights[order], rows=None)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Codes and weights by name, for a file."""
-        return {"gate_codes": self.codes.cpu(), "gate_weights": self.weights.cpu()}
+    def tensors(self, *, rows: bool) -> dict[str, Tensor]:
+        """Codes and weights by name, for a file, and with ``rows`` those too."""
+        own = {"gate_codes": self.codes.cpu(), "gate_weights": self.weights.cpu()}
+        return own | (self.rows.tensors("gate_") if rows and self.rows else {})
 
-    def record(self) -> dict[str, Any]:
+    def record(self, *, rows: bool) -> dict[str, Any]:
         """What a mask's record says of it."""
-        return {"num_codes": len(self.codes), "bias": self.bias, "level": self.level, "sha256": self.digest()}
+        own = {"num_codes": len(self.codes), "bias": self.bias, "level": self.level, "sha256": self.digest()}
+        return own | ({"rows": self.rows.record()} if rows and self.rows else {})
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path) -> Gate:
@@ -156,7 +169,7 @@ class Gate:
             raise ValueError(f"{file}: {error}; fit the gate again") from error
         if gate.digest() != record["sha256"]:
             raise ValueError(f"{file} does not hold the gate of mask.json; fit it again")
-        return gate
+        return gate.with_rows(LatentRows.read(tensors, record["rows"], file, "gate_")) if "rows" in record else gate
 
 
 def gate_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, ...]]:
@@ -165,9 +178,12 @@ def gate_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, .
     kinds = {"num_codes": (int,), "bias": (float,), "level": (float,), "sha256": (str,)}
     if (
         not isinstance(gate, dict)
-        or set(gate) != set(kinds)
+        or set(gate) - {"rows"} != set(kinds)
         or any(type(gate[name]) not in kind for name, kind in kinds.items())
         or gate["num_codes"] < 1
     ):
         raise ValueError(f"{file} has gate {gate!r}, which describes none; fit the gate again")
-    return {"gate_codes": (gate["num_codes"],), "gate_weights": (gate["num_codes"],)}
+    n = gate["num_codes"]
+    return {"gate_codes": (n,), "gate_weights": (n,)} | (
+        row_shapes(gate["rows"], n, file, "gate_") if "rows" in gate else {}
+    )

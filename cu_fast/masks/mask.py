@@ -252,8 +252,8 @@ class Mask:
 
         Args:
             path: the folder.
-            rows: also write the rows of the deleted latents, (Din + Dout + 2) * 4 bytes each, so that
-                ``cu_fast.attach_masks`` needs no autoencoder.
+            rows: also write the rows of the deleted latents, and of those that the gate looks at, (Din + Dout + 2) * 4
+                bytes each, so that ``cu_fast.attach_masks`` needs no autoencoder.
 
         Raises:
             FileExistsError: ``path`` is a file, or a folder that holds anything but a mask.
@@ -280,8 +280,8 @@ class Mask:
             tensors |= self.rows.tensors()
             extra["rows"] = self.rows.record()
         if self.gate is not None:
-            tensors |= self.gate.tensors()
-            extra["gate"] = self.gate.record()
+            tensors |= self.gate.tensors(rows=rows)
+            extra["gate"] = self.gate.record(rows=rows)
         record = {
             "format_version": 2 if extra else 1,
             "topic": self.topic,
@@ -329,7 +329,7 @@ class Mask:
             raise ValueError(f"{file} has num_codes {record['num_codes']}; it should be an int >= 1")
         how, shapes = _how_of(record, file), {"bits": ((record["num_codes"] + 31) // 32,)}
         if "rows" in record:
-            shapes |= row_shapes(record, file)
+            shapes |= row_shapes(record["rows"], record["num_deleted"], file)
         if "gate" in record:
             shapes |= gate_shapes(record, file)
         tensors = read_safetensors(bits_file, shapes)

@@ -55,43 +55,43 @@ class LatentRows:
         """The values, a dict of their own."""
         return dict(self.values)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """enc, bias, theta and dec by name, for a file."""
-        return dict(zip(ROWS, self.rows()))
+        return {prefix + name: row for name, row in zip(ROWS, self.rows())}
 
     def record(self) -> dict[str, Any]:
-        """What a mask's record says of them."""
+        """What the record of their file says of them."""
         widths = {"d_in": self.enc.shape[1], "d_out": self.dec.shape[1]}
         return {**widths, **self.settings(), "sha256": _sha256_of(self.tensors())}
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path) -> LatentRows:
+    def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path, prefix: str = "") -> LatentRows:
         """The rows of a file.
 
         Args:
             tensors: of the file, of the shapes that :func:`row_shapes` gave.
             record: what the mask's record says of them.
             file: for messages.
+            prefix: of the tensors' names.
 
         Raises:
             ValueError: they are not those of the record.
         """
-        rows = {name: tensors[name] for name in ROWS}
+        rows = {name: tensors[prefix + name] for name in ROWS}
         if any(row.dtype != torch.float32 for row in rows.values()) or _sha256_of(rows) != record["sha256"]:
             raise ValueError(f"{file} does not hold the rows of mask.json; find the mask again")
         return cls(*rows.values(), {name: value for name, value in record.items() if name in SETTINGS})
 
 
-def row_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a mask's rows by its record. Raises ValueError where that describes none."""
-    rows = record["rows"]
+def row_shapes(rows: Any, R: Any, file: Path, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """The shapes of R rows by what the record of their file says. Raises ValueError where that describes none."""
     if not isinstance(rows, dict) or set(rows) != {"d_in", "d_out", "sha256", *SETTINGS}:
         raise ValueError(f"{file} has rows {rows!r}, which describe none; find the mask again")
-    widths = [rows["d_in"], rows["d_out"], record["num_deleted"]]
+    widths = [rows["d_in"], rows["d_out"], R]
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError(f"{file} has rows of widths {widths}; they should be positive; find the mask again")
-    d_in, d_out, R = widths
-    return {"enc": (R, d_in), "bias": (R,), "theta": (R,), "dec": (R, d_out)}
+    shapes = (R, rows["d_in"]), (R,), (R,), (R, rows["d_out"])
+    return {prefix + name: shape for name, shape in zip(ROWS, shapes)}
 
 
 def rows_among(made: Mask, *parts: Mask) -> LatentRows:

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from cu_fast.kernels import reference
 from cu_fast.masks import Mask
+from cu_fast.nn import Splice
 from cu_fast.ops.checks import check_choice
-from cu_fast.unlearn.reading import kept_codes, layers_of, reading
+from cu_fast.unlearn.reading import FewLatents, kept_codes, layers_of, reading
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer
@@ -176,6 +177,7 @@ def topics_of(
         ValueError: a topic that the attachment has no mask for, an unknown figure, a level that is not a number, or a
             name whose masks carry no gate.
         TypeError: gates is one name.
+        RuntimeError: the autoencoder is not at hand, and neither are the gate's rows.
     """
     if isinstance(gates, str):
         raise TypeError(f"gates is {gates!r}; it should be a set of names, or name -> level")
@@ -245,6 +247,7 @@ def _read(
     layers = {layer for masks in (*plain.values(), *learned.values()) for layer in masks}
     if not layers:
         return found, values
+    readers = {layer: _reader(attachment, layer, plain.values(), learned.values()) for layer in layers}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     hits: dict[str, Tensor] = {}  # name -> fp64 [B, S], deleted codes per token
     counted: dict[str, Tensor] = {}  # layer -> bool [B, S], which tokens count
@@ -256,7 +259,7 @@ def _read(
         sequence = torch.arange(B)[:, None].expand(B, S)[valid]
         deleted: dict[str, list[Tensor]] = {name: [] for name, masks in plain.items() if layer in masks}
         done = 0
-        for _, kept in kept_codes(attachment.bottlenecks[layer], x):
+        for _, kept in kept_codes(readers[layer], x):
             ids = kept.cpu()
             for name, parts in deleted.items():
                 bits = plain[name][layer].bits[None]
@@ -291,6 +294,26 @@ def _read(
                         value = mask.gate.value(counts[name, layer], counted[layer].sum(1))
                         values[name][batch, column] = value.numpy()
     return found, values
+
+
+def _reader(
+    attachment: Attachment,
+    layer: str,
+    plain: Iterable[Mapping[str, Mask]],
+    learned: Iterable[Mapping[str, Mask]],
+) -> Splice | FewLatents:
+    """What says which codes a layer's tokens keep: its splice, or the rows that masks and gates brought."""
+    splice = attachment.bottlenecks[layer]
+    if not splice.has_latents or splice.sae is not None:
+        return splice
+    parts = [(masks[layer].ids(), masks[layer].rows) for masks in plain if layer in masks]
+    parts += [(masks[layer].gate.codes, masks[layer].gate.rows) for masks in learned if layer in masks]
+    if any(rows is None for _, rows in parts):
+        raise RuntimeError(
+            f"only rows of masks are at layer {layer!r}, and a gate there has none of its own; save its mask with "
+            f"rows=True where the autoencoder is at hand, or attach the autoencoder itself"
+        )
+    return FewLatents(parts)
 
 
 def _check_read(name: str, layers: Iterable[str], read: Collection) -> None:

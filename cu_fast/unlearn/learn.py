@@ -134,6 +134,9 @@ def fit_gate(
             f"a larger max_share, or neighbours that are less near"
         )
     _, penalty, gate, fires = best
+    splice = attachment.bottlenecks[layer]
+    if splice.has_latents and splice.k is None:  # the rank of others needs all of them
+        gate = gate.with_rows(splice.sae.rows_of(gate.codes))
     record: dict[str, Any] = {
         "penalty": penalty,
         "max_share": max_share,

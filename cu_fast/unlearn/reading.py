@@ -7,15 +7,17 @@ several times in a forward is read the first time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cu_fast.masks import Mask
+from cu_fast.masks import LatentRows, Mask
 from cu_fast.nn import Splice
 from cu_fast.ops.checks import check_choice
+from cu_fast.sae import SAE
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer
@@ -99,7 +101,9 @@ def reading(
             model.train()
 
 
-def kept_codes(splice: Splice, x: Tensor, depth: int | None = None, tile: int | None = None) -> Iterator[tuple]:
+def kept_codes(
+    splice: Splice | FewLatents, x: Tensor, depth: int | None = None, tile: int | None = None
+) -> Iterator[tuple]:
     """What tokens keep, in tiles: no matrix of tokens and codes is made beyond one.
 
     Args:
@@ -117,6 +121,27 @@ def kept_codes(splice: Splice, x: Tensor, depth: int | None = None, tile: int | 
         if splice.k is None:  # of a token with NaN or Inf nothing is known
             ids = torch.where(part.isfinite().all(1)[:, None], ids, -1)
         yield part, ids
+
+
+class FewLatents:
+    """Some latents of an autoencoder that is not at hand, by their rows: what :func:`kept_codes` needs of a splice.
+
+    Args:
+        parts: ids int [R] and the rows of those latents; a latent may be in several.
+    """
+
+    k = None
+
+    def __init__(self, parts: Sequence[tuple[Tensor, LatentRows]]) -> None:
+        every, first = np.unique(np.concatenate([ids.numpy() for ids, _ in parts]), return_index=True)
+        rows = (torch.cat(kind)[first] for kind in zip(*(rows.rows() for _, rows in parts)))
+        self.num_codes = len(every)
+        self._sae = SAE(*rows, **parts[0][1].settings())
+        self._ids = torch.from_numpy(every.astype(np.int32))
+
+    def active(self, x: Tensor, depth: None = None) -> Tensor:
+        """As the whole autoencoder's ``active``, of these latents alone, with -1 at the places of those that do not fire."""
+        return torch.where(self._sae.to(x.device).activations(x) > 0, self._ids.to(x.device), -1)
 
 
 def layers_of(attachment: Attachment, masks: Iterable[Mask]) -> Mapping[str, Mask]:

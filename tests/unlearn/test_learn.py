@@ -224,6 +224,38 @@ def test_serving_needs_no_scikit_learn(latents, tokenizer, monkeypatch, tmp_path
         fit_gate(attachment, tokenizer, some_mask(attachment), never(), never())
 
 
+def test_rows_serve_the_gate_without_the_autoencoder(latents, tokenizer, tmp_path):
+    attachment = latents("threshold")
+    mask = fit_gate(attachment, tokenizer, some_mask(attachment), ANNA, OTHERS, progress=False)
+    plain = some_mask(attachment, "plain", range(5, 120, 2))
+    prompts = [*ANNA[:3], *OTHERS[:3], ""]
+    want = (
+        gate_values(attachment, tokenizer, prompts, [mask]),
+        unlearn.fired(attachment, tokenizer, prompts, [plain]),
+        topics_of(_with(attachment, mask, plain), tokenizer, prompts, {"Anna": None, "plain": 5.0}),
+    )
+    for one in (mask, plain):
+        one.save(tmp_path / one.topic, rows=True)
+    mask.save(tmp_path / "bare")
+    attachment.detach()
+    served = cu_fast.attach_masks(attachment.model, [tmp_path / "Anna", tmp_path / "plain"])
+    read = served.masks["Anna"][0]
+    assert read.digest == mask.digest and torch.equal(read.gate.rows.enc, mask.gate.rows.enc)
+    np.testing.assert_array_equal(gate_values(served, tokenizer, prompts, [read]), want[0])
+    np.testing.assert_array_equal(unlearn.fired(served, tokenizer, prompts, served.masks["plain"]), want[1])
+    assert topics_of(served, tokenizer, prompts, {"Anna": None, "plain": 5.0}) == want[2] != [None] * 7
+    bare = cu_fast.Mask.load(tmp_path / "bare")
+    assert bare.digest == mask.digest and bare.gate.rows is None
+    with pytest.raises(RuntimeError, match="a gate there has none of its own; save its mask with rows=True"):
+        gate_values(served, tokenizer, prompts, [bare])
+
+
+def _with(attachment, *masks):
+    for mask in masks:
+        attachment.add_mask(mask)
+    return attachment
+
+
 def test_texts_without_tokens_are_left_out(latents, tokenizer):
     attachment = latents("threshold")
     given = dict(progress=False, batch_size=3)
@@ -263,3 +295,18 @@ def test_a_mask_of_another_codebook_is_refused(latents, tokenizer):
     ):
         with pytest.raises(ValueError, match="mask 'other' was made for another codebook"):
             call(latents("threshold"))
+
+
+def test_tiles_change_nothing(latents, tokenizer, monkeypatch):
+    attachment = latents("threshold")
+    mask = fit_gate(attachment, tokenizer, some_mask(attachment), ANNA, OTHERS, progress=False)
+
+    def figures():
+        counts = learn._count(attachment, tokenizer, ANNA, LAYER, "topic", 16, 512, False).counts.toarray()
+        values = gate_values(attachment, tokenizer, [*ANNA, *OTHERS], [mask])
+        return counts, values, unlearn.fired(attachment, tokenizer, ANNA, [mask], figure="max")
+
+    whole = figures()
+    monkeypatch.setattr(unlearn.reading, "TILE", 7 * 120)
+    for one, tiled in zip(whole, figures()):
+        np.testing.assert_array_equal(one, tiled)
