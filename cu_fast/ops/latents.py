@@ -117,6 +117,37 @@ def delete_latents(
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
     enc, bias, theta, dec, kind, k, scale, norm, scan = latents
+    _check_latents(latents, x, residual)
+    _check_masks(masks, x.device)
+    T = x.shape[0]
+    check_row(mask_row, T, masks.latents.shape[0], x.device)
+    refuse_grad("delete_latents", x=x, enc=enc, dec=dec, residual=residual)
+    op, which = choose("delete_latents", impl, x.device), TOKEN_SCALES.index(scale)
+    if kind == "threshold":
+        return Deletion(*op(x, residual, enc, bias, theta, dec, which, norm, *masks, mask_row, None, None))
+    check_k(k, enc.shape[0])
+
+    def floor_of(x: Tensor) -> tuple[Tensor, Tensor]:
+        if scale != "none":
+            x = x.float() * reference.token_scales(x, which, norm)[0][:, None]
+        scores, ids, _ = ops.sae_encode(x, enc, bias, activation="none", k=k, scan=scan, impl=impl)
+        return scores[:, -1].contiguous(), ids[:, -1].contiguous()
+
+    fixed = bias, torch.zeros_like(theta), dec, which, norm, *masks
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return Deletion(*op(x, residual, enc, *fixed, mask_row, *floor_of(x)))
+    # On a CPU the rank is looked up for those tokens alone at which a latent of the mask is positive.
+    found = Deletion(*op(x, residual, enc, *fixed, mask_row, None, None))
+    some = found.hits.nonzero()[:, 0]
+    if some.shape[0]:
+        part, kept = x[some], None if residual is None else residual[some]
+        for whole, new in zip(found, op(part, kept, enc, *fixed, mask_row[some], *floor_of(part))):
+            whole[some] = new
+    return found
+
+
+def _check_latents(latents: Latents, x: Tensor, residual: Tensor | None) -> None:
+    enc, bias, theta, dec, kind, _, scale, norm, _ = latents
     check_matrix("enc", enc)
     R, Din = enc.shape
     if R == 0:
@@ -125,55 +156,22 @@ def delete_latents(
     check_matrix("dec", dec)
     if dec.shape[0] != R:
         raise ValueError(f"dec has shape {shape(dec)}; it should have {R} rows, one per latent of enc")
-    kept = x if residual is None else residual
-    check_matrix("x" if residual is None else "residual", kept, width=dec.shape[1], of="dec")
-    if len(kept) != len(x):
-        raise ValueError(f"residual has {len(kept)} rows; it should have {len(x)}, as x has")
+    check_matrix("x" if residual is None else "residual", x if residual is None else residual, dec.shape[1], "dec")
+    if residual is not None:
+        check_device("residual", residual, "x", x)
+        if residual.shape[0] != x.shape[0]:
+            raise ValueError(f"residual has {residual.shape[0]} rows; it should have {x.shape[0]}, as x has")
     check_vector("bias", bias, R, "a latent each", x.device)
     check_vector("theta", theta, R, "a latent each", x.device)
+    check_device("enc", enc, "x", x)
+    check_device("dec", dec, "x", x)
     for name, tensor in (("enc", enc), ("bias", bias), ("theta", theta), ("dec", dec)):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}; it should be float32")
-    for name, tensor in (("enc", enc), ("dec", dec), ("residual", kept)):
-        check_device(name, tensor, "x", x)
     check_choice("kind", kind, LATENT_KINDS)
     check_choice("scale", scale, TOKEN_SCALES)
     if not 0 < norm < float("inf"):
         raise ValueError(f"norm is {norm!r}; it should be positive and finite")
-    _check_masks(masks, x.device)
-    check_row(mask_row, len(x), masks.latents.shape[0], x.device)
-    refuse_grad("delete_latents", x=x, enc=enc, dec=dec, residual=residual)
-    op = choose("delete_latents", impl, x.device)
-
-    def delete(
-        x: Tensor, residual: Tensor | None, mask_row: Tensor, theta: Tensor, floor: tuple[Tensor, Tensor] | None = None
-    ) -> Deletion:
-        return Deletion(
-            *op(x, residual, enc, bias, theta, dec, TOKEN_SCALES.index(scale), norm, *masks, mask_row,
-                *(floor or (None, None)))
-        )  # fmt: skip
-
-    def floor_of(x: Tensor) -> tuple[Tensor, Tensor]:
-        if scale != "none":
-            x = x.float() * reference.token_scales(x, TOKEN_SCALES.index(scale), norm)[0][:, None]
-        scores, ids, _ = ops.sae_encode(x, enc, bias, activation="none", k=k, scan=scan, impl=impl)
-        return scores[:, -1].contiguous(), ids[:, -1].contiguous()
-
-    if kind == "threshold":
-        return delete(x, residual, mask_row, theta)
-    check_k(k, R)
-    positive = torch.zeros_like(theta)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return delete(x, residual, mask_row, positive, floor_of(x))
-    # On a CPU the rank is looked up for those tokens alone at which a latent of the mask is positive.
-    found = delete(x, residual, mask_row, positive)
-    some = found.hits.nonzero()[:, 0]
-    if len(some):
-        part = x[some]
-        exact = delete(part, None if residual is None else residual[some], mask_row[some], positive, floor_of(part))
-        for whole, new in zip(found, exact):
-            whole[some] = new
-    return found
 
 
 def _check_masks(masks: LatentMasks, device: torch.device) -> None:
