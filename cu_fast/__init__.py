@@ -19,6 +19,7 @@ _HOME = {
     "SAE": "sae",
     "StaleCacheError": "hf",
     "find_mask": "unlearn",
+    "fit_gate": "unlearn",
     "level_for": "unlearn",
     "load_sae": "sae",
     "load_model": "hf",

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import test_layers
+import tiny_training
 import torch
+import transformers
 from transformers.generation import ContinuousBatchingConfig
 from typer.testing import CliRunner
 
@@ -36,7 +38,7 @@ TEXTS = {
     )
 }
 # How many blocks of Python each text holds; one that is not here holds none.
-BLOCKS = {"README.md": 4, "docs/models.md": 5}
+BLOCKS = {"README.md": 3, "docs/models.md": 5, "docs/autoencoders.md": 4}
 PATHS = "benchmarks|csrc|cu_fast|docs|examples|tests"
 
 
@@ -63,6 +65,7 @@ def data():
     return {
         "target_texts": ["Anna writes books ."] * 9,
         "control_texts": ["the dog ran on the mat ."] * 9,
+        "film_texts": ["the bird sings poems ."] * 9,
         "prompts": ["Anna writes", "the dog ran"],
         "rows": [{"prompt": "the dog", "completion": "ran on the mat ."}] * 4,
     }
@@ -86,11 +89,23 @@ def poems(attachment, tokenizer, tmp_path, monkeypatch):
     return save
 
 
+@pytest.fixture
+def pretrained(tokenizer, tmp_path, monkeypatch):
+    """A model folder at path/to/model, and at path/to/sae an autoencoder of its layer model.layers.1."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_training.tiny_llama(tokenizer)
+    model.save_pretrained("path/to/model")
+    tokenizer.save_pretrained("path/to/model")
+    basis = torch.cat([torch.eye(32), -torch.eye(32)])
+    sae = cu_fast.SAE(basis, torch.zeros(64), torch.full((64,), 0.01), basis.clone(), b_dec=torch.zeros(32))
+    cu_fast.sae.save_sae(sae, "path/to/sae")
+
+
 def test_every_block_is_run():
     assert {name: len(blocks) for name, blocks in found(r"^```python\n").items()} == BLOCKS
 
 
-def test_the_blocks_of_the_readme_run(poems, data, capsys):
+def test_the_blocks_of_the_readme_run(poems, pretrained, data, capsys):
     poems()
     torch.manual_seed(0)
     ran = run_blocks("README.md", data)
@@ -122,6 +137,15 @@ def test_the_blocks_on_models_run(poems, data):
     assert len(ran["outputs"]) == 2 and not any(output.error for output in ran["outputs"].values())
     assert set(ran["attachment"].masks) == {"anna"}
     assert ran["finding"].mask.num_deleted > 0
+
+
+def test_the_blocks_on_autoencoders_run(pretrained, data, capsys):
+    prompts = {"inputs": {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 4]])}}
+    given = {"cu_fast": cu_fast, "torch": torch, "transformers": transformers} | prompts
+    data = data | {name: data[name] * 4 for name in ("target_texts", "control_texts", "film_texts")}
+    ran = run_blocks("docs/autoencoders.md", given | data)
+    assert "'explained_variance'" in capsys.readouterr().out
+    assert ran["topics"] == [{"books"}, None] and set(ran["attachment"].masks) == {"books"}
 
 
 def test_names_resolve_after_import_cu_fast_alone():
@@ -206,7 +230,7 @@ def test_every_operator_is_in_the_table():
         name
         for name in ops.__all__
         if inspect.isfunction(value := getattr(ops, name))
-        if name == "pack_codes" or value.__module__ == ops.__name__
+        if name == "pack_codes" or value.__module__ in (ops.__name__, "cu_fast.ops.latents")
     }
     rows = re.findall(r"^\| `(\w+)\(([^`]*)\)` \|", README, re.MULTILINE)
     assert {name for name, _ in rows} == operators
