@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 import cu_fast
 from cu_fast import unlearn
@@ -126,12 +127,33 @@ def test_the_share_decides_the_level():
     assert learn._level(gate, {"topic": texts, "others": far}, 0.0) == 0.0, "not below where the regression is even"
 
 
+def test_the_weights_are_those_of_a_balanced_regression():
+    """Against scikit-learn on dense shares: half of the weight on each side, a neighbour's text counts as four."""
+    draw = np.random.default_rng(0)
+    rates = {"topic": 0.3, "others": 0.2, "Bruno": 0.25}
+    fitting = {}
+    for N, (name, rate) in zip((30, 50, 10), rates.items()):
+        tokens = draw.integers(5, 30, N)
+        fitting[name] = learn._Texts(
+            learn.sparse.csr_array(draw.binomial(tokens[:, None], rate * draw.random(8), (N, 8))), tokens
+        )
+    shares_of = np.concatenate([texts.counts.toarray() / texts.tokens[:, None] for texts in fitting.values()])
+    weights = np.array([45 / 30] * 30 + [45 / 90] * 50 + [4 * 45 / 90] * 10)
+    want = LogisticRegression(C=10.0, max_iter=3000).fit(20 * shares_of, [1] * 30 + [0] * 60, sample_weight=weights)
+    gate = learn._fit(fitting, "l2", 512, 0)
+    assert gate.codes.tolist() == list(range(8))
+    np.testing.assert_allclose(gate.weights.numpy(), 20 * want.coef_[0], rtol=1e-3, atol=1e-3)
+    values = np.concatenate([texts.values(gate) for texts in fitting.values()])
+    np.testing.assert_allclose(values, want.decision_function(20 * shares_of), atol=1e-3)
+
+
 def test_few_codes_where_they_cost_nothing(latents, tokenizer, monkeypatch):
     attachment = latents("threshold")
     arguments = (attachment, tokenizer, some_mask(attachment), ANNA, OTHERS)
     few = fit_gate(*arguments, max_codes=7, progress=False)
     assert 1 <= len(few.gate.codes) <= 7
-    monkeypatch.setitem(learn.STRENGTH, "l1", 100.0)  # on so few texts 1 catches less
+    assert fit_gate(*arguments, progress=False).method["gate"]["penalty"] == "l2"  # on so few texts L1 catches less
+    monkeypatch.setitem(learn.STRENGTH, "l1", 100.0)
     easy = fit_gate(*arguments, progress=False)
     assert easy.method["gate"]["penalty"] == "l1" and len(easy.gate.codes) < 30
 

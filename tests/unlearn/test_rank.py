@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from cu_fast.unlearn import CodeCounts, count_codes, find_mask
+from cu_fast.unlearn.rank import Evidence, by_enrichment
 
 C, LAYER = 120, "model.layers.1"
 
@@ -83,6 +84,13 @@ def test_a_mask_may_grow_beyond_what_every_control_allows(latents, tokenizer):
     significant = found(latents("threshold"), tokenizer, {"near": NEAR}, min_enrichment=0.5).mask
     assert torch.equal(first.bits, significant.bits) and len(offered) > 1
     assert all((small - large).num_deleted == 0 for small, large in itertools.pairwise(offered))
+
+
+def test_significant_codes_come_first_whatever_their_p():
+    """Of two controls one corrects p more than the other, so that a code with a smaller p may have a larger q."""
+    p, q, R = (np.array(figure) for figure in ([0.04, 0.03, 0.01, 0.0], [0.045, 0.2, 0.02, 0.0], [3.0, 3.0, 3.0, 1.0]))
+    ids, significant = by_enrichment(Evidence(R, p, q, ["control"] * 4, R), 2.0, 0.05)
+    assert ids.tolist() == [2, 0, 1] and significant == 2
 
 
 def test_a_size_takes_the_most_enriched(latents, tokenizer):
