@@ -128,7 +128,7 @@ def test_a_layer_may_return_a_model_output_and_any_module_is_a_model(model, give
     ):
         plain(torch.tensor([1, 2]))
     attachment.detach()
-    with pytest.raises(ValueError, match="d_model of layer '2.0' is 32; the model's width at '2.0' is 48"):
+    with pytest.raises(ValueError, match=r"d_model of layer '2.0' is 32; the model's width at '2.0' is 48"):
         attach_to(plain, "2.0")
     attach_to(plain, "2")
     with pytest.raises(ValueError, match="layer '2' returned width 48; its bottleneck's width is 32"):

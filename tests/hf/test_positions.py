@@ -230,8 +230,8 @@ def test_a_layer_that_puts_tokens_first():
 
 @pytest.mark.parametrize("skip", [-1, True, 1.0, "1"])
 def test_skip_first_is_checked(skip):
-    with pytest.raises(ValueError, match="skip_first is .*; it should be an int, at least 0"):
+    with pytest.raises(ValueError, match=r"skip_first is .*; it should be an int, at least 0"):
         swapped(skip_first=skip)
     sae = make_sae()
-    with pytest.raises(ValueError, match="skip_first is .*; it should be an int, at least 0"):
+    with pytest.raises(ValueError, match=r"skip_first is .*; it should be an int, at least 0"):
         cu_fast.attach_masks(build("llama"), [mask_of(sae, [0], "a")], layer=LAYER, skip_first=skip)
