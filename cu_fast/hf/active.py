@@ -331,8 +331,10 @@ class Active:
             rows = rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
         first = self._thread.first.get(layer.runner) if layer.skip_first else None
         # Where it is not certain which tokens are the first, none is left alone.
-        if first is not None and first.shape == x.shape[:-1] and (len(set(first.shape)) > 1 or layer.batch_first):
-            rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
+        if first is not None and first.shape == x.shape[:-1]:
+            is_square = first.shape[0] == first.shape[1] > 1
+            if layer.batch_first or not is_square:
+                rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
         return rows
 
     def _observe(self, x: Tensor, layer: Layer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 import os
 import pickle
 import threading
@@ -413,7 +414,6 @@ def test_rows_grow_while_another_thread_runs():
     attachment = cu_fast.attach(model, {LAYER: sae})
     ids = firing(sae, hidden("llama", LAYER, GIVEN))
     attachment.add_mask(mask_of(sae, ids[:3], "a"))
-    (splice,) = attachment.bottlenecks.values()
     want, over = under(attachment, "a", GIVEN), threading.Event()
 
     def work():
@@ -682,7 +682,7 @@ def test_a_thread_without_a_context_is_refused():
     for place in (LAYER, PAIR):
         kept = Kept("threshold", place)
         with kept.attachment.unlearn("a"):
-            assert "copy_context" in str(in_thread(lambda: logits(kept.model, GIVEN))["error"])
+            assert "copy_context" in str(in_thread(functools.partial(logits, kept.model, GIVEN))["error"])
 
 
 def test_what_a_splice_that_keeps_the_state_refuses():
