@@ -256,7 +256,7 @@ class Active:
         self._thread.gates.pop(runner, None)
         if first is not None:
             self._thread.first[runner] = first
-        self._thread.read.clear()
+        self._forget_read(runner)
         if request is not None and request.deletes:
             self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
 
@@ -277,10 +277,19 @@ class Active:
     def leave(self, runner: int) -> None:
         """A runner's forward has ended. Raises RuntimeError where masks hold and one of its layers did not run."""
         request = self.now()
-        self._thread.batch.pop(runner, None)
-        self._thread.first.pop(runner, None)
+        self.ended(runner)
         if request is not None and request.deletes:
             self._check_ran(i for i, layer in enumerate(self.layers) if layer.runner == runner)
+
+    def ended(self, runner: int) -> None:
+        """A runner's forward has ended, or failed: nothing that it said holds for what is called next."""
+        self._thread.batch.pop(runner, None)
+        self._thread.first.pop(runner, None)
+        self._forget_read(runner)
+
+    def _forget_read(self, runner: int) -> None:
+        for index in [i for i in self._thread.read if self.layers[i].runner == runner]:
+            del self._thread.read[index]
 
     def _check_ran(self, expected: Iterator[int]) -> None:
         if missed := [self.layers[i].name for i in expected if i not in self._thread.ran]:
@@ -341,8 +350,10 @@ class Active:
             rows = rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
         first = self._thread.first.get(layer.runner) if layer.skip_first else None
         # Where it is not certain which tokens are the first, none is left alone.
-        if first is not None and first.shape == x.shape[:-1] and (len(set(first.shape)) > 1 or layer.batch_first):
-            rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
+        if first is not None and first.shape == x.shape[:-1]:
+            is_square = first.shape[0] == first.shape[1] > 1
+            if layer.batch_first or not is_square:
+                rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)
         return rows
 
     def _gated(self, request: Request, kept: Tensor, index: int) -> Tensor:
@@ -364,7 +375,8 @@ class Active:
     def remember(self, x: Tensor, index: int) -> None:
         """Keep what a layer reads until :meth:`delete`, which changes another place."""
         self._observe(x, self.layers[index])
-        self._thread.read[index] = x
+        if self.deletes():
+            self._thread.read[index] = x.detach().clone()  # models write to hidden states in place
 
     def delete(self, kept: Tensor, index: int) -> Tensor:
         """What leaves the place that a layer with splice "delta" changes.
@@ -489,15 +501,44 @@ def _(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
 
 
 @_operator("delete")
-def delete(order: Tensor, kept: Tensor, handle: int, layer: int) -> Tensor:
-    """:meth:`Active.delete` of the layer with that number."""
+def delete(order: Tensor, kept: Tensor, handle: int, layer: int) -> tuple[Tensor, Tensor]:
+    """:meth:`Active.delete` of the layer with that number, contiguous; and bool [], whether anything is deleted."""
     y = _by_handle[handle].delete(kept, layer)
-    return y.clone() if y is kept else y
+    if y is kept:
+        return y.clone(memory_format=torch.contiguous_format), torch.tensor(False)
+    return y.contiguous(), torch.tensor(True)
 
 
 @delete.register_fake
-def _(order: Tensor, kept: Tensor, handle: int, layer: int) -> Tensor:
-    return torch.empty_like(kept)
+def _(order: Tensor, kept: Tensor, handle: int, layer: int) -> tuple[Tensor, Tensor]:
+    return kept.new_empty(kept.shape), torch.empty((), dtype=torch.bool, device="cpu")
+
+
+@torch.library.custom_op("cu_fast::pass_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def pass_gradient(grad: Tensor, deleted: Tensor) -> Tensor:
+    """The gradient of what :func:`delete` left as it was. Raises RuntimeError where it deleted."""
+    if deleted:
+        raise RuntimeError("a deletion has no gradient; leave the unlearn context, or enter unlearn(None), to train")
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+@pass_gradient.register_fake
+def _(grad: Tensor, deleted: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+class Differentiable(torch.autograd.Function):
+    """What :func:`delete` gave, with a gradient to what it was given where nothing was deleted."""
+
+    @staticmethod
+    def forward(ctx, kept: Tensor, y: Tensor, deleted: Tensor) -> Tensor:
+        ctx.save_for_backward(deleted)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (deleted,) = ctx.saved_tensors
+        return torch.ops.cu_fast.pass_gradient(grad, deleted), None, None
 
 
 @_operator("remember")

@@ -127,6 +127,7 @@ def attach_masks(
     with torch.inference_mode(False):
         parts: dict[str, Splice] = {}
         by_topic: dict[str, list[Mask]] = {}
+        places: set[tuple[str, str]] = set()
         for mask in loaded:
             if mask.rows is None:
                 raise ValueError(
@@ -137,6 +138,9 @@ def attach_masks(
             made = parts.setdefault(name, SAESplice(mask.rows, mask.num_codes, mask.codebook_sha256))
             if made.codebook_sha256() != mask.codebook_sha256:
                 raise ValueError(f"masks of several autoencoders are for layer {name!r}; attach them one by one")
+            if (mask.topic, name) in places:
+                raise ValueError(f"there are several masks {mask.topic!r} for layer {name!r}; give one, or their union")
+            places.add((mask.topic, name))
             by_topic.setdefault(mask.topic, []).append(mask)
         return _attached(model, parts, by_topic, skip_first, impl, silent)
 

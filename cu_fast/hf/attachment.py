@@ -39,7 +39,7 @@ from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
 from cu_fast.hf.check import check
 from cu_fast.hf.context import Unlearning
-from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, wrap_generate
+from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, replace_attribute, wrap_generate
 from cu_fast.hf.places import near
 from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
 from cu_fast.hf.topics import Entry, Layer, Topics
@@ -375,6 +375,12 @@ class Attachment:
             for runner, owner in enumerate(owners)
         ]  # fmt: skip
         undo = self._undo = []
+        # Code that torch.compile makes for a plain model of the same class would fit this one: its guards do not notice
+        # hooks. They notice a forward of its own, be it the same.
+        reads = [self.model.get_submodule(layer.reads.module) for layer in self._layers]
+        for module in dict.fromkeys((*owners, *self._modules, *reads)):
+            if "forward" not in vars(module):
+                undo.append(replace_attribute(module, "forward", module.forward))
         for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
             module.add_module(CHILD, layer.bottleneck)
             undo.append(functools.partial(module._modules.pop, CHILD))
@@ -393,6 +399,7 @@ class Attachment:
         for owner, guard in zip(owners, guards):
             undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
             undo.append(owner.register_forward_hook(guard.after, with_kwargs=True).remove)
+            undo.append(owner.register_forward_hook(guard.ended, with_kwargs=True, always_call=True).remove)
         if hasattr(self.model, "generate"):
             undo.append(wrap_generate(self.model, self._active))
         if hasattr(self.model, "init_continuous_batching"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cu_fast.hf.hooks import first_argument
+from cu_fast.hf.hooks import first_argument, with_first
 from cu_fast.hf.positions import first_tokens
 from cu_fast.hf.sites import SEQUENCES
 from cu_fast.nn import Splice
@@ -157,12 +157,10 @@ def _changing(
         return flat.index_put((tokens.nonzero()[:, 0],), made).reshape(target.shape)
 
     def after(module: nn.Module, args: tuple, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return changed(output)
-        return (changed(output[0]), *output[1:])
+        return with_first(output, changed(output if isinstance(output, Tensor) else output[0]))
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        name, x = first_argument(module, args, kwargs)
+        name, x = first_argument(module, args, kwargs, layer.writes)
         return (args, {**kwargs, name: changed(x)}) if name else ((changed(x), *args[1:]), kwargs)
 
     if layer.writes.side == "out":

@@ -18,8 +18,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
-from cu_fast.hf.active import ORDER, UNKNOWN, Active, StaleCacheError
+from cu_fast.hf.active import ORDER, UNKNOWN, Active, Differentiable, StaleCacheError
 from cu_fast.hf.gating import GateState
+from cu_fast.hf.places import Place
 from cu_fast.hf.positions import first_of_paged, first_tokens, real_tokens
 from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.nn.bottleneck import refuse_gradient
@@ -59,15 +60,11 @@ class LayerHook:
         y = self._changed(module, x)
         if y is x:
             return None
-        if isinstance(output, Tensor):
-            return y
-        if isinstance(output, ModelOutput):
-            return type(output)(**{**output, next(iter(output)): y})
-        return (y, *output[1:])
+        return with_first(output, y)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's arguments with the first, x [B, S, D], replaced. A forward pre-hook. Raises as :meth:`after`."""
-        name, x = first_argument(module, args, kwargs)
+        name, x = first_argument(module, args, kwargs, self.layer.writes)
         y = self._changed(module, x)
         if y is x:
             return None
@@ -79,7 +76,7 @@ class LayerHook:
 
     def read_before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep the module's first argument for the place that is changed. A forward pre-hook."""
-        self._read(first_argument(module, args, kwargs)[1])
+        self._read(first_argument(module, args, kwargs, self.layer.reads)[1])
 
     def _read(self, x: Tensor) -> None:
         self._check_width(x, self.layer.bottleneck.d_in, "d_in")
@@ -103,7 +100,9 @@ class LayerHook:
         compiling = torch.compiler.is_compiling()
         if splice.splice == "delta":
             if compiling:
-                return torch.ops.cu_fast.delete(ORDER, x, self.active.handle, self.index)
+                y, deleted = torch.ops.cu_fast.delete(ORDER, x.detach(), self.active.handle, self.index)
+                has_gradient = x.requires_grad and torch.is_grad_enabled()
+                return Differentiable.apply(x, y, deleted) if has_gradient else y
             y = self.active.delete(x, self.index)
             return refuse_gradient(x, y) if y is not x and x.requires_grad and torch.is_grad_enabled() else y
         if compiling:
@@ -121,11 +120,27 @@ class LayerHook:
             )
 
 
-def first_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
-    """(its name, or None where it was given by position; the first argument of a module)."""
+def with_first(output: Any, y: Tensor) -> Any:
+    """A module's output with its first tensor replaced."""
+    if isinstance(output, Tensor):
+        return y
+    if isinstance(output, ModelOutput):
+        return type(output)(**{**output, next(iter(output)): y})
+    if hasattr(output, "_fields"):  # a named tuple
+        return output._replace(**{output._fields[0]: y})
+    return type(output)((y, *output[1:]))
+
+
+def first_argument(module: nn.Module, args: tuple, kwargs: dict[str, Any], place: Place) -> tuple[str | None, Tensor]:
+    """(its name, or None where it was given by position; the first argument of a place's module)."""
     if args:
         return None, args[0]
-    name = argument_names(module.forward)[0]
+    name = next(iter(argument_names(module.forward)), None)
+    if name not in kwargs:
+        raise RuntimeError(
+            f"the module of {str(place)!r} was given no first argument, but {sorted(kwargs)}; name the output of the "
+            f"module before it instead"
+        )
     return name, kwargs[name]
 
 
@@ -205,7 +220,8 @@ class ModelHook:
     def _judge(self, given: Mapping[str, Any], first: Tensor | None) -> None:
         """Let the gates of a gated request go on from what they have seen of the sequences in the cache."""
         request = self.active.now()
-        if request is None or not request.gated:
+        runs_layers = any(layer.runner == self.runner for layer in self.active.layers)
+        if request is None or not request.gated or not runs_layers:
             return
         caches = [cache for value in given.values() for cache in _caches(value)]
         state = getattr(caches[0], GATES, None) if caches and int(_length(caches[0])) else None
@@ -233,6 +249,11 @@ class ModelHook:
             setattr(output, STAMP, self._check_filled(output, 0, "output"))
             if not torch.compiler.is_compiling():
                 setattr(output, VALUE, _identity(output))
+
+    def ended(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook that is called where the forward failed, too."""
+        if not torch.compiler.is_compiling():
+            self.active.ended(self.runner)
 
     def _check_filled(self, value: Any, length: int | Tensor, what: str) -> Tensor:
         return check_filled(self.active, value, length, what)

@@ -29,6 +29,8 @@ OPENAI = {
     "resid_delta_mlp": "hook_mlp_out",
     "resid_delta_attn": "hook_attn_out",
 }
+BEFORE_MLP = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")  # the norm, the first that there is
+BEHIND_MLP = "post_feedforward_layernorm"
 OUTPUT_OF_HEADS = ("o_proj", "c_proj", "out_proj", "dense")
 
 
@@ -84,10 +86,13 @@ def _resolved(model: nn.Module, name: str) -> str:
     if name in names:
         return name
     ends = [known for known in names if known.endswith(f".{name}")]
-    if len(ends) > 1:  # of a model for images and text those of its text
-        decoder = part(model, "decoder")
-        inside = [] if decoder is None else [m for m in ends if _is_part_of(model, m, decoder)]
-        ends = inside if len(inside) == 1 else ends
+    decoder = part(model, "decoder")
+    if decoder is not None and part(model, "encoder") is None:
+        # Of a model for images and text those of its text. A numbered layer is the text's, or none: that for images may
+        # have more, and as wide.
+        inside = [m for m in ends if _is_part_of(model, m, decoder)]
+        if len(inside) == 1 or re.match(rf"({'|'.join(BLOCKS)})\.\d+", name):
+            ends = inside
     if name and len(ends) == 1:
         return ends[0]
     if ends:
@@ -102,18 +107,17 @@ def _is_part_of(model: nn.Module, name: str, owner: nn.Module) -> bool:
 
 def _hook(model: nn.Module, number: int, hook: str) -> Place:
     """The place of a hook of TransformerLens, "hook_resid_post" say, of a numbered layer."""
-    for blocks in BLOCKS:
-        try:
-            layer = _resolved(model, f"{blocks}.{number}")
-            break
-        except ValueError:
-            continue
-    else:
+    names = [f"{blocks}.{number}" for blocks in BLOCKS]
+    known = [name for name, _ in model.named_modules()]
+    name = next((name for name in names if any(f".{module}".endswith(f".{name}") for module in known)), None)
+    if name is None:
         raise ValueError(f"the model has no layer number {number} under {', '.join(BLOCKS)}; name the module instead")
+    layer = _resolved(model, name)
     children = dict(model.get_submodule(layer).named_children())
-    has_norms_behind = (
-        "post_feedforward_layernorm" in children and "pre_feedforward_layernorm" in children
-    )  # Gemma 2, 3
+    has_norms_behind = BEHIND_MLP in children and "pre_feedforward_layernorm" in children  # Gemma 2, 3
+    unknown = ValueError(
+        f"the place {hook!r} of layer {layer!r} is no module's input or output that is known; name the module instead"
+    )
 
     def child(names: tuple[str, ...]) -> str:
         found = next((name for name in names if name in children), None)
@@ -125,10 +129,14 @@ def _hook(model: nn.Module, number: int, hook: str) -> Place:
 
     if hook in ("hook_resid_post", "hook_resid_pre"):
         return Place(layer, "out" if hook == "hook_resid_post" else "in")
-    if hook == "hook_mlp_out":
-        return Place(f"{layer}.post_feedforward_layernorm" if has_norms_behind else child(MLP))
-    if hook in ("hook_mlp_in", "mlp.hook_in"):
+    if hook == "mlp.hook_in":
         return Place(child(MLP), "in")
+    if BEHIND_MLP in children and not has_norms_behind and hook != "attn.hook_z":  # OLMo 2
+        raise unknown
+    if hook == "hook_mlp_in":  # TransformerLens' is before the norm
+        return Place(child(BEFORE_MLP), "in")
+    if hook == "hook_mlp_out":
+        return Place(f"{layer}.{BEHIND_MLP}" if has_norms_behind else child(MLP))
     if hook == "hook_attn_out":
         return Place(f"{layer}.post_attention_layernorm" if has_norms_behind else child(ATTENTION))
     if hook == "attn.hook_z":
@@ -137,9 +145,7 @@ def _hook(model: nn.Module, number: int, hook: str) -> Place:
         projection = next((name for name in OUTPUT_OF_HEADS if name in inner), None)
         if projection is not None:
             return Place(f"{attention}.{projection}", "in")
-    raise ValueError(
-        f"the place {hook!r} of layer {layer!r} is no module's input or output that is known; name the module instead"
-    )
+    raise unknown
 
 
 def near(name: str, names: Iterable[str]) -> str:

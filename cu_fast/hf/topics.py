@@ -154,6 +154,7 @@ class Topics:
         self._layers = layers
         self._lock = threading.Lock()
         self._rows: dict[frozenset[str], list[int]] = {}  # layers and digests -> [row, number of Holds]
+        self._made = 0  # rows that have ever been used
         self._free: list[tuple[int, list[Any]]] = []  # a row, and the CUDA events that writing it has to wait for
         # Of Holds that were freed: the keys of their rows, and the streams that read them.
         self._returned: collections.deque[tuple[list[frozenset[str]], set[Any]]] = collections.deque()
@@ -325,6 +326,7 @@ class Topics:
         self._lock = threading.Lock()
         for layer in self._layers:
             layer.table.after_fork()
+            layer.bottleneck.after_fork()
 
     def _names(self, entry: Entry) -> tuple[str, ...]:
         if entry is None:
@@ -355,10 +357,18 @@ class Topics:
             return -1
         self._take_back()
         if key not in self._rows:
-            row, events = self._free.pop() if self._free else (len(self._rows), [])
-            for layer in self._layers:
-                mine = [mask for other, mask in masks if other is layer]
-                layer.table.write(row, layer.bottleneck.row_of(mine), after=events)
+            values = [
+                layer.bottleneck.row_of([mask for other, mask in masks if other is layer]) for layer in self._layers
+            ]
+            if not self._free:  # counted first: after an interrupt a row may be lost, but never has two masks
+                self._made += 1
+            row, events = self._free.pop() if self._free else (self._made - 1, [])
+            try:
+                for layer, value in zip(self._layers, values):
+                    layer.table.write(row, value, after=events)
+            except BaseException:
+                self._free.append((row, events))
+                raise
             self._rows[key] = [row, 0]
         self._rows[key][1] += 1
         held.append(key)
@@ -382,7 +392,8 @@ class Topics:
         if all(digests == content[0] for digests in content):
             content = content[:1]  # the same masks for every sequence: one signature, whatever their number
         modes = [v.bottleneck.mask_mode if v.bottleneck.splice == "replace" else "delta" for v in self._layers]
-        signature = _signature_of([content, modes, *(["gated"] if gated else [])])
+        skips = [layer.skip_first for layer in self._layers]
+        signature = _signature_of([content, modes, skips, *(["gated"] if gated else [])])
         _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
 

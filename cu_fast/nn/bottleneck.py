@@ -134,6 +134,7 @@ class CodebookBottleneck(TrainingPath):
 
     def _delete(self, x: Tensor, masks: ops.LatentMasks, mask_row: Tensor) -> Tensor:
         """x without what the deleted codes among each token's k decode to (contract, section 9)."""
+        self._check_folded()
         scores, ids, _ = self._select(x, self.config.k)
         change, deleted = _changes(ids, scores, self.config, masks, mask_row)
         # A row with NaN or Inf has no ids, and the weight NaN, which makes its row NaN.

@@ -147,6 +147,16 @@ class Splice(nn.Module):
         lowest.scatter_reduce_(0, place[:, None].expand(-1, 3), torch.cat(change), "amin")
         return union.int(), lowest
 
+    def after_fork(self) -> None:
+        """In the new process: locks that another thread of the old process held are free."""
+
+    def _apply(self, fn, recurse=True):
+        dose = self.dose
+        super()._apply(fn, recurse)
+        if not (dose.is_meta or self.dose.is_meta):
+            self.dose = dose.to(self.dose.device)  # a sum, not a weight: in fp16 it would end at 65,504
+        return self
+
     def _count(self, tokens: int, hits: Tensor, dose: Tensor) -> None:
         """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted."""
         self.passed[0] += tokens

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cu_fast import ops
+from cu_fast.kernels import reference
 from cu_fast.masks import LatentRows, Mask
 from cu_fast.nn import Splice
 from cu_fast.sae.form import SAE
@@ -46,6 +47,7 @@ class SAESplice(Splice):
         self.num_codes = sae.num_latents if isinstance(sae, SAE) else num_codes
         self.d_in, self.d_out = sae.enc.shape[1], sae.dec.shape[1]
         self._sha256 = sae.sha256() if isinstance(sae, SAE) else sha256
+        self._version = self._version_now()
         self._lock = threading.Lock()
         self._row_of: dict[int, int] = {}  # latent -> row of _latents
         self._outgrown: list[ops.Latents] = []  # kernels may still read them
@@ -65,11 +67,18 @@ class SAESplice(Splice):
         return ops.Latents(*rows, *(self.settings[name] for name in ("kind", "k", "scale", "norm")))
 
     def codebook_sha256(self) -> str:
-        """The autoencoder's."""
+        """The autoencoder's: another one, where its tensors were written to since."""
+        if (version := self._version_now()) != self._version:
+            self._sha256, self._version = self.sae.sha256(), version
         return self._sha256
 
+    def _version_now(self) -> tuple:
+        rows = () if self.sae is None else self.sae.rows()
+        return tuple((row.data_ptr(), -1 if row.is_inference() else row._version) for row in rows)
+
     def check_mask(self, mask: Mask) -> None:
-        """Raises ValueError where rows are needed that neither the autoencoder nor the mask has."""
+        """Raises ValueError where rows are needed that neither the autoencoder nor the mask has, or too many latents."""
+        check_number(mask.num_deleted)
         if self.sae is None and mask.rows is None:
             raise ValueError(
                 f"mask {mask.topic!r} carries no rows, and the model was given no autoencoder; save it with rows=True"
@@ -78,12 +87,17 @@ class SAESplice(Splice):
     def row_of(self, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
         """A table's row that holds all of these masks; the rows of their latents are brought to the device."""
         ids, change = super().row_of(masks)
+        check_number(len(ids))  # before the table is widened for it
         if self.settings["kind"] == "topk":
             return ids, change
         with self._lock:
             for mask in masks:
                 self._bring(mask)
             return torch.tensor([self._row_of[latent] for latent in ids.tolist()], dtype=torch.int32), change
+
+    def after_fork(self) -> None:
+        """In the new process: a lock that another thread of the old process held is free."""
+        self._lock = threading.Lock()
 
     def _bring(self, mask: Mask) -> None:
         """Append the rows of a mask's latents that are not there yet."""
@@ -139,7 +153,7 @@ class SAESplice(Splice):
 
     def _on(self, device: torch.device) -> ops.Latents:
         if self._latents.enc.device != device:
-            with self._lock:
+            with self._lock, torch.inference_mode(False):  # rows are written to these tensors later
                 *rows, kind, k, scale, norm, scan = self._latents
                 scan = None if scan is None else ops.ScanPlane(*(part.to(device) for part in scan))
                 self._latents = ops.Latents(*(row.to(device) for row in rows), kind, k, scale, norm, scan)
@@ -233,3 +247,9 @@ class SAESplice(Splice):
         raise RuntimeError(
             "a splice that keeps the hidden state cannot erase: the model's weights still hold the topic"
         )
+
+
+def check_number(latents: int) -> None:
+    """Raises ValueError for more latents than one mask, or what holds together, may change."""
+    if latents > reference.MAX_LATENTS:
+        raise ValueError(f"masks change {latents} latents together; at most {reference.MAX_LATENTS} can be changed")

@@ -91,6 +91,35 @@ def build(name: str) -> torch.nn.Module:
     return model
 
 
+def gemma2() -> torch.nn.Module:
+    """Layers with norms behind attention and MLP."""
+    torch.manual_seed(0)
+    return hf.Gemma2ForCausalLM(hf.Gemma2Config(**_LLAMA)).eval()
+
+
+def llava(vision_layers: int = 5) -> torch.nn.Module:
+    """A model of images and text, whose two parts call their layers alike."""
+    vision = hf.CLIPVisionConfig(
+        hidden_size=D, intermediate_size=48, num_hidden_layers=vision_layers, num_attention_heads=4, image_size=8,
+        patch_size=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**_LLAMA), vision_config=vision, image_token_index=VOCABULARY - 1, image_seq_length=4
+    )
+    return hf.LlavaForConditionalGeneration(config).eval()
+
+
+def qwen2_vl() -> torch.nn.Module:
+    """A model of images and text whose two parts call their layers differently, with more of them for images."""
+    text = {key: value for key, value in _LLAMA.items() if key != "head_dim"}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 5, "embed_dim": D, "hidden_size": D, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    torch.manual_seed(0)
+    config = hf.Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)
+    return hf.Qwen2VLForConditionalGeneration(config).eval()
+
+
 def bottleneck_config(**changes) -> BottleneckConfig:
     return BottleneckConfig(**{"d_model": D, "code_dim": 24, "num_codes": C, "k": K, "activation": "none", **changes})
 

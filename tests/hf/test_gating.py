@@ -70,18 +70,20 @@ def test_a_prompt_is_judged_whole(sae, ids):
         assert fires.all() or not torch.equal(found, logits(attachment.model, given))
 
 
-def test_it_goes_on_token_by_token_and_stays_on(sae, ids):
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_it_goes_on_token_by_token_and_stays_on(sae, ids, prompt):
     mask, share, codes = gated(sae, ids)
     over = share > mask.gate.level
-    on = over.cumsum(1) > 0
+    on = (over & (torch.arange(TOKENS) >= prompt - 1)).cumsum(1) > 0
     assert on.any() and not on[:, 1:].all() and (on & ~over).any(), "the data should switch on, and fall below again"
+    on[:, :prompt] = on[:, prompt - 1 : prompt]  # the prompt is judged as a whole
     on[:, 0] = False  # the first position is left alone
     attachment = cu_fast.attach(build("llama"), {LAYER: sae})
     attachment.add_mask(mask)
     cache, steps = None, []
     with attachment.unlearn(["a", "a", "a"], gated=True), torch.no_grad():
-        for t in range(TOKENS):
-            out = attachment.model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        for some in (slice(0, prompt), *(slice(t, t + 1) for t in range(prompt, TOKENS))):
+            out = attachment.model(input_ids=ids[:, some], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), oracle(sae, ids, codes, on), rtol=1e-4, atol=1e-4)

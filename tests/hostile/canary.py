@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from tiny_models import FAMILIES, VOCABULARY, attach_to, build
+from tiny_models import FAMILIES, VOCABULARY, D, attach_to, build
 from transformers.generation import BaseStreamer
 
+import cu_fast
 from cu_fast.masks import Mask
 
+# A bottleneck that replaces the hidden state or keeps it, and autoencoders, which keep it.
+SPLICES = ("replace", "delta", "threshold", "topk")
 CANARY, CODES, WIDTH = 0, 40, 24
 NEW = 4  # tokens that a case generates
 TOLERANCE = 1e-3  # between two ways to compute the same, where 5e-5 was seen
@@ -90,14 +93,25 @@ def _hidden(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def attach_canary(model: torch.nn.Module, name: str):
+def attach_canary(model: torch.nn.Module, name: str, splice: str = "replace"):
     """A model that knows the topic "canary"."""
-    attachment = attach_to(
-        model, FAMILIES[name].layer, code_dim=WIDTH, num_codes=CODES, k=CODES, similarity="dot", weight="score"
-    )
-    (bottleneck,) = attachment.bottlenecks.values()
     codes = torch.randn(CODES, WIDTH, generator=torch.Generator().manual_seed(5))
     codes = codes / codes.norm(dim=-1, keepdim=True)
+    layer = FAMILIES[name].layer
+    if splice in ("threshold", "topk"):
+        generator = torch.Generator().manual_seed(6)
+        enc, dec = 0.1 * torch.randn(2, CODES, D, generator=generator)
+        bias = torch.zeros(CODES)
+        bias[CANARY] = 1.5 * _size(name)  # it fires at every token, and is the best of all
+        k = CODES // 2 if splice == "topk" else None
+        sae = cu_fast.SAE(enc, bias, torch.zeros(CODES), dec, kind=splice, k=k)
+        attachment = cu_fast.attach(model, {layer: sae})
+        attachment.add_mask(Mask.from_ids([CANARY], sae=sae, topic="canary"))
+        return attachment
+    attachment = attach_to(
+        model, layer, code_dim=WIDTH, num_codes=CODES, k=CODES, similarity="dot", weight="score", splice=splice
+    )
+    (bottleneck,) = attachment.bottlenecks.values()
     codes[:, 0], codes[CANARY] = 0, 0
     codes[CANARY, 0] = 1
     with torch.no_grad():  # code 0 alone lies along the bias, so it adds the same to every token, and a lot
@@ -110,29 +124,42 @@ def attach_canary(model: torch.nn.Module, name: str):
 
 
 @functools.cache
-def _by_hand(name: str):
-    """The base model and a bottleneck of plain tensors, nothing of cu_fast in its forward; a list of masked rows."""
-    (bottleneck,) = attach_canary(make(name), name).bottlenecks.values()
-    coder, codes = bottleneck.autoencoder, bottleneck.codebook.codes
+def _by_hand(name: str, splice: str):
+    """The base model and a splice of plain tensors, nothing of cu_fast in its forward; a list of masked rows."""
+    (made,) = attach_canary(make(name), name, splice).bottlenecks.values()
     model, masked = make(name), []
 
-    def replace(module, args, output):
-        x = _hidden(output)
+    def replaced(x):
+        coder, codes = made.autoencoder, made.codebook.codes
         weights = torch.relu((x @ coder.W_enc.T + coder.b_enc) @ codes.T)
         weights[masked, :, CANARY] = 0
-        y = weights @ codes @ coder.W_dec.T + coder.b_dec
+        return weights @ codes @ coder.W_dec.T + coder.b_dec
+
+    def kept(x):
+        if splice == "delta":
+            coder, code = made.autoencoder, made.codebook.codes[CANARY]
+            wrote = 2 * torch.relu((x @ coder.W_enc.T + coder.b_enc) @ code)[..., None] * (coder.W_dec @ code)
+        else:
+            enc, bias, _, dec = (rows[CANARY] for rows in made.sae.rows())
+            wrote = 4 * torch.relu(x @ enc + bias)[..., None] * dec
+        y = x.clone()
+        y[masked, 1:] -= wrote[masked, 1:]  # the first token of a sequence is left alone
+        return y
+
+    def change(module, args, output):
+        y = (replaced if splice == "replace" else kept)(_hidden(output))
         return y if isinstance(output, torch.Tensor) else (y, *output[1:])
 
-    model.get_submodule(FAMILIES[name].layer).register_forward_hook(replace)
+    model.get_submodule(FAMILIES[name].layer).register_forward_hook(change)
     return model, masked
 
 
-def expected(name: str, encoded: list[list[int]], ids: list[list[int]]) -> torch.Tensor:
+def expected(name: str, encoded: list[list[int]], ids: list[list[int]], splice: str = "replace") -> torch.Tensor:
     """Logits [2, n, tokens, vocabulary] of whole forwards without a cache, first with the mask, then without.
 
     encoded: what an encoder is given. ids: the tokens; shorter ones are filled up behind, where nothing looks back.
     """
-    model, masked = _by_hand(name)
+    model, masked = _by_hand(name, splice)
     masked[:] = range(len(ids))
     given = {"use_cache": False}
     if is_t5(name):
@@ -151,19 +178,28 @@ def _rectangle(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
-def judge(name: str, encoded: list[list[int]], records: list[Record], entries: list[str | None], guidance=None):
+def judge(
+    name: str,
+    encoded: list[list[int]],
+    records: list[Record],
+    entries: list[str | None],
+    guidance=None,
+    splice="replace",
+):
     """For each row of the prompt what its forwards ran under: {"MASKED"}, {"UNMASKED"}, or more or other words.
 
     guidance: what classifier-free guidance was given, (scale, the other prompts), where records are of its scores.
     """
     ids = [record.ids for record in records]
-    logits = expected(name, [encoded[record.row] for record in records], ids)
+    logits = expected(name, [encoded[record.row] for record in records], ids, splice)
     verdicts: list[set[str]] = [set() for _ in entries]
     if guidance:  # the other prompt goes on with what is said
         scale, others = guidance
         ends = [others[record.row] + record.ids[len(encoded[record.row]) :] for record in records]
-        others_logits = expected(name, [], ends)
+        others_logits = expected(name, [], ends, splice)
     for i, record in enumerate(records):
+        if splice != "replace" and name == "t5_decoder" and len(record.ids) == 1:
+            continue  # said by the first token alone, which masks leave as it is
         answers = logits[:, i, len(record.ids) - 1]
         if record.kind == "log-softmax":
             answers = answers.log_softmax(-1)
@@ -184,13 +220,13 @@ def judge(name: str, encoded: list[list[int]], records: list[Record], entries: l
 class Case:
     """One model, one prompt, and the records of what was generated from it."""
 
-    def __init__(self, name: str, batch: int, prepare: Callable | None = None) -> None:
+    def __init__(self, name: str, batch: int, prepare: Callable | None = None, splice: str = "replace") -> None:
         self.name, self.model = name, make(name)
         ids = prompts(name, batch)
         self.first = self.given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prepare is not None:
             prepare(self)
-        self.attachment = attach_canary(self.model, name)
+        self.attachment = attach_canary(self.model, name, splice)
         self.batch = batch
         self.reset()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from tiers import TEST_ALL
-from tiny_models import FAMILIES, add_masks, attach_to, build, inputs, under
+from tiny_models import FAMILIES, add_masks, attach_to, build, inputs, logits, under
 
 import cu_fast
 from cu_fast.hf import hooks
@@ -37,11 +37,39 @@ def call_from_a_function(model):
     return torch.compile(lambda **given: model(**given), backend="eager")
 
 
+def compile_the_layers(model):
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
 WAYS = (compile_in_place, compile_forward, keep_a_wrapper, call_from_a_function)
 # Compiling takes its time: one family in each way, and the others, with TEST_ALL.
 CASES = [("llama", way) for way in WAYS]
 if TEST_ALL:
     CASES += [(name, way) for name in ("gpt2", "t5_decoder", "t5_encoder", "opt", "mamba") for way in WAYS]
+
+
+def test_a_plain_model_of_the_same_class_compiled_after_attach():
+    """Its code fits the swapped model, but for the hooks; so does that of its layers alone."""
+
+    def small():
+        model = build("llama")
+        model.config.num_hidden_layers, model.model.layers = 2, model.model.layers[:2]
+        return model
+
+    model, plain, given = small(), small(), inputs("llama")
+    attachment = attach_to(model, LAYER)
+    add_masks(attachment, given)
+    want, base = under(attachment, "a", given), logits(plain, given)
+    for way in (lambda one: torch.compile(one, backend="eager", fullgraph=True), compile_the_layers):
+        for one, answer in ((plain, base), (model, want)):
+            call = way(one)
+            with attachment.unlearn("a"):
+                torch.testing.assert_close(logits(call, given), answer)
+    assert not torch.allclose(want, base, atol=1e-3)
+    attachment.detach()
+    assert "forward" not in vars(model) and "forward" not in vars(model.model.layers[1])
 
 
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda value: getattr(value, "__name__", value))

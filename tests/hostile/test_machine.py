@@ -24,12 +24,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tiers import TEST_ALL
-from tiny_models import C, K, attach_to, build, inputs
+from tiny_models import K, attach_to, build, inputs
+from tiny_saes import make_sae, without
 
+from cu_fast import attach
 from cu_fast.hf import StaleCacheError
 from cu_fast.masks import Mask
 
 LAYER = "model.layers.1"
+SPLICES, SAE_OF_MODEL = ("replace", "delta", "threshold"), make_sae()
 STEPS, STEPS_EACH = (10_000 if TEST_ALL else 500), 50
 GIVEN = inputs("llama", batch=2, tokens=5)
 MORE = {"input_ids": torch.tensor([[5], [6]])}
@@ -64,22 +67,31 @@ class Place:
 
 
 class Machine(RuleBasedStateMachine):
-    @initialize(silent=st.sampled_from(["refuse", "plain"]))
-    def start(self, silent):
+    @initialize(silent=st.sampled_from(["refuse", "plain"]), splice=st.sampled_from(SPLICES))
+    def start(self, silent, splice):
+        self.splice = splice
+        counts[splice] += 1
         self.silent, self.places, self.blocks, self.caches = silent, [], [], []
         self.attachment, self.steps = None, 0
         self.attach()
 
     def attach(self):
-        self.attachment = attach_to(model, LAYER, attach_options={"silent": self.silent})
+        options = {"silent": self.silent}
+        if self.splice == "threshold":
+            self.attachment = attach(model, {LAYER: SAE_OF_MODEL}, **options)
+        else:
+            self.attachment = attach_to(model, LAYER, attach_options={**options, "splice": self.splice})
         self.bottleneck = self.attachment.bottlenecks[LAYER]
-        with torch.no_grad(), self.attachment.observe(lambda x, b: seen.append(b.select(x).ids)):
+        with torch.no_grad(), self.attachment.observe(lambda x, b: seen.append(b.active(x))):
             seen = []
             model(**GIVEN)
-        used = seen[0].flatten().unique().tolist()
+        used = sorted(set(seen[0].flatten().tolist()) - {-1})
         self.used = used
         self.masks, self.always, self.mode = {}, frozenset(), "ablate"  # masks: name -> codes, by their first numbers
-        self.there, self.generation = list(range(C)), 0  # the codes that are left, by their first numbers
+        self.there, self.generation = (
+            list(range(self.bottleneck.num_codes)),
+            0,
+        )  # the codes that are left, by their first numbers
         self.places, self.blocks, self.caches, self.known = [Place(contextvars.Context())], [], [], {}
         self.compiled = None
         for name, codes in (("a", used[::3]), ("b", used[1::3])):
@@ -127,7 +139,9 @@ class Machine(RuleBasedStateMachine):
             row = torch.arange(2, dtype=torch.int32).repeat_interleave(given["input_ids"].shape[1])
 
             def through(module, args, output):
-                return self.bottleneck(output, torch.stack(bits), row)
+                if self.splice == "replace":
+                    return self.bottleneck(output, torch.stack(bits), row)
+                return torch.cat([output[:, :1], self.without(output, ids)[:, 1:]], 1)  # the first token is left alone
 
             handle = twin.model.layers[1].register_forward_hook(through)
             passed = self.bottleneck.passed.clone()
@@ -138,6 +152,18 @@ class Machine(RuleBasedStateMachine):
                 handle.remove()
                 self.bottleneck.passed.copy_(passed)
         return self.known[key]
+
+    def without(self, x, ids):
+        """x less what each sequence's deleted codes or latents wrote, in plain PyTorch."""
+        if self.splice == "threshold":
+            return torch.stack([without(SAE_OF_MODEL, one, dict.fromkeys(some, 4.0)) for one, some in zip(x, ids)])
+        coder, codes = self.bottleneck.autoencoder, self.bottleneck.codebook.codes
+        similar = (x @ coder.W_enc.T + coder.b_enc) @ (codes / codes.norm(dim=1, keepdim=True)).T
+        kept = torch.zeros_like(similar).scatter_(-1, similar.topk(K).indices, 1.0)
+        deleted = torch.stack(
+            [torch.zeros(len(codes)).index_fill_(0, torch.tensor(sorted(i)).long(), 1.0) for i in ids]
+        )
+        return x - 2 * (kept * deleted[:, None]) @ codes @ coder.W_dec.T
 
     def check(self, place, run, given, threaded=False):
         """Run something there; it gives the twin's logits, or raises what it has to."""
@@ -257,6 +283,10 @@ class Machine(RuleBasedStateMachine):
         def change():
             self.attachment.mask_mode = mode
 
+        if mode == "reselect" and self.splice != "replace":
+            with pytest.raises(ValueError, match="keep the hidden state, and select nothing instead"):
+                change()
+            return
         self.refused_while_masking(change, lambda: setattr(self, "mode", mode))
 
     @rule(name=st.sampled_from(NAMES), all_of_it=st.integers(0, 3))
@@ -264,6 +294,10 @@ class Machine(RuleBasedStateMachine):
         if all_of_it or name not in self.masks or len(self.there) - len(self.masks[name]) < K:
             return  # one time in four
         gone = self.masks[name]
+        if self.splice != "replace":
+            with pytest.raises(RuntimeError, match=r"whose splice keeps the hidden state|erase\(\) while"):
+                self.attachment.erase(name)
+            return
 
         def apply():
             self.there = [code for code in self.there if code not in gone]
@@ -371,3 +405,4 @@ def test_any_order_of_things():
     if TEST_ALL:
         kinds += ["stale", "compilations", "was left", "the batch should be"]
     assert all(counts[kind] > STEPS / 200 for kind in kinds), counts
+    assert all(counts[splice] for splice in SPLICES), counts
