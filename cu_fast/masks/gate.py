@@ -1,11 +1,13 @@
 """A learned gate: for which prompts a mask is used, by how often the prompt's tokens keep some codes.
 
-    value = bias + (sum over j of weights_j * how many tokens keep code codes_j) / tokens
+    value = bias + sum over j of weights_j * sqrt(the share of tokens that keep code codes_j)
 
-The mask is used where the value is above the level. Everything here is plain tensors, on any device and in any order of
+The mask is used where the value is above the level. The root is there because one token in fifty that keeps a code tells
+more than the difference between ten and twelve do. Everything here is plain tensors, on any device and in any order of
 tokens: a prompt that is counted whole, or token by token while a model generates, has the same value to the last bit.
-The counts are integers. A weight (24 bits) times a count below 2**29 is exact in fp64, so that it does not matter
-whether a device multiplies and adds in one instruction, and the products are added in one order, a tree of halves.
+The counts are integers; a share is rounded to fp32, and so is its root, once. A weight times a root (24 bits each) is exact
+in fp64, so that it does not matter whether a device multiplies and adds in one instruction, and the products are added
+in one order, a tree of halves.
 
 B prompts, T tokens, n codes of the gate.
 """
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cu_fast.kernels.reference import root
 from cu_fast.masks.rows import LatentRows, row_shapes
 
 
@@ -32,7 +35,7 @@ class Gate:
 
     Attributes:
         codes: int32 [n], ascending, n >= 1; codes of the mask's codebook, deleted ones or others. Not copied.
-        weights: fp32 [n], of the share of tokens that keep each code.
+        weights: fp32 [n], of the square root of the share of tokens that keep each code.
         bias: added.
         level: the mask is used where the value is above it.
         rows: of a sparse autoencoder's latents those of the codes, in their order, so that the gate decides without the
@@ -92,20 +95,20 @@ class Gate:
         """The gate's value of each sequence; the mask is used where it is above :attr:`level`.
 
         Args:
-            counts: int64 [B, n], as :meth:`count` gave them, below 2**29; on the device of the gate.
+            counts: int64 [B, n], as :meth:`count` gave them; on the device of the gate.
             tokens: int64 [B], how many tokens were counted.
 
         Returns:
             fp64 [B]; inf for a sequence without tokens, which cannot be judged.
         """
-        terms = self.weights.double() * counts.double()
+        shares = counts.double() / tokens.clamp(min=1).double()[:, None]
+        terms = self.weights.double() * root(shares.float()).double()
         while (n := terms.shape[1]) > 1:
             half = (n + 1) // 2
             sums = terms[:, :half].clone()
             sums[:, : n - half] += terms[:, half:]
             terms = sums
-        value = self.bias + terms[:, 0] / tokens.clamp(min=1)
-        return torch.where(tokens > 0, value, torch.inf)
+        return torch.where(tokens > 0, self.bias + terms[:, 0], torch.inf)
 
     def with_rows(self, rows: LatentRows | None) -> Gate:
         """The same gate with the rows of its latents, as ``SAE.rows_of(gate.codes)`` gives them; None = without."""

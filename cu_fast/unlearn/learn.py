@@ -1,7 +1,8 @@
 """Learned gates: a logistic regression that tells a topic's texts from others and from its neighbours, by their codes.
 
-1. Each text becomes the shares of its tokens that keep each code of the mask's layer, deleted ones and others.
-2. Half of the texts fit the weights: balanced classes, neighbours four times. Once with an L1 penalty, which keeps a few
+1. Each text becomes the square roots of the shares of its tokens that keep each code of the mask's layer, deleted ones and
+   others.
+2. Half of the texts fit the weights: balanced classes, neighbours sixteen times. Once with an L1 penalty, which keeps a few
    dozen codes; once with L2, again with the codes alone that did most.
 3. The other half, which no weight has seen, gives the level, and the choice: the few codes of L1 where they catch as many
    of the topic's texts at their level as those of L2 do at theirs.
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 Penalty = Literal["l1", "l2"]
 STRENGTH: dict[Penalty, float] = {"l1": 1.0, "l2": 10.0}  # C of scikit-learn: the inverse of the penalty's weight
-UNIT = 20.0  # a code that one token in 20 keeps is a feature of 1: shares are small, and the penalty is not scale-free
-NEIGHBOUR_WEIGHT = 4.0
+UNIT = 8.0  # a code that one token in 64 keeps is a feature of 1: shares are small, and the penalty is not scale-free
+NEIGHBOUR_WEIGHT = 16.0  # with 4 a gate fired for 12 % of a real topic's neighbours, with 16 for 3 to 6 %
 LEAST_LEVEL = 0.0  # where the regression itself says "topic": a few held-out texts alone may give a level far below
 
 
@@ -80,7 +81,8 @@ def fit_gate(
         mask: of the topic; the gate looks at all codes of its layer.
         topic: texts and prompts of the topic, as the model sees them, iterated once. Prompts should be among them, and
             among the others, where prompts are what the gate will judge.
-        others: texts and prompts of other topics, iterated once.
+        others: texts and prompts of other topics, iterated once. Running text of any kind belongs among them: without it a
+            gate takes the kind of text for the topic.
         neighbours: name -> texts of a topic near this one that is to stay. Without them the gate fires for most of them.
         max_share: of the held-out others, and of each held-out neighbour's texts, that may fire, at least 0 and below 1.
             The level is the lowest that keeps to it, and not below 0, where the regression is even.
@@ -166,7 +168,8 @@ def _fit(fitting: Mapping[str, _Texts], penalty: Penalty, max_codes: int, seed: 
         weights[one] *= len(weights) / 2 / weights[one].sum()
     codes, texts_of = np.unique(counts.indices, return_counts=True)
     while True:
-        X = sparse.csr_matrix(sparse.diags_array(UNIT / tokens) @ counts[:, codes].astype(np.float64))
+        X = sparse.csr_matrix(sparse.diags_array(1 / tokens) @ counts[:, codes].astype(np.float64))
+        X.data = UNIT * np.sqrt(X.data)
         X.indices, X.indptr = X.indices.astype(np.int32), X.indptr.astype(np.int32)  # all that scikit-learn takes
         fit = _regression(penalty, seed).fit(X, is_topic, sample_weight=weights)
         coefficients = (fit.coef_[0] * UNIT).astype(np.float32)

@@ -17,6 +17,7 @@ from cu_fast.kernels.reference.canonical import (
     LAYER_NORM_EPS,
     canonical_dot,
     inverse_norm,
+    root,
     squared_norm,
     token_scales,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "is_deleted",
     "masked_decode",
     "pack_scan",
+    "root",
     "sae_encode",
     "sae_encode_topk",
     "squared_norm",
