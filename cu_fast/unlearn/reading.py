@@ -91,7 +91,7 @@ def reading(
 
     reader = reader_of(model)
     training = model.training
-    if training:
+    if any(module.training for module in model.modules()):
         model.eval()
     try:
         with attachment.unlearn(None), attachment.observe(observe):
