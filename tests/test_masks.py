@@ -8,6 +8,7 @@ import re
 import struct
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,7 +218,7 @@ class TestGate:
         assert torch.equal(parts, counts)
         assert gate().count(self.ids[:0], self.sequence[:0], 3).tolist() == [[0, 0, 0]] * 3
 
-    def test_value_is_the_sum_over_shares(self):
+    def test_value_is_the_sum_over_roots_of_shares(self):
         generator = torch.Generator().manual_seed(0)
         for n in (1, 2, 3, 5, 8, 97):
             made = gate(range(n), torch.randn(n, generator=generator).tolist(), bias=0.3)
@@ -229,9 +230,10 @@ class TestGate:
                 if T == 0:
                     assert value == float("inf")
                 else:
-                    want = Fraction(0.3) + sum(w * c for w, c in zip(weights, row)) / T
+                    roots = [Fraction(float(np.sqrt(np.float32(c / T)))) for c in row]
+                    want = Fraction(0.3) + sum(w * r for w, r in zip(weights, roots))
                     assert abs(Fraction(value) - want) <= Fraction(2**-50) * (
-                        1 + sum(abs(w) * c for w, c in zip(weights, row)) / T
+                        1 + sum(abs(w) * r for w, r in zip(weights, roots))
                     )
             assert got.dtype == torch.float64
 

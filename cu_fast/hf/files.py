@@ -22,7 +22,7 @@ from torch import Tensor
 from cu_fast.files import check_name, read_json, read_safetensors, seal, unseal, visible, write_directory
 from cu_fast.hf.topics import Layer
 from cu_fast.masks import FILES, Mask
-from cu_fast.masks.mask import ROWS, SETTINGS
+from cu_fast.masks.rows import ROWS, SETTINGS
 from cu_fast.nn import BottleneckConfig, CodebookBottleneck, Splice, SpliceKind
 from cu_fast.ops.checks import FLOATS
 from cu_fast.sae import SAE, Provenance, SAESplice

@@ -62,7 +62,9 @@ def gated_rows(
             for entry, some in zip(on, names):
                 entry |= {name} & set(some)
             continue
-        kept = layer.bottleneck.keeps(x, mask.gate.codes).reshape(*counted.shape, -1) & counted[..., None]
+        kept = (
+            layer.bottleneck.keeps(x, mask.gate.codes, mask.gate.rows).reshape(*counted.shape, -1) & counted[..., None]
+        )
         found = kept.sum(1).reshape(-1, copies, kept.shape[-1]).sum(1).cpu()
         counts = state.counts[index, name] = state.counts.get((index, name), 0) + found
         seen_any = state.tokens[index] > 0  # a first token alone, which masks leave alone, cannot be judged

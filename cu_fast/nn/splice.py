@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cu_fast import ops
-from cu_fast.masks import ChangeTable, Mask, MaskTable
+from cu_fast.masks import ChangeTable, LatentRows, Mask, MaskTable
 from cu_fast.masks.tables import RowTable
 
 SpliceKind = Literal["replace", "delta"]
@@ -73,12 +73,13 @@ class Splice(nn.Module):
             int32 [T, n]; -1 fills rows that have fewer.
         """
 
-    def keeps(self, x: Tensor, codes: Tensor) -> Tensor:
+    def keeps(self, x: Tensor, codes: Tensor, rows: LatentRows | None = None) -> Tensor:
         """Which of some codes each token keeps, nothing deleted. In evaluation mode only.
 
         Args:
             x: [..., d_in]; the leading dimensions are flattened to T tokens.
             codes: int32 [n], ascending, without repeats.
+            rows: of a sparse autoencoder's latents theirs, where it is not at hand itself; None = it is.
 
         Returns:
             bool [T, n].

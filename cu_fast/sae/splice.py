@@ -51,7 +51,7 @@ class SAESplice(Splice):
         self._lock = threading.Lock()
         self._row_of: dict[int, int] = {}  # latent -> row of _latents
         self._outgrown: list[ops.Latents] = []  # kernels may still read them
-        self._judged: dict[int, tuple[Tensor, ...]] = {}  # id of a gate's latents -> these, and their rows
+        self._judged: dict[int, tuple[Tensor, SAE]] = {}  # id of a gate's latents -> these, and what they are
         if self.settings["kind"] == "topk":
             if self.sae is None:
                 raise ValueError(
@@ -193,20 +193,23 @@ class SAESplice(Splice):
         return ids
 
     @torch.no_grad()
-    def keeps(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Which of some latents fire; those with a threshold are computed alone. See :meth:`Splice.keeps`."""
-        if self.sae is None:
-            raise RuntimeError("only rows of masks are here; attach the autoencoder itself for gates that judge")
+    def keeps(self, x: Tensor, codes: Tensor, rows: LatentRows | None = None) -> Tensor:
+        """Which of some latents fire; those with a threshold are computed alone. See :meth:`Splice.keeps`.
+
+        Raises:
+            RuntimeError: there is no autoencoder, and there are no rows.
+        """
         if self.settings["kind"] == "topk":
             return super().keeps(x, codes)
         known = self._judged.get(id(codes))
-        if known is None or known[0] is not codes or known[1].device != x.device:
-            rows = (row[codes.long()].to(x.device) for row in (self.sae.enc, self.sae.bias, self.sae.theta))
-            known = self._judged[id(codes)] = codes, *rows
-        _, enc, bias, theta = known
-        scaled = self.sae.scaled(x.detach().reshape(-1, self.d_in))
-        pre = ops.sae_encode(scaled, enc, bias, activation="none", impl=self.impl)
-        return (pre > theta) & (pre > 0)
+        if known is None or known[0] is not codes or known[1].enc.device != x.device:
+            if rows is None and self.sae is None:
+                raise RuntimeError(
+                    "the gate carries no rows, and there is no autoencoder; save its mask with rows=True"
+                )
+            rows = self.sae.rows_of(codes) if rows is None else rows
+            known = self._judged[id(codes)] = codes, SAE(*rows.rows(), **self.settings).to(x.device)
+        return known[1].activations(x.detach().reshape(-1, self.d_in)) > 0
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor | None:

@@ -25,9 +25,9 @@ def ids():
 
 
 def shares(sae, ids, latent: int) -> torch.Tensor:
-    """[B, S]: of the tokens up to each, but the first, the share at which a latent fires; 0 for the first."""
+    """[B, S]: of the tokens up to each, but the first, the root of the share at which a latent fires; 0 for the first."""
     fires = activations(sae, hidden("llama", LAYER, {"input_ids": ids}))[:, 1:, latent] > 0
-    running = fires.cumsum(1) / torch.arange(1, TOKENS)
+    running = (fires.cumsum(1) / torch.arange(1, TOKENS)).sqrt()
     return torch.nn.functional.pad(running, (1, 0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -44,6 +45,11 @@ def some_mask(attachment, topic="Anna", ids=range(10)):
     return cu_fast.Mask.from_ids(ids, num_codes=300, codebook_sha256=splice.codebook_sha256(), topic=topic, layer=LAYER)
 
 
+def root(share):
+    """As the contract of a gate has it: the share, then its root, rounded to fp32."""
+    return float(np.sqrt(np.float32(share)))
+
+
 def shares(values, level):
     return float((values > level).mean())
 
@@ -68,14 +74,15 @@ def test_it_tells_a_topic_from_others_and_from_its_neighbours(served, tokenizer)
     assert (mask.rows is not None) == served.bottlenecks[LAYER].has_latents
 
 
-def test_without_neighbours_it_takes_them_for_the_topic(latents, tokenizer):
-    """The planted neighbours are near: what keeps the gate from them are their texts, and not that they are others."""
+def test_neighbours_texts_keep_the_gate_from_them(latents, tokenizer):
+    """By how much a neighbour's texts lie below the level, in units of how far the topic's lie above it."""
     attachment = latents("threshold")
-    fires = []
+    below = []
     for neighbours in (None, {"Bruno": BRUNO}):
         mask = fit_gate(attachment, tokenizer, some_mask(attachment), ANNA, OTHERS, neighbours, progress=False)
-        fires.append(shares(gate_values(attachment, tokenizer, BRUNO, [mask])[:, 0], mask.gate.level))
-    assert fires[0] > fires[1] + 0.2
+        near, own = (gate_values(attachment, tokenizer, texts, [mask])[:, 0].mean() for texts in (BRUNO, ANNA))
+        below.append((mask.gate.level - near) / (own - mask.gate.level))
+    assert below[1] > below[0] + 0.2
 
 
 def test_values_are_those_of_the_texts_alone(served, tokenizer):
@@ -90,7 +97,7 @@ def test_values_are_those_of_the_texts_alone(served, tokenizer):
     for ids in seen:
         value = mask.gate.bias
         for code, weight in zip(mask.gate.codes.tolist(), mask.gate.weights.tolist()):
-            value += weight * sum(code in row for row in ids.tolist()) / len(ids)
+            value += weight * root(sum(code in row for row in ids.tolist()) / len(ids))
         want.append(value)
     got = gate_values(served, tokenizer, [*ANNA[:4], ""], [mask], batch_size=1)
     np.testing.assert_allclose(got[:4, 0], want, rtol=1e-9, atol=1e-12)
@@ -119,16 +126,17 @@ def test_the_level_is_of_held_out_texts_alone(latents, tokenizer, monkeypatch):
 
 def test_the_share_decides_the_level():
     gate = Gate(torch.tensor([0], dtype=torch.int32), torch.ones(1), 0.0, 0.0)
-    texts = learn._Texts(learn.sparse.csr_array(np.arange(10)[:, None]), np.full(10, 1))
-    far = learn._Texts(learn.sparse.csr_array(np.full((4, 1), -5)), np.full(4, 1))
+    texts = learn._Texts(learn.sparse.csr_array(np.arange(10)[:, None] ** 2), np.full(10, 1))
+    far = learn._Texts(learn.sparse.csr_array(np.zeros((4, 1), dtype=np.int64)), np.full(4, 1))
     for share, level in ((0.0, 9), (0.1, 9), (0.12, 8), (0.3, 7), (0.35, 6)):
         found = learn._level(gate, {"topic": texts, "others": far, "near": texts}, share)
         assert found == level and shares(texts.values(gate), found) <= share
-    assert learn._level(gate, {"topic": texts, "others": far}, 0.0) == 0.0, "not below where the regression is even"
+    below = dataclasses.replace(gate, bias=-5.0)
+    assert learn._level(below, {"topic": texts, "others": far}, 0.0) == 0.0, "not below where the regression is even"
 
 
 def test_the_weights_are_those_of_a_balanced_regression():
-    """Against scikit-learn on dense shares: half of the weight on each side, a neighbour's text counts as four."""
+    """Against scikit-learn on the dense roots of shares: half of the weight on each side, a neighbour's text counts as sixteen."""
     draw = np.random.default_rng(0)
     rates = {"topic": 0.3, "others": 0.2, "Bruno": 0.25}
     fitting = {}
@@ -137,23 +145,21 @@ def test_the_weights_are_those_of_a_balanced_regression():
         fitting[name] = learn._Texts(
             learn.sparse.csr_array(draw.binomial(tokens[:, None], rate * draw.random(8), (N, 8))), tokens
         )
-    shares_of = np.concatenate([texts.counts.toarray() / texts.tokens[:, None] for texts in fitting.values()])
-    weights = np.array([45 / 30] * 30 + [45 / 90] * 50 + [4 * 45 / 90] * 10)
-    want = LogisticRegression(C=10.0, max_iter=3000).fit(20 * shares_of, [1] * 30 + [0] * 60, sample_weight=weights)
+    roots = np.sqrt(np.concatenate([texts.counts.toarray() / texts.tokens[:, None] for texts in fitting.values()]))
+    weights = np.array([45 / 30] * 30 + [45 / 210] * 50 + [16 * 45 / 210] * 10)
+    want = LogisticRegression(C=10.0, max_iter=3000).fit(8 * roots, [1] * 30 + [0] * 60, sample_weight=weights)
     gate = learn._fit(fitting, "l2", 512, 0)
     assert gate.codes.tolist() == list(range(8))
-    np.testing.assert_allclose(gate.weights.numpy(), 20 * want.coef_[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(gate.weights.numpy(), 8 * want.coef_[0], rtol=1e-3, atol=1e-3)
     values = np.concatenate([texts.values(gate) for texts in fitting.values()])
-    np.testing.assert_allclose(values, want.decision_function(20 * shares_of), atol=1e-3)
+    np.testing.assert_allclose(values, want.decision_function(8 * roots), atol=1e-3)
 
 
-def test_few_codes_where_they_cost_nothing(latents, tokenizer, monkeypatch):
+def test_few_codes_where_they_cost_nothing(latents, tokenizer):
     attachment = latents("threshold")
     arguments = (attachment, tokenizer, some_mask(attachment), ANNA, OTHERS)
     few = fit_gate(*arguments, max_codes=7, progress=False)
     assert 1 <= len(few.gate.codes) <= 7
-    assert fit_gate(*arguments, progress=False).method["gate"]["penalty"] == "l2"  # on so few texts L1 catches less
-    monkeypatch.setitem(learn.STRENGTH, "l1", 100.0)
     easy = fit_gate(*arguments, progress=False)
     assert easy.method["gate"]["penalty"] == "l1" and len(easy.gate.codes) < 30
 
@@ -221,7 +227,7 @@ def test_a_name_with_masks_for_two_layers(model, tokenizer, make_sae):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
     never, half = (Gate(torch.tensor([2], dtype=torch.int32), torch.ones(1), 0.0, level) for level in (2.0, 0.5))
-    share = [float((high.sae.activations(y)[1:, 2] > 0).double().mean()) for y in seen[high]]
+    share = [root(float((high.sae.activations(y)[1:, 2] > 0).double().mean())) for y in seen[high]]
     attachment.add_mask([below.with_gate(never), above.with_gate(half)])
     values = gate_values(attachment, tokenizer, ANNA[:3], attachment.masks["two"], batch_size=1)
     assert values[:, 1].tolist() == share and (values[:, 0] <= 1).all() and len(set(share)) > 1
