@@ -8,6 +8,7 @@ import copy
 import functools
 import os
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,6 +139,23 @@ def test_what_is_held_is_subtracted_and_nothing_else(kind, place):
         assert not any("codebook_bottleneck" in name for name in state)
     attachment.detach()
     assert torch.equal(logits(model, GIVEN), plain)
+
+
+@heavy
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("place", [LAYER, PAIR])
+def test_compiled_by_inductor(place):
+    """Nothing held is what inductor made of the model before attach, bit for bit."""
+    plain = logits(torch.compile(small(), fullgraph=True), GIVEN, use_cache=False)
+    kept = Kept("threshold", place)
+    compiled = torch.compile(kept.model, fullgraph=True)
+    for topics, names in ((None, None), ("a", [["a"], ["a"]]), (["b", None], [["b"], []])):
+        with kept.attachment.unlearn(topics):
+            got = logits(compiled, GIVEN, use_cache=False)
+        if topics is None:
+            assert torch.equal(got, plain)
+        else:
+            torch.testing.assert_close(got, kept.by_hand(names), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
