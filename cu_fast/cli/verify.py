@@ -12,6 +12,7 @@ from cu_fast import ops
 from cu_fast.hf import Attachment
 from cu_fast.hf.checkpoint import load_model
 from cu_fast.masks import Mask
+from cu_fast.nn import CodebookBottleneck, Splice
 
 TOKENS = 257
 
@@ -77,43 +78,67 @@ def _implementations_agree() -> str:
     return f"{' = '.join(impls)}: {compared} selections" if len(impls) > 1 else "only 'reference' is available"
 
 
-def _activations(bottleneck) -> torch.Tensor:
+def _activations(splice: Splice) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    scale = bottleneck.rms.item()
-    return scale * torch.randn(TOKENS, bottleneck.config.d_model, generator=generator)
+    scale = splice.rms.item() if isinstance(splice, CodebookBottleneck) else 1.0
+    return scale * torch.randn(TOKENS, splice.d_in, generator=generator)
 
 
-def _batch_invariant(bottleneck) -> str:
-    x = _activations(bottleneck)
-    together = bottleneck(x)
-    alone = torch.cat([bottleneck(row[None]) for row in x])
-    _require(torch.equal(together, alone), "a token alone and in a batch gives different bits")
+def _batch_invariant(splice: Splice) -> str:
+    x = _activations(splice)
+    mask = Mask.from_ids(_some_codes(splice, x), num_codes=splice.num_codes, codebook_sha256="", topic="verify")
+    masks = _table(splice, mask)
+    residual = {} if splice.d_in == splice.d_out else {"residual": torch.zeros(TOKENS, splice.d_out)}
+    row = torch.zeros(TOKENS, dtype=torch.int32)
+
+    def alone(t: int, *given: Any) -> torch.Tensor:
+        one = slice(t, t + 1)
+        return splice(x[one], *given, **{name: value[one] for name, value in residual.items()})
+
+    for together, apart in (
+        (splice(x, **residual), [alone(t) for t in range(TOKENS)]),
+        (splice(x, masks, row, **residual), [alone(t, masks, row[t : t + 1]) for t in range(TOKENS)]),
+    ):
+        _require(torch.equal(together, torch.cat(apart)), "a token alone and in a batch gives different bits")
     return f"{TOKENS} tokens alone = in one batch"
 
 
-def _masks_bite(bottleneck) -> str:
-    x = _activations(bottleneck)
-    config = bottleneck.config
-    chosen = bottleneck.select(x).ids
-    deleted = torch.unique(chosen[::2])[::2]
-    bits = Mask.from_ids(deleted, num_codes=config.num_codes, codebook_sha256="", topic="verify").bits
+def _some_codes(splice: Splice, x: torch.Tensor) -> torch.Tensor:
+    kept = splice.active(x[::2])
+    return torch.unique(kept[kept >= 0])[::2]
+
+
+def _table(splice: Splice, mask: Mask) -> torch.Tensor | ops.LatentMasks:
+    table = splice.new_table("cpu")
+    table.write(0, splice.row_of([mask]))
+    return table.tensors[0] if splice.splice == "replace" else ops.LatentMasks(*table.tensors)
+
+
+def _masks_bite(splice: Splice) -> str:
+    x = _activations(splice)
+    kept = splice.active(x)
+    deleted = _some_codes(splice, x)
+    mask = Mask.from_ids(deleted, num_codes=splice.num_codes, codebook_sha256="", topic="verify")
+    masks = _table(splice, mask)
     row = (torch.arange(TOKENS, dtype=torch.int32) % 2) - 1  # every other token has the mask
-    plain, mode = bottleneck(x), bottleneck.mask_mode
+    residual = {} if splice.d_in == splice.d_out else {"residual": torch.zeros(TOKENS, splice.d_out)}
+    plain, mode = splice(x, **residual), splice.mask_mode
     try:
-        for bottleneck.mask_mode in ("ablate", "reselect"):
-            bottleneck.reset_receipt()
-            masked = bottleneck(x, bits[None], row)
+        modes = ("ablate", "reselect") if splice.splice == "replace" else ("ablate",)
+        for splice.mask_mode in modes:
+            splice.reset_receipt()
+            masked = splice(x, masks, row, **residual)
             free = row < 0
             _require(torch.equal(masked[free], plain[free]), "a token without a mask changed")
-            touched = torch.isin(chosen, deleted.int()).any(1) & ~free
+            touched = torch.isin(kept, deleted.int()).any(1) & ~free
             changed = (masked != plain).any(1)
             _require(torch.equal(changed, touched), "the tokens that changed are not those whose codes were deleted")
-            hits = int(torch.isin(chosen[~free], deleted.int()).sum())
-            _require(bottleneck.receipt()["hits"] == hits, "the receipt's hits are not the deletions that bit")
+            hits = int(torch.isin(kept[~free], deleted.int()).sum())
+            _require(splice.receipt()["hits"] == hits, "the receipt's hits are not the deletions that bit")
     finally:
-        bottleneck.mask_mode = mode
-        bottleneck.reset_receipt()
-    return f"{len(deleted)} codes deleted for {int((~free).sum())} tokens: {hits} deletions bit, in both modes"
+        splice.mask_mode = mode
+        splice.reset_receipt()
+    return f"{len(deleted)} codes deleted for {int((~free).sum())} tokens: {hits} deletions bit, {' and '.join(modes)}"
 
 
 def _mask_fits(attachment: Attachment, masks) -> str:

@@ -7,7 +7,10 @@ import json
 
 import pytest
 from command_line import ANNA, OTHERS, run
+from tiny_saes import make_sae
 
+import cu_fast
+from cu_fast import nn
 from cu_fast.masks import Mask
 
 
@@ -104,12 +107,32 @@ def test_verify_passes_on_a_sound_model_and_fails_on_a_broken_one(folder, monkey
     checks = json.loads(result.stdout)["checks"]
     assert result.exit_code == 0 and all(check["passed"] for check in checks) and len(checks) >= 6, checks
 
-    from cu_fast.kernels import reference
+    from cu_fast.kernels.reference import codebook
 
-    monkeypatch.setattr(reference, "is_deleted", lambda ids, table, row: ids > ids)
+    monkeypatch.setattr(codebook, "is_deleted", lambda ids, table, row: ids > ids)
     result = run("verify", folder, "--json")
     failed = [check["check"] for check in json.loads(result.stdout)["checks"] if not check["passed"]]
     assert result.exit_code == 1 and failed
+
+
+@pytest.mark.parametrize("kind", ["codebook", "threshold", "topk"])
+def test_verify_knows_splices_that_keep_the_hidden_state(model, tokenizer, tmp_path, monkeypatch, kind):
+    if kind == "codebook":
+        splice = cu_fast.BottleneckConfig(d_model=32, code_dim=16, num_codes=64, k=4, splice="delta")
+    else:
+        splice = make_sae(kind)
+    attachment = cu_fast.attach(model, {"model.layers.1": splice})
+    (made,) = attachment.bottlenecks.values()
+    attachment.add_mask(
+        Mask.from_ids([3, 5], num_codes=made.num_codes, codebook_sha256=made.codebook_sha256(), topic="t")
+    )
+    cu_fast.save_model(attachment, tokenizer, tmp_path / "model")
+    result = run("verify", tmp_path / "model", "--json")
+    checks = json.loads(result.stdout)["checks"]
+    assert result.exit_code == 0 and all(check["passed"] for check in checks), checks
+    monkeypatch.setattr(type(made), "row_of", lambda self, masks: nn.Splice.row_of(self, ()))
+    result = run("verify", tmp_path / "model", "--json")
+    assert result.exit_code == 1
 
 
 def test_what_a_user_can_mend_is_one_line(folder, texts, tmp_path):
