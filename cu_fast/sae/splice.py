@@ -51,6 +51,7 @@ class SAESplice(Splice):
         self._lock = threading.Lock()
         self._row_of: dict[int, int] = {}  # latent -> row of _latents
         self._outgrown: list[ops.Latents] = []  # kernels may still read them
+        self._whole: tuple[SAE, SAE] | None = None  # the autoencoder, and the same on the device that asked for it last
         self._judged: dict[int, tuple[Tensor, SAE]] = {}  # id of a gate's latents -> these, and what they are
         if self.settings["kind"] == "topk":
             if self.sae is None:
@@ -159,6 +160,11 @@ class SAESplice(Splice):
                 self._latents = ops.Latents(*(row.to(device) for row in rows), kind, k, scale, norm, scan)
         return self._latents
 
+    def _whole_on(self, device: torch.device) -> SAE:
+        if self._whole is None or self._whole[0] is not self.sae or self._whole[1].enc.device != device:
+            self._whole = self.sae, self.sae.to(device)
+        return self._whole[1]
+
     @torch.no_grad()
     def active(self, x: Tensor, depth: int | None = None) -> Tensor:
         """Which latents fire at each token, in ascending order; with a depth the ``depth`` best of a "topk" one.
@@ -168,7 +174,7 @@ class SAESplice(Splice):
             depth: latents looked at per token, for kind "topk" alone; None = those that fire.
 
         Returns:
-            int32 [T, n], on x's device; -1 fills rows that have fewer.
+            int32 [T, n], on x's device; -1 fills rows that have fewer. At a token with NaN or Inf none fires.
 
         Raises:
             RuntimeError: the masks brought their rows, and there is no autoencoder.
@@ -181,9 +187,9 @@ class SAESplice(Splice):
             return self._best(x, depth or self.k)
         if depth is not None:
             raise ValueError(f"depth is {depth}; for latents with a threshold it should be None: all that fire count")
-        sae = self.sae.to(x.device)
+        sae = self._whole_on(x.device)
         tile = max(1, TILE // self.num_codes)
-        fires = [sae.activations(part).nonzero() for part in x.split(tile)]
+        fires = [(sae.activations(part) > 0).nonzero() for part in x.split(tile)]
         token = torch.cat([found[:, 0] + i * tile for i, found in enumerate(fires)])
         latent = torch.cat([found[:, 1] for found in fires])
         counts = torch.bincount(token, minlength=len(x))
@@ -216,13 +222,13 @@ class SAESplice(Splice):
         """What the release makes of x in place of its output: fp32 [T, d_out]; None where its biases are not known."""
         if self.sae is None or self.sae.b_dec is None:
             return None
-        sae = self.sae.to(x.device)
+        sae = self._whole_on(x.device)
         parts = x.detach().split(max(1, TILE // self.num_codes))
         return torch.cat([sae.reconstruct(part) for part in parts])
 
     def _best(self, x: Tensor, k: int) -> Tensor:
         latents = self._on(x.device)
-        scaled = self.sae.to(x.device).scaled(x)
+        scaled = self.sae.scaled(x)
         scores, ids, _ = ops.sae_encode(
             scaled, latents.enc, latents.bias, activation="none", k=k, scan=latents.scan, impl=self.impl
         )
