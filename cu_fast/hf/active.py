@@ -1,9 +1,7 @@
 """What is deleted now, in this thread: the run-time half of ``cu_fast.hf.attachment``. Knows tensors, not models.
 
-A context variable holds the request that ``attachment.unlearn`` made. A compiled model cannot read one, and must
-not bake its value in either, so everything that depends on it is reached through the operators at the end of this
-file. They are opaque to the compiler, which is told that they write to one tensor: they run at every call, in order,
-and are never merged, dropped, folded into a constant or captured in a CUDA graph.
+A context variable holds the request that ``attachment.unlearn`` made. A compiled model cannot read one: what it calls is
+in ``compiled.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from torch import Tensor
 
 from cu_fast import ops
 from cu_fast.hf.gating import GateState, gated_rows
-from cu_fast.hf.topics import PACKED, Entry, Hold, Layer, Request, Topics, text_of
+from cu_fast.hf.request import PACKED, Hold, Request, text_of
+from cu_fast.hf.topics import Entry, Layer, Topics
 from cu_fast.nn import Splice
 
 Silent = Literal["refuse", "plain"]
@@ -89,7 +88,7 @@ class Active:
         self._in_use: weakref.WeakSet[Any] = weakref.WeakSet()  # open requests that delete, and tickets
         self._thread = _Thread()
         self.handle = next(_handles)
-        _by_handle[self.handle] = self
+        by_handle[self.handle] = self
 
     def __deepcopy__(self, memo: dict) -> Active:
         raise TypeError("a model with an attachment cannot be copied; detach(), copy, and attach() to both")
@@ -457,15 +456,13 @@ class _Ticket:
     """Stands for a ``generate`` under masks while it runs."""
 
 
-# -- what a compiled model calls ---------------------------------------------------------------------------------
-
 _handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[int, Active] = weakref.WeakValueDictionary()
+by_handle: weakref.WeakValueDictionary[int, Active] = weakref.WeakValueDictionary()
 
 
 def _close_in_child() -> None:
     """Close the requests in a forked process: the block that it was forked in is left only in the old process."""
-    for active in list(_by_handle.values()):
+    for active in list(by_handle.values()):
         active._lock = threading.RLock()  # a thread that held the old one is not in this process
         active.topics.after_fork()
         for request in list(active._open):
@@ -474,102 +471,3 @@ def _close_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
-
-
-# The tensor that each operator claims to write to, so that the compiler keeps their order; none touches it. Declared as
-# ordered effects they would change order: inductor of torch 2.13 drops the order of effects where it splits a graph
-# around code that CUDA graphs cannot hold.
-ORDER = torch.zeros((), dtype=torch.int64, device="cpu")
-
-
-def _operator(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
-    return torch.library.custom_op(f"cu_fast::{name}", mutates_args=("order",), tags=(torch.Tag.cudagraph_unsafe,))
-
-
-@_operator("mask_rows")
-def mask_rows(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
-    """:meth:`Active.mask_rows` of the layer with that number; -1 for every token where nothing is deleted."""
-    rows = _by_handle[handle].mask_rows(x, layer)
-    if rows is None:
-        return x.new_full((x.numel() // x.shape[-1],), -1, dtype=torch.int32)
-    return rows.clone()  # torch.library: a result must not alias a tensor that others hold
-
-
-@mask_rows.register_fake
-def _(order: Tensor, x: Tensor, handle: int, layer: int) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1],), dtype=torch.int32)
-
-
-@_operator("delete")
-def delete(order: Tensor, kept: Tensor, handle: int, layer: int) -> tuple[Tensor, Tensor]:
-    """:meth:`Active.delete` of the layer with that number, contiguous; and bool [], whether anything is deleted."""
-    y = _by_handle[handle].delete(kept, layer)
-    if y is kept:
-        return y.clone(memory_format=torch.contiguous_format), torch.tensor(False)
-    return y.contiguous(), torch.tensor(True)
-
-
-@delete.register_fake
-def _(order: Tensor, kept: Tensor, handle: int, layer: int) -> tuple[Tensor, Tensor]:
-    return kept.new_empty(kept.shape), torch.empty((), dtype=torch.bool, device="cpu")
-
-
-@torch.library.custom_op("cu_fast::pass_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def pass_gradient(grad: Tensor, deleted: Tensor) -> Tensor:
-    """The gradient of what :func:`delete` left as it was. Raises RuntimeError where it deleted."""
-    if deleted:
-        raise RuntimeError("a deletion has no gradient; leave the unlearn context, or enter unlearn(None), to train")
-    return grad.clone(memory_format=torch.contiguous_format)
-
-
-@pass_gradient.register_fake
-def _(grad: Tensor, deleted: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape)
-
-
-class Differentiable(torch.autograd.Function):
-    """What :func:`delete` gave, with a gradient to what it was given where nothing was deleted."""
-
-    @staticmethod
-    def forward(ctx, kept: Tensor, y: Tensor, deleted: Tensor) -> Tensor:
-        ctx.save_for_backward(deleted)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (deleted,) = ctx.saved_tensors
-        return torch.ops.cu_fast.pass_gradient(grad, deleted), None, None
-
-
-@_operator("remember")
-def remember(order: Tensor, x: Tensor, handle: int, layer: int) -> None:
-    """:meth:`Active.remember` of the layer with that number; a copy, since the compiler may use the memory again."""
-    _by_handle[handle].remember(x.clone(), layer)
-
-
-@_operator("enter")
-def enter(order: Tensor, handle: int, runner: int, batch: int, first: Tensor | None) -> None:
-    """:meth:`Active.enter`."""
-    _by_handle[handle].enter(runner, batch, None if first is None else first.clone())
-
-
-@_operator("leave")
-def leave(order: Tensor, handle: int, runner: int) -> None:
-    """:meth:`Active.leave`."""
-    _by_handle[handle].leave(runner)
-
-
-@_operator("check_filled")
-def check_filled(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
-    """:meth:`Active.check_filled`; length is int64 []."""
-    return _by_handle[handle].check_filled(stamp, length, what)
-
-
-@check_filled.register_fake
-def _(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: int) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
-
-
-enter.register_fake(lambda order, handle, runner, batch, first: None)
-remember.register_fake(lambda order, x, handle, layer: None)
-leave.register_fake(lambda order, handle, runner: None)

@@ -53,7 +53,7 @@ def attach(
             trained with. "delta" = it stays as it is, but for what deleted codes wrote: without a mask the model is as it
             was, bit for bit. None = what a config or folder says; "delta" for autoencoders, which can do nothing else.
         skip_first: positions at the start of each sequence that masks of a "delta" splice leave alone: the first is an
-            attention sink, which no autoencoder was fitted to. None = what a folder says, else 1.
+            attention sink, which no autoencoder was fitted to. None = what a folder says, unless splice is given; else 1.
         impl: of every operator: "auto", "reference", "cpu", "cuda" or "triton".
         silent: what happens in a forward outside every :meth:`Attachment.unlearn`, once there is a mask that does not
             always hold. "refuse" = it raises. "plain" = it deletes :attr:`Attachment.always` alone; work that is handed
@@ -85,7 +85,8 @@ def attach(
         else:
             record = _record_for(model, Path(source))
             parts, masks = files.read_splices(Path(source), record, splice), files.read_masks(Path(source), record)
-            skip_first = record.skip_first if skip_first is None else skip_first
+            if skip_first is None and splice is None:
+                skip_first = record.skip_first
         return _attached(model, parts, masks, 1 if skip_first is None else skip_first, impl, silent)
 
 

@@ -13,11 +13,12 @@ Which masks hold is a context variable, so threads and tasks do not disturb one 
 forward raises where nothing was said in its context, or where masks cannot be applied: the model never quietly runs
 without a mask.
 
-The private halves, in reading order: ``attach`` (puts splices in), ``places`` (where), ``topics`` (from names to rows of a mask table), ``active`` (what holds now, and
-what a compiled model calls), ``context`` (the block that ``unlearn`` opens), ``hooks`` (what runs in a forward),
-``positions`` (the first tokens, which masks leave alone), ``sites`` (what attaching needs to know of a
-model), ``batching`` (transformers' continuous batching), ``files`` (an
-attachment on disk).
+The private halves, in reading order: ``attach`` (puts splices in), ``places`` (where), ``check`` (do they fit there),
+``topics`` (from names to rows of a mask table) and ``request`` (what one block deletes), ``active`` (what holds now) and
+``compiled`` (what a compiled model calls), ``context`` (the block that ``unlearn`` opens), ``gating`` (gates that are judged in
+it), ``hooks`` (what runs in a forward), ``states`` (caches), ``positions`` (the first tokens, which masks leave alone),
+``generating`` and ``batching`` (``generate``, and transformers' continuous batching), ``sites`` (what attaching needs to know
+of a model), ``files`` (an attachment on disk).
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
 from cu_fast.hf.check import check
 from cu_fast.hf.context import Unlearning
-from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook, replace_attribute, wrap_generate
+from cu_fast.hf.generating import wrap_generate
+from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook
 from cu_fast.hf.places import near
-from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
+from cu_fast.hf.sites import is_in, model_type, part, prefixes, replace_attribute, sequences, submodule
 from cu_fast.hf.topics import Entry, Layer, Topics
 from cu_fast.masks import Mask
 from cu_fast.nn import Splice

@@ -22,8 +22,8 @@ from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 
 from cu_fast.hf.active import Active
-from cu_fast.hf.hooks import replace_attribute
-from cu_fast.hf.topics import Request
+from cu_fast.hf.request import Request
+from cu_fast.hf.sites import replace_attribute
 
 # The methods of a manager that are replaced, and the attributes that are read. A version of transformers that lacks one
 # batches in another way, and is refused.

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cu_fast.hf.active import Active
-from cu_fast.hf.topics import Entry, Request
+from cu_fast.hf.request import Request
+from cu_fast.hf.topics import Entry
 
 if TYPE_CHECKING:
     from cu_fast.hf.attachment import Attachment

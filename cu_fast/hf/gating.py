@@ -13,7 +13,8 @@ import dataclasses
 
 from torch import Tensor
 
-from cu_fast.hf.topics import Layer, Request, Topics
+from cu_fast.hf.request import Request
+from cu_fast.hf.topics import Layer, Topics
 
 
 @dataclasses.dataclass

@@ -1,42 +1,44 @@
-"""What ``attach`` puts into a model: the hooks around a forward, and around ``generate``. Part of ``cu_fast.hf.attachment``.
+"""What ``attach`` puts into a model: the hooks around a forward. Part of ``cu_fast.hf.attachment``.
 
-Under ``torch.compile`` the hooks are traced, and reach the present request through ``cu_fast.hf.active``'s operators.
+Under ``torch.compile`` the hooks are traced, and reach the present request through the operators of ``compiled.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
-from cu_fast.hf.active import ORDER, UNKNOWN, Active, Differentiable, StaleCacheError
+from cu_fast.hf.active import UNKNOWN, Active, StaleCacheError
+from cu_fast.hf.compiled import ORDER, Differentiable
 from cu_fast.hf.gating import GateState
 from cu_fast.hf.places import Place
 from cu_fast.hf.positions import first_of_paged, first_tokens, real_tokens
 from cu_fast.hf.sites import SEQUENCES, argument_names
+from cu_fast.hf.states import (
+    GATES,
+    ROWS,
+    STAMP,
+    STATES,
+    VALUE,
+    caches_of,
+    check_encoded,
+    check_filled,
+    check_order,
+    check_towers,
+    first_tensor,
+    identity_of,
+    knows_length,
+    length_of,
+)
 from cu_fast.nn.bottleneck import refuse_gradient
 
 CHILD = "codebook_bottleneck"  # the bottleneck's name in its layer
-# Attributes that are set on the objects of transformers.
-STAMP = "_cu_fast_stamp"  # of a cache or an encoder's output: the signature of the request that it was computed under
-ROWS = "_cu_fast_rows"  # of a cache: its sequences have different masks; of its first tensor: no row was moved since
-GATES = "_cu_fast_gates"  # of a cache: what the gates of a gated request have seen of its sequences
-VALUE = "_cu_fast_value"  # of an encoder's output: the identity of the tensor that the stamp is for
-
-# Arguments that carry a state from one forward to the next. A transformers.Cache can be stamped. The cache of
-# continuous batching needs no stamp: each request has its own part. States of other kinds cannot be stamped.
-STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-# Arguments that hold the output of a part for images or sounds. Inside generate transformers passes them on.
-OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_outputs")
 
 
 class LayerHook:
@@ -197,11 +199,11 @@ class ModelHook:
                     f"under; pass use_cache=False, or None for {name}"
                 )
         for value in (*args, *kwargs.values()):
-            for cache in _caches(value):
+            for cache in caches_of(value):
                 # Inside generate transformers moves rows too, but only within a sequence.
                 if not torch.compiler.is_compiling() and not self.active.expand.get():
                     check_order(cache)
-                setattr(cache, STAMP, self._check_filled(cache, _length(cache), "KV cache"))
+                setattr(cache, STAMP, self._check_filled(cache, length_of(cache), "KV cache"))
         if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
             check_encoded(self.active, given["encoder_outputs"])
         if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
@@ -211,9 +213,9 @@ class ModelHook:
         """bool [B, S], the tokens that some layer's masks leave alone; None = there are none, or they are not known."""
         if any(isinstance(value, PagedAttentionCache) for value in given.values()):
             return first_of_paged(given, SEQUENCES, self.skip_first)
-        caches = [cache for value in given.values() for cache in _caches(value)]
-        length = _length(caches[0]) if caches else 0
-        if caches and not _knows_length(caches[0]) and length:
+        caches = [cache for value in given.values() for cache in caches_of(value)]
+        length = length_of(caches[0]) if caches else 0
+        if caches and not knows_length(caches[0]) and length:
             return None  # it holds one token or more
         return first_tokens(given, SEQUENCES, length, self.skip_first)
 
@@ -223,8 +225,8 @@ class ModelHook:
         runs_layers = any(layer.runner == self.runner for layer in self.active.layers)
         if request is None or not request.gated or not runs_layers:
             return
-        caches = [cache for value in given.values() for cache in _caches(value)]
-        state = getattr(caches[0], GATES, None) if caches and int(_length(caches[0])) else None
+        caches = [cache for value in given.values() for cache in caches_of(value)]
+        state = getattr(caches[0], GATES, None) if caches and int(length_of(caches[0])) else None
         counted = real_tokens(given, SEQUENCES)
         if counted is not None:
             self.active.judge(self.runner, state or GateState(), counted if first is None else counted & ~first)
@@ -239,7 +241,7 @@ class ModelHook:
             self.active.leave(self.runner)
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for value in (*args, *kwargs.values(), *made):
-            for cache in _caches(value):
+            for cache in caches_of(value):
                 if state is not None:
                     setattr(cache, GATES, state)
                 if getattr(cache, STAMP, None) is None:  # this forward made the cache
@@ -248,7 +250,7 @@ class ModelHook:
         if isinstance(output, ModelOutput):
             setattr(output, STAMP, self._check_filled(output, 0, "output"))
             if not torch.compiler.is_compiling():
-                setattr(output, VALUE, _identity(output))
+                setattr(output, VALUE, identity_of(output))
 
     def ended(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook that is called where the forward failed, too."""
@@ -261,190 +263,8 @@ class ModelHook:
     def _mark_order(self, cache: Cache) -> None:
         if torch.compiler.is_compiling():
             return
-        request, state = self.active.now(), _first_tensor(cache)
+        request, state = self.active.now(), first_tensor(cache)
         moves = request is not None and len(set(request.rows)) > 1 and state is not None
         setattr(cache, ROWS, moves)
         if moves:
             setattr(state, ROWS, True)
-
-
-def check_order(cache: Cache) -> None:
-    """Raises StaleCacheError where a cache's rows were selected or moved since it was filled.
-
-    With a mask per sequence the rows must be in the order in which they were filled.
-    """
-    state = _first_tensor(cache) if getattr(cache, ROWS, False) else None
-    if state is not None and not hasattr(state, ROWS):
-        raise StaleCacheError(
-            "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which row "
-            "has which mask is no longer known; start with a new one"
-        )
-
-
-def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
-    """:meth:`Active.check_filled`, in eager mode or in a compiled model.
-
-    Args:
-        active: the attachment's run-time state.
-        value: a cache or an output, which carries its stamp as an attribute or has none.
-        length: tokens in it.
-        what: what messages call it.
-
-    Returns:
-        The new stamp, int64 [].
-
-    Raises:
-        StaleCacheError: it was computed under other masks.
-    """
-    stamp = getattr(value, STAMP, None)
-    if not torch.compiler.is_compiling():
-        return active.check_filled(stamp, length, what)
-    length = length if isinstance(length, Tensor) else torch.full((), length)
-    return torch.ops.cu_fast.check_filled(ORDER, stamp, length, what, active.handle)
-
-
-def check_encoded(active: Active, value: Any) -> None:
-    """Raises StaleCacheError where an encoder's output was computed under other masks than hold now."""
-    check_filled(active, value, 1, "encoder's output")
-    # Inside generate its tensors were expanded, so they differ; generate made the output, or checked it before.
-    if not torch.compiler.is_compiling() and not active.expand.get() and hasattr(value, VALUE):
-        if getattr(value, VALUE) != _identity(value):
-            raise StaleCacheError("this encoder's output holds another tensor than the encoder gave; encode again")
-
-
-def check_towers(active: Active, given: Mapping[str, Any]) -> None:
-    """Raises StaleCacheError where an argument holds the output of a part for images or sounds: it carries no stamp."""
-    name = next((name for name in OF_TOWERS if given.get(name) is not None), None)
-    if name is not None and active.topics.masks:
-        raise StaleCacheError(f"{name} does not tell under which masks it was computed; give what it was computed from")
-
-
-def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
-    """Let ``model.generate`` check its batch and its states, and announce each step.
-
-    Returns:
-        A function that undoes it.
-    """
-    undo = contextlib.ExitStack()
-    generate, prepare = model.generate, getattr(model, "prepare_inputs_for_generation", None)
-    names = argument_names(generate)
-
-    if prepare is not None:
-
-        @functools.wraps(prepare)
-        def prepared(*args: Any, **kwargs: Any) -> Any:
-            active.step()
-            return prepare(*args, **kwargs)
-
-        undo.callback(replace_attribute(model, "prepare_inputs_for_generation", prepared))
-
-    @functools.wraps(generate)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args)), **kwargs}
-        with _ended_streamer(given.get("streamer")), _same_depth(model):
-            request = active.now()
-            batch = _batch(model, given)
-            if request is not None and request.of == "sequence" and batch != len(request.rows):
-                raise ValueError(
-                    f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
-                    f"give an entry for each sequence"
-                )
-            for cache in itertools.chain.from_iterable(map(_caches, given.values())):
-                check_order(cache)
-            if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
-                check_encoded(active, given["encoder_outputs"])
-            if any(not (layer.in_encoder or layer.in_decoder) for layer in active.layers):
-                check_towers(active, given)
-            with active.generating(_expansion(model, given)):
-                return generate(*args, **kwargs)
-
-    undo.callback(replace_attribute(model, "generate", wrapper))
-    return undo.close
-
-
-def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of one instance. Returns a function that undoes it."""
-    own = vars(owner)
-    undo = (
-        functools.partial(setattr, owner, name, own[name]) if name in own else functools.partial(delattr, owner, name)
-    )
-    setattr(owner, name, value)
-    return undo
-
-
-@contextlib.contextmanager
-def _ended_streamer(streamer: Any) -> Iterator[None]:
-    """End the streamer after an error: its reader, in another thread, would wait for ever for more tokens."""
-    try:
-        yield
-    except BaseException:
-        if streamer is not None:
-            with contextlib.suppress(Exception):
-                streamer.end()
-        raise
-
-
-@contextlib.contextmanager
-def _same_depth(model: nn.Module) -> Iterator[None]:
-    """Put the config's depth back after an error: transformers' early exit lowers it for a while, without a finally."""
-    configs = [module.config for module in (model, getattr(model, "base_model", model)) if hasattr(module, "config")]
-    depths = [getattr(config, "num_hidden_layers", None) for config in configs]
-    try:
-        yield
-    except BaseException:
-        for config, depth in zip(configs, depths):
-            if depth is not None:
-                config.num_hidden_layers = depth
-        raise
-
-
-def _caches(value: Any) -> tuple[Cache, ...]:
-    """The caches in an argument. An encoder-decoder has two, which may come from different forwards."""
-    parts = (
-        (value.self_attention_cache, value.cross_attention_cache)
-        if isinstance(value, EncoderDecoderCache)
-        else (value,)
-    )
-    return tuple(part for part in parts if isinstance(part, Cache))
-
-
-def _length(cache: Cache) -> int | Tensor:
-    """How many tokens a cache holds; 0 or 1 for a cache of linear attention, which only knows whether it holds any."""
-    try:
-        return cache.get_seq_length()
-    except ValueError:
-        return int(cache.has_previous_state())
-
-
-def _knows_length(cache: Cache) -> bool:
-    """Whether a cache tells how many tokens it holds, and not only that it holds some."""
-    return any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers
-
-
-def _first_tensor(cache: Cache) -> Tensor | None:
-    """A tensor with a row per sequence, which the cache replaces by a new one when it selects or moves rows."""
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "conv_states"))
-    return next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
-
-
-def _identity(output: ModelOutput) -> tuple[int, int]:
-    """Address and version of the first tensor in an output: another tensor, or a write to it, changes them."""
-    tensor = next(iter(output.values()))
-    if not isinstance(tensor, Tensor):
-        return 0, 0
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
-    """How many sequences ``generate`` was given."""
-    for name in ("inputs", model.main_input_name, *SEQUENCES):
-        if isinstance(given.get(name), Tensor):
-            return given[name].shape[0]
-    return 1 if given.get("encoder_outputs") is None else given["encoder_outputs"][0].shape[0]
-
-
-def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
-    """How many rows of the batch ``generate`` makes of one sequence: the larger of beams and return sequences."""
-    config = given.get("generation_config") or model.generation_config
-    names = ("num_beams", "num_return_sequences")
-    return max(given.get(name) or getattr(config, name, None) or 1 for name in names)

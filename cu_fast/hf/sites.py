@@ -5,10 +5,11 @@ Part of ``cu_fast.hf.attachment``.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -77,3 +78,13 @@ def sequences(model: nn.Module, owner: nn.Module) -> tuple[str, ...]:
     if not isinstance(owner, PreTrainedModel):
         return argument_names(owner.forward)[:1]
     return tuple(dict.fromkeys((getattr(model, "main_input_name", "input_ids"), *SEQUENCES)))
+
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one instance. Returns a function that undoes it."""
+    own = vars(owner)
+    undo = (
+        functools.partial(setattr, owner, name, own[name]) if name in own else functools.partial(delattr, owner, name)
+    )
+    setattr(owner, name, value)
+    return undo

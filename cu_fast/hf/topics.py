@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import itertools
-import json
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cu_fast.hf.places import Place, near
-from cu_fast.masks import Mask, load_masks, stream_of
+from cu_fast.hf.request import KEPT, UNKNOWN_FILLING, Hold, Request, remember, signature_of
+from cu_fast.masks import Mask, load_masks
 from cu_fast.masks.tables import RowTable
 from cu_fast.nn import Splice
 
 Entry = str | Collection[str] | None  # what to delete for a sequence: a mask's name, the union of several, nothing
 
-UNKNOWN_FILLING = 0  # signature of a state without a stamp, once codes were erased
-PACKED = -1  # signature of a packed batch, whose sequences have different ones
-# signature -> what messages call it: in _KEPT for good, in _TEXT the newest TEXTS
-_KEPT: dict[int, str] = {UNKNOWN_FILLING: "what it does not say", PACKED: "the masks of a packed batch"}
-_TEXT: dict[int, str] = {}
-TEXTS = 1024
 _numbers = itertools.count()
 
 
@@ -61,72 +53,6 @@ class Layer:
     in_encoder: bool = False
     in_decoder: bool = False
     batch_first: bool = False
-
-
-class Hold:
-    """Keeps rows of the mask tables from being written again while it is referenced, by a request or a forward.
-
-    Attributes:
-        streams: the CUDA streams on which a kernel may still read the rows.
-    """
-
-    def __init__(self) -> None:
-        self.streams: set[Any] = set()
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """What one ``unlearn`` context deletes.
-
-    Attributes:
-        rows: rows of every layer's mask table, -1 = nothing is deleted.
-        of: "all" = one row for all sequences; "sequence" = one per sequence of the batch; "token" = one per token, as
-            in a packed batch.
-        signature: a number for what is deleted, by content and not by name.
-        codebooks: layer -> sha256 of the codebook that its masks were made for.
-        hold: keeps the rows; None = the context was left.
-        keys: per row the layers and digests of the masks that it is the union of.
-        names: per row the names of the masks that it is the union of.
-        gated: masks with a learned gate delete only where it fires, as the sequence goes on (``gating``).
-        masks: layer's name -> mask's name -> mask; of a gated request.
-        held: keys of the rows that its Hold keeps.
-        outer: the request that held where the context was entered; None = there was none.
-        beyond: it deletes more than what always holds.
-        deletes: a row deletes something.
-    """
-
-    rows: tuple[int, ...]
-    of: Literal["all", "sequence", "token"]
-    signature: int
-    codebooks: dict[str, str]
-    hold: Hold | None
-    keys: list[frozenset[str]] = dataclasses.field(default_factory=list)
-    names: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-    gated: bool = False
-    masks: dict[str, dict[str, Mask]] = dataclasses.field(default_factory=dict)
-    held: list[frozenset[str]] = dataclasses.field(default_factory=list)
-    outer: Request | None = None
-    beyond: bool = False
-
-    def __post_init__(self) -> None:
-        self.deletes = any(row >= 0 for row in self.rows)
-        self._rows_on: dict[Any, Tensor] = {}
-
-    @property
-    def closed(self) -> bool:
-        """Whether the context was left."""
-        return self.hold is None
-
-    def close(self) -> None:
-        """Give up the rows. Forwards that read them keep the Hold until they end."""
-        self.hold = None
-
-    def rows_on(self, device: torch.device) -> Tensor:
-        """The rows as an int32 vector on a device, copied there once per stream."""
-        key = device, stream_of(device)
-        if key not in self._rows_on:
-            self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
-        return self._rows_on[key]
 
 
 class Topics:
@@ -226,8 +152,8 @@ class Topics:
 
         A state that another attachment computed without masks, or this one before codes were erased, must not match.
         """
-        self.nothing = _signature_of(["nothing", self._number, self.erased])
-        _KEPT[self.nothing] = "no mask, after codes were erased" if self.erased else "no mask"
+        self.nothing = signature_of(["nothing", self._number, self.erased])
+        KEPT[self.nothing] = "no mask, after codes were erased" if self.erased else "no mask"
 
     @property
     def unstamped(self) -> int:
@@ -393,21 +319,6 @@ class Topics:
             content = content[:1]  # the same masks for every sequence: one signature, whatever their number
         modes = [v.bottleneck.mask_mode if v.bottleneck.splice == "replace" else "delta" for v in self._layers]
         skips = [layer.skip_first for layer in self._layers]
-        signature = _signature_of([content, modes, skips, *(["gated"] if gated else [])])
-        _remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
+        signature = signature_of([content, modes, skips, *(["gated"] if gated else [])])
+        remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
-
-
-def _signature_of(content: Any) -> int:
-    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big") >> 1 or 1
-
-
-def _remember(signature: int, text: str) -> None:
-    _TEXT[signature] = text
-    if len(_TEXT) > TEXTS:
-        _TEXT.pop(next(iter(_TEXT)), None)
-
-
-def text_of(signature: int) -> str:
-    """What a message calls the request of a signature."""
-    return _KEPT.get(signature) or _TEXT.get(signature, "masks of another process, or of long ago")

@@ -96,6 +96,10 @@ class Mask:
             raise ValueError(f"bits is {self.bits.dtype} {list(self.bits.shape)}; it should be int32 [{words}]")
         if bool((_unpack(self.bits)[self.num_codes :]).any()):
             raise ValueError(f"bits sets a bit beyond the last of {self.num_codes} codes")
+        if self.rows is not None and len(self.rows.enc) != self.num_deleted:
+            raise ValueError(
+                f"rows has {len(self.rows.enc)} latents; it should have {self.num_deleted}, those that are deleted, or be None"
+            )
         if self.gate is not None and (last := int(self.gate.codes[-1])) >= self.num_codes:
             raise ValueError(f"the gate has code {last}; the last of {self.num_codes} codes is {self.num_codes - 1}")
 

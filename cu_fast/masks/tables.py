@@ -78,7 +78,7 @@ class RowTable:
             streams: the present stream is added to it, in place; nothing on a CPU.
         """
         if self.tensors[0].device != device:
-            with self._lock:
+            with self._lock, torch.inference_mode(False):  # what inference mode makes cannot be written to later
                 self.tensors, self._written = tuple(tensor.to(device) for tensor in self.tensors), None
         stream = stream_of(device)
         if stream is not None:

@@ -9,7 +9,7 @@ from tiers import TEST_ALL
 from tiny_models import FAMILIES, add_masks, attach_to, build, inputs, logits, under
 
 import cu_fast
-from cu_fast.hf import hooks
+from cu_fast.hf import sites
 
 LAYER = "model.layers.1"
 
@@ -192,4 +192,4 @@ def test_nothing_is_compiled_again_where_nothing_was_compiled(monkeypatch):
 
 def test_the_hooks_find_arguments_by_position():
     """The names are read when a model is attached to; a forward that others wrap later has the same ones."""
-    assert hooks.argument_names(lambda x, /, input_ids, *rest, use_cache=None, **more: None) == ("x", "input_ids")
+    assert sites.argument_names(lambda x, /, input_ids, *rest, use_cache=None, **more: None) == ("x", "input_ids")

@@ -22,6 +22,7 @@ import cu_fast
 from cu_fast.hf import active
 from cu_fast.hf import attachment as hf_attachment
 from cu_fast.hf import context as hf_context
+from cu_fast.hf import request as hf_request
 from cu_fast.hf import topics as hf_topics
 
 LAYER = "model.layers.1"
@@ -280,7 +281,7 @@ def test_a_block_whose_object_is_not_kept(attachment, model, given):
         logits(model, given)
 
 
-FILES = {module.__file__ for module in (hf_attachment, active, hf_context, hf_topics)}
+FILES = {module.__file__ for module in (hf_attachment, active, hf_context, hf_request, hf_topics)}
 
 
 def interrupted_at(step, fn):

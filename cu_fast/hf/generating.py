@@ -1,0 +1,99 @@
+"""What ``attach`` puts around ``generate``. Part of ``cu_fast.hf.attachment``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from cu_fast.hf.active import Active
+from cu_fast.hf.sites import SEQUENCES, argument_names, replace_attribute
+from cu_fast.hf.states import caches_of, check_encoded, check_order, check_towers
+
+
+def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
+    """Let ``model.generate`` check its batch and its states, and announce each step.
+
+    Returns:
+        A function that undoes it.
+    """
+    undo = contextlib.ExitStack()
+    generate, prepare = model.generate, getattr(model, "prepare_inputs_for_generation", None)
+    names = argument_names(generate)
+
+    if prepare is not None:
+
+        @functools.wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            active.step()
+            return prepare(*args, **kwargs)
+
+        undo.callback(replace_attribute(model, "prepare_inputs_for_generation", prepared))
+
+    @functools.wraps(generate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        with _ended_streamer(given.get("streamer")), _same_depth(model):
+            request = active.now()
+            batch = _batch(model, given)
+            if request is not None and request.of == "sequence" and batch != len(request.rows):
+                raise ValueError(
+                    f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
+                    f"give an entry for each sequence"
+                )
+            for cache in itertools.chain.from_iterable(map(caches_of, given.values())):
+                check_order(cache)
+            if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
+                check_encoded(active, given["encoder_outputs"])
+            if any(not (layer.in_encoder or layer.in_decoder) for layer in active.layers):
+                check_towers(active, given)
+            with active.generating(_expansion(model, given)):
+                return generate(*args, **kwargs)
+
+    undo.callback(replace_attribute(model, "generate", wrapper))
+    return undo.close
+
+
+@contextlib.contextmanager
+def _ended_streamer(streamer: Any) -> Iterator[None]:
+    """End the streamer after an error: its reader, in another thread, would wait for ever for more tokens."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with contextlib.suppress(Exception):
+                streamer.end()
+        raise
+
+
+@contextlib.contextmanager
+def _same_depth(model: nn.Module) -> Iterator[None]:
+    """Put the config's depth back after an error: transformers' early exit lowers it for a while, without a finally."""
+    configs = [module.config for module in (model, getattr(model, "base_model", model)) if hasattr(module, "config")]
+    depths = [getattr(config, "num_hidden_layers", None) for config in configs]
+    try:
+        yield
+    except BaseException:
+        for config, depth in zip(configs, depths):
+            if depth is not None:
+                config.num_hidden_layers = depth
+        raise
+
+
+def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many sequences ``generate`` was given."""
+    for name in ("inputs", model.main_input_name, *SEQUENCES):
+        if isinstance(given.get(name), Tensor):
+            return given[name].shape[0]
+    return 1 if given.get("encoder_outputs") is None else given["encoder_outputs"][0].shape[0]
+
+
+def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many rows of the batch ``generate`` makes of one sequence: the larger of beams and return sequences."""
+    config = given.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(given.get(name) or getattr(config, name, None) or 1 for name in names)
