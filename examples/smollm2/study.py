@@ -45,7 +45,7 @@ ENRICHMENTS, STRENGTHS = (2.0, 2.5, 3.0), (2.0, 4.0, 8.0)  # tried without a gat
 OTHERS_AT_LEAST, LOSS_AT_MOST = 0.95, 0.03
 FIT_WINDOWS, TEST_WINDOWS, TRIAL_WINDOWS = 760, 48, 16
 GATE_WINDOWS, GATE_WINDOW = 100, 32
-RANDOM_STRENGTH = 2.0
+RANDOM_ENRICHMENT, RANDOM_STRENGTH = 3.0, 2.0
 
 
 class Study:
@@ -237,7 +237,7 @@ def ungated(study: Study, counts: dict[str, Any]) -> None:
         study.add("no gate", topic, codes=mask.num_deleted, enrichment=settings[pick][0], strength=settings[pick][1],
                   **study.measure(topic, half=False))  # fmt: skip
         study.attachment.remove_mask(topic)
-        mask = find(study, counts, topic, 3.0)
+        mask = find(study, counts, topic, RANDOM_ENRICHMENT)
         everything = sum_of(list(counts.values()))
         study.attachment.add_mask(random_mask(mask, everything).with_strength(RANDOM_STRENGTH), topic)
         study.add(
@@ -271,11 +271,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, untouched)  # nothing is deleted: nothing changed
     study = Study(model, tokenizer, attachment, options.topics, options.wikitext)
-    steps: list[Callable[[], None]] = []
     counts = {name: study.counts(name) for name in study.texts}
     lines = [tokenizer.decode(ids) for ids in study.control_windows]
     counts["wikitext"] = count_codes(attachment, tokenizer, lines, layer=None, name="wikitext", progress=False)
-    steps = [lambda: ungated(study, counts), lambda: gated(study, counts), lambda: say(study, options.output)]
+    steps: list[Callable[[], None]] = [
+        lambda: ungated(study, counts),
+        lambda: gated(study, counts),
+        lambda: say(study, options.output),
+    ]
     for step in steps:
         step()
         write(study.rows, options.output / "results.csv")

@@ -104,9 +104,9 @@ def streams(monkeypatch):
         present.stream = made[name]
 
     here("A")
-    from cu_fast.hf import topics as hf_topics
+    from cu_fast.hf import request as hf_request
 
-    for module in (tables, hf_topics):
+    for module in (tables, hf_request):
         monkeypatch.setattr(module, "stream_of", lambda device: present.stream)
     return here, log
 

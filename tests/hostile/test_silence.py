@@ -399,8 +399,8 @@ def test_bits_that_are_written_to_after_their_mask_was_added(attachment, given):
 
 
 def test_texts_of_many_requests_are_not_kept(attachment, given):
-    for i in range(hf_topics.TEXTS + 50):
+    for i in range(hf_request.TEXTS + 50):
         with attachment.unlearn(["a" if i >> bit & 1 else "b" for bit in range(11)] + [None]):
             pass
-    assert len(hf_topics._TEXT) <= hf_topics.TEXTS
-    assert hf_topics.text_of(attachment._topics.nothing) == "no mask"
+    assert len(hf_request._TEXT) <= hf_request.TEXTS
+    assert hf_request.text_of(attachment._topics.nothing) == "no mask"
