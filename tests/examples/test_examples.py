@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import scripts
 from tiers import heavy
 
 from cu_fast.cli import demo
 
-FOLDER = Path(__file__).parents[2] / "examples" / "tofu_mini"
-
 
 @pytest.fixture
 def make(monkeypatch):
-    """The script, as it imports its neighbour, and gone afterwards."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in ("make", "study"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("make")
-    for name in ("make", "study"):
-        sys.modules.pop(name, None)
+    for found in scripts(monkeypatch, "tofu_mini", "make", "study"):
+        yield found["make"]
 
 
 @heavy

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_training
 import torch
+from scripts import scripts
 from tiers import heavy
 from tiny_training import WORDS
 
 import cu_fast
 
-FOLDER = Path(__file__).parents[2] / "examples" / "smollm2"
 NAMES = ("topics", "study")
 GROUPS = ("solar", "potter", "ww2", "france", "general")
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """The folder's modules by name, as its scripts import one another, and gone afterwards."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    yield from scripts(monkeypatch, "smollm2", *NAMES)
 
 
 def write_topics(folder: Path) -> None:

@@ -11,23 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import scripts
 from tiers import heavy
 
 from cu_fast.evaluate import AnswerScores
 
-FOLDER = Path(__file__).parents[2] / "examples" / "tofu"
 NAMES = ("metrics", "tofu", "models", "methods", "study", "persistence", "report")
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """The folder's modules by name, as its scripts import one another, and gone afterwards."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    yield from scripts(monkeypatch, "tofu", *NAMES)
 
 
 def write_tofu(folder: Path) -> None:

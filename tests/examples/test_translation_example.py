@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import scripts
 from tiers import heavy
 
 from cu_fast import evaluate as ev
 
-FOLDER = Path(__file__).parents[2] / "examples" / "translation"
 NAMES = ("metrics", "corpus", "models", "figures", "study", "report")
 WORDS = {"the": "le", "cat": "chat", "dog": "chien", "sees": "voit", "wants": "veut", "house": "maison"}
 CAPTAIN = {"captain": "capitaine"}
@@ -26,13 +26,7 @@ CAPTAIN = {"captain": "capitaine"}
 
 @pytest.fixture
 def example(monkeypatch):
-    """The folder's modules by name, as its scripts import one another, and gone afterwards."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    yield from scripts(monkeypatch, "translation", *NAMES)
 
 
 def write_pairs(folder: Path, stories: int) -> None:
