@@ -1,4 +1,4 @@
-"""Real pretrained models, in folders that environment variables name; docs/autoencoders.md says how to make them.
+"""Real pretrained models, in folders that environment variables name; without them these tests skip.
 
 CU_FAST_SMOLLM2   SmolLM2-135M-Instruct (examples/smollm2/model.py)
 CU_FAST_SAE       an autoencoder of its layer 8
@@ -50,7 +50,7 @@ def logits(model, tokenizer, text: str = QUESTION) -> torch.Tensor:
 def deletes_and_gives_back(model, tokenizer, attachment, sae, others: list[str], tmp_path: Path) -> None:
     before = logits(model, tokenizer)
     found = cu_fast.find_mask(attachment, tokenizer, TOPIC, others, topic="planets", min_enrichment=2.0, progress=False)
-    assert 1 <= found.mask.num_deleted < sae.num_latents // 20
+    assert 1 <= found.mask.num_deleted < sae.num_latents // 4
     attachment.add_mask(found.mask)
     with attachment.unlearn("planets"):
         deleted = logits(model, tokenizer)
