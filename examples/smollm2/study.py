@@ -99,9 +99,9 @@ class Study:
             "near": share((self.groups == topic) & self.near),
         }
 
-    def measure(self, topic: str, half: bool, number: int = TEST_WINDOWS, **options: Any) -> dict[str, float]:
+    def measure(self, topic: str, half: bool, number: int = TEST_WINDOWS) -> dict[str, float]:
         """What is left under a mask, and what it costs wikitext, in nats per token."""
-        with self.attachment.unlearn(topic, **options):
+        with self.attachment.unlearn(topic):
             after = self._probabilities()
             losses = text_losses(self.model, self.wikitext[:number])
         return self.left(after, topic, half) | {"wikitext": float((losses - self.losses[:number]).mean())}
@@ -176,17 +176,24 @@ def gated(study: Study, counts: dict[str, Any]) -> None:
         )
         study.attachment.add_mask(mask, topic)
         seconds = time.perf_counter() - start
-        figures = study.measure(topic, half=False, gated=True)
-        study.add("gated", topic, codes=mask.num_deleted, seconds=seconds, **figures)
-        prompts = [item.prompt for item in study.items]
-        fires = np.array([names is not None for names in
-                          cu_fast.topics_of(study.attachment, study.tokenizer, prompts, [topic])])  # fmt: skip
         with study.attachment.unlearn(topic):
             after = study._probabilities()
-        figures = study.left(np.where(fires, after, study.before), topic, half=False)
+        with study.attachment.unlearn(topic, gated=True):
+            losses = text_losses(study.model, study.wikitext)
         odd, own = ~study.even, (study.groups == topic) & ~study.near
-        study.add("gated, question alone", topic, **figures, fires=float(fires[own & odd].mean()),
-                  fires_others=float(fires[~own & ~study.near & odd].mean()))  # fmt: skip
+        for what, prompts in (
+            ("gated", [item.prompt + item.prefix for item in study.items]),
+            ("gated, question alone", [item.prompt for item in study.items]),
+        ):
+            topics = cu_fast.topics_of(study.attachment, study.tokenizer, prompts, [topic])
+            fires = np.array([names is not None for names in topics])
+            study.add(
+                what, topic, codes=mask.num_deleted, seconds=seconds,
+                **study.left(np.where(fires, after, study.before), topic, half=False),
+                wikitext=float((losses - study.losses).mean()), fires=float(fires[own & odd].mean()),
+                fires_others=float(fires[~own & ~study.near & odd].mean()),
+                fires_near=float(fires[(study.groups == topic) & study.near].mean()),
+            )  # fmt: skip
 
 
 def say(study: Study, output: Path) -> None:
