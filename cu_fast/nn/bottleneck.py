@@ -146,7 +146,7 @@ class CodebookBottleneck(TrainingPath):
             delta = ops.masked_decode(ids, change, self.folded_table, impl=self.impl)
         hits, faulty = deleted.sum(1), change.isnan().any(1)
         dose = torch.where(hits > 0, delta.norm(dim=1) / x.float().norm(dim=1), 0.0)
-        self._count(x.shape[0], hits, dose)
+        self._count(hits, dose)
         changed = ((hits > 0) | faulty)[:, None]
         return torch.where(changed, (x.float() + delta).to(x.dtype), x)
 
@@ -224,6 +224,7 @@ class CodebookBottleneck(TrainingPath):
         Raises:
             ValueError, RuntimeError: ``impl`` is unknown, or cannot run.
         """
+        self._settle()
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self.codebook.codes.device)
         scan = "int8" if impl != "reference" and self.folded_scan_plane is not None else "fp32"

@@ -6,6 +6,8 @@ delta      y is x, but for what deleted codes wrote: without a mask the model is
 
 from __future__ import annotations
 
+import collections
+import contextlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -19,6 +21,7 @@ from cu_fast.masks.tables import RowTable
 
 SpliceKind = Literal["replace", "delta"]
 SPLICES = get_args(SpliceKind)
+PENDING = 64  # calls whose counts are kept before they are added up
 
 
 class Splice(nn.Module):
@@ -52,6 +55,8 @@ class Splice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # What deletions counted, added to the receipt many at a time: one by one it takes as long as the deletion.
+        self._pending: collections.deque[tuple[Tensor, Tensor]] = collections.deque()
         # On the device, so that counting waits for no kernel.
         self.register_buffer("passed", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.register_buffer("changed", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -100,6 +105,7 @@ class Splice(nn.Module):
 
     def reset_receipt(self) -> None:
         """Set the receipt to 0, in place."""
+        self._pending.clear()
         self.passed.zero_()
         self.changed.zero_()
         self.dose.zero_()
@@ -108,6 +114,7 @@ class Splice(nn.Module):
         """Of splice "delta" what the receipt says of the tokens that masks changed: changed, dose and max_dose."""
         if self.splice == "replace":
             return {}
+        self._settle()
         changed, (total, largest) = int(self.changed), self.dose.tolist()
         return {"changed": changed, "dose": total / max(changed, 1), "max_dose": largest}
 
@@ -158,12 +165,24 @@ class Splice(nn.Module):
             self.dose = dose.to(self.dose.device)  # a sum, not a weight: in fp16 it would end at 65,504
         return self
 
-    def _count(self, tokens: int, hits: Tensor, dose: Tensor) -> None:
-        """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted."""
-        self.passed[0] += tokens
-        self.passed[1] += hits.sum()
-        self.changed += (hits > 0).sum()
+    def _count(self, hits: Tensor, dose: Tensor) -> None:
+        """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted: hits int [T], dose fp32 [T]."""
+        self._pending.append((hits, dose))
+        if len(self._pending) >= PENDING:
+            self._settle()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Bring the receipt up to date. Threads may count meanwhile."""
+        some = []
+        with contextlib.suppress(IndexError):
+            while True:
+                some.append(self._pending.popleft())
+        if not some:
+            return
+        hits, dose = (torch.cat([part.to(self.passed.device) for part in parts]) for parts in zip(*some))
         dose = torch.nan_to_num(dose, nan=0.0, posinf=torch.finfo(torch.float32).max)
+        self.passed += torch.stack([hits.new_tensor(len(hits)), hits.sum()])
+        self.changed += (hits > 0).sum()
         self.dose[0] += dose.sum()
-        if dose.numel():
-            self.dose[1] = torch.maximum(self.dose[1], dose.max())
+        self.dose[1] = torch.cat([dose, self.dose[1:]]).max()

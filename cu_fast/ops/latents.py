@@ -139,6 +139,8 @@ def delete_latents(
     # On a CPU the rank is looked up for those tokens alone at which a latent of the mask is positive.
     found = Deletion(*op(x, residual, enc, *fixed, mask_row, None, None))
     some = found.hits.nonzero()[:, 0]
+    if some.shape[0] == T > 0:
+        return Deletion(*op(x, residual, enc, *fixed, mask_row, *floor_of(x)))
     if some.shape[0]:
         part, kept = x[some], None if residual is None else residual[some]
         for whole, new in zip(found, op(part, kept, enc, *fixed, mask_row[some], *floor_of(part))):

@@ -149,7 +149,7 @@ class SAESplice(Splice):
             x.detach().reshape(-1, self.d_in), latents, masks, mask_row,
             residual=None if residual is None else residual.detach().reshape(-1, self.d_out), impl=self.impl,
         )  # fmt: skip
-        self._count(len(found.y), found.hits, found.dose)
+        self._count(found.hits, found.dose)
         return found.y.reshape(kept.shape)
 
     def _on(self, device: torch.device) -> ops.Latents:
@@ -246,6 +246,7 @@ class SAESplice(Splice):
         Raises:
             ValueError, RuntimeError: ``impl`` is unknown, or cannot run.
         """
+        self._settle()
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self._latents.enc.device)
         scan = "none" if self.settings["kind"] == "threshold" else "fp32" if self._latents.scan is None else "int8"
