@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("sae", type=Path)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--latents", type=int, default=100, help="that the mask deletes")
+    parser.add_argument("--threshold", type=float, help="give every latent this threshold in place of a rank")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -31,6 +33,9 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval() for _ in range(2)
     )
     sae = cu_fast.load_sae(options.sae)
+    if options.threshold is not None:
+        theta = torch.full_like(sae.theta, options.threshold)
+        sae = dataclasses.replace(sae, kind="threshold", k=None, theta=theta)
     attachment = cu_fast.attach(attached, {LAYER: sae})
     (splice,) = attachment.bottlenecks.values()
     seen: list[torch.Tensor] = []
