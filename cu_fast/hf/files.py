@@ -114,7 +114,10 @@ def read_record(path: Path) -> Record:
     """
     file = path / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; {path} should be a folder written by attachment.save()")
+        raise FileNotFoundError(
+            f"{file} does not exist; {path} should be a folder written by attachment.save(), and an autoencoder's is given "
+            f"as {{layer: folder}}"
+        )
     record = read_json(file)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
