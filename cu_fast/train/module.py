@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class Fit(nn.Module):
         self.dead_after = dead_after
         self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
 
+    @abstractmethod
     def start(self, rows: Tensor, generator: torch.Generator) -> None:
         """Start from data.
 
@@ -31,11 +34,10 @@ class Fit(nn.Module):
             rows: [n, D], n at least C, drawn at random.
             generator: on the CPU, for further draws.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def reconstruct(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows [n, D]: the reconstruction, fp32 [n, D], and how many codes each keeps, int64 [n]."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Called when the gradients are there, before the optimizer."""
