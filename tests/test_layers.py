@@ -25,6 +25,7 @@ ROOMS = [
     "unlearn",
     "train",
     "bench",
+    "vllm",
     "cli",
 ]
 

@@ -1,0 +1,36 @@
+"""Masks for those prompts alone that fire them: judged on the prompt, in the step that computes it.
+
+A prompt is computed in one step: chunked prefill is refused at start, and such requests do not read the prefix cache. So what
+is decided depends on the prompt alone, never on the batch, and a request that was preempted is judged alike again. Where
+a level is given, that is the mean number of the mask's codes that a token of the prompt keeps, as ``cu_fast.unlearn.fired``
+counts; else the value of the mask's learned gate. Positions that masks leave alone do not count; a prompt of no others is
+unlearned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cu_fast.masks import Mask
+from cu_fast.nn import Splice
+
+
+def fires(splice: Splice, mask: Mask, level: float | None, x: Tensor) -> bool:
+    """Whether a prompt is one that a mask is for.
+
+    Args:
+        splice: of the layer.
+        mask: for that layer.
+        level: codes per token; None = the mask's gate decides.
+        x: [T, d_in], what the layer reads at the prompt's tokens that count.
+    """
+    if not len(x):
+        return True
+    if level is None:
+        gate = mask.gate.to(x.device)
+        counts = splice.keeps(x, gate.codes, gate.rows).sum(0, dtype=torch.int64)
+        tokens = torch.tensor([len(x)], device=x.device)
+        return bool(gate.value(counts[None], tokens) > gate.level)
+    kept = splice.keeps(x, mask.ids().to(x.device, torch.int32), mask.rows)
+    return int(kept.sum()) / len(x) > level
