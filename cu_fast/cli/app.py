@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from rich.table import Table
 from cu_fast import __version__
 from cu_fast.cli import models, sae
 from cu_fast.cli.models import model_folder
-from cu_fast.cli.options import Cache, Data, Device, Dtype, Json, MaskKind, ModelFolder, Op, names, several
+from cu_fast.cli.options import Cache, Data, Device, Dtype, Json, MaskKind, ModelFolder, Op, Silent, names, several
 from cu_fast.cli.tables import pairs, show_step, shown_table, tuned_table
 from cu_fast.cli.terminal import console, errors_are_messages
 
@@ -119,27 +120,122 @@ app.add_typer(sae.app, name="sae")
 @app.command()
 def verify(
     model: ModelFolder = "demo",
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Prove it of a running server of vLLM instead, from outside, e.g. http://localhost:8000. Its cu_fast may "
+            "be another; MODEL is not read.",
+        ),
+    ] = None,
+    served: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="With --server: the model's name there. Default: its first."),
+    ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --server: a mask that a request may say there; the server tells no client which it has. May be "
+            "repeated.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --server: a prompt whose answer a mask should change. May be repeated. Default: questions that "
+            "hold the mask's name.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="VLLM_API_KEY", help="With --server: the key that it asks for.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove on this machine that selections are exact, masks bite and nothing else changes."""
+    """Prove on this machine that selections are exact, masks bite and nothing else changes; or of a server that they do."""
     with errors_are_messages():
-        from cu_fast.cli.verify import verify as run
+        if server is None:
+            if served is not None or mask or prompt:
+                raise ValueError(
+                    "--model, --mask and --prompt are for --server URL; a model folder is the first argument"
+                )
+            from cu_fast.cli.verify import verify as run
 
-        _quiet_transformers()
-        checks = run(model_folder(model))
-        if as_json:
-            print(json.dumps({"environment": environment(), "checks": checks}, indent=2))
+            _quiet_transformers()
+            title, facts, checks = "cu-fast verify", environment(), run(model_folder(model))
         else:
-            table = Table("check", "result", "figure", title="cu-fast verify")
+            from cu_fast.cli.verify_server import verify_server
+
+            facts, checks = verify_server(server, served, mask or [], prompt or [], api_key)
+            title = f"cu-fast verify --server {server}"
+        if as_json:
+            print(json.dumps({"environment" if server is None else "server": facts, "checks": checks}, indent=2))
+        else:
+            table = Table("check", "result", "figure", title=escape(title))
             for check in checks:
                 table.add_row(
                     escape(check["check"]),
                     "[green]pass" if check["passed"] else "[bold red]FAIL",
                     escape(check["figure"]),
                 )
-            console.print(pairs(environment(), "environment"), table)
+            console.print(pairs(facts, "environment" if server is None else "server"), table)
         if not all(check["passed"] for check in checks):
             raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, or 'demo' for the bundled model.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- ARGS", help="Arguments of `vllm serve`, after --. They go to vLLM as they are."),
+    ] = None,
+    attachment: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder that attachment.save() wrote. Default: the folder codebook in MODEL."),
+    ] = None,
+    always: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Mask that holds in every request, whatever it says. May be repeated."),
+    ] = None,
+    silent: Annotated[
+        Silent,
+        typer.Option(
+            help="What a request gets that does not say what to unlearn. refuse: HTTP 400. always: the masks of --always. "
+            "none: nothing is deleted."
+        ),
+    ] = "refuse",
+    where_it_fires: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=LEVEL]",
+            help="Mask that holds for the prompts alone that fire it: above LEVEL, which cu_fast.level_for finds; without "
+            "LEVEL its learned gate decides. May be repeated.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Load format of vLLM for the model's own weights. Default: auto.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Check, print the command and a request, and start nothing.")
+    ] = False,
+) -> None:
+    """Start a vLLM server in which every request says what it unlearns (docs/serving.md)."""
+    with errors_are_messages():
+        from cu_fast.cli import serve as serving
+
+        given = {"attachment": attachment, "always": always, "silent": silent, "weights": weights}
+        given["where_it_fires"] = dict(map(serving.gate, where_it_fires or ()))
+        folder = str(model_folder(model))
+        start = serving.prepare(folder, {name: value for name, value in given.items() if value}, arguments or [])
+        for note in start.notes:
+            print(f"note: {note}")
+        print("masks:", ", ".join(start.masks))
+        print("command:", shlex.join(start.command))
+        print("request, once it serves:", start.request, sep="\n")
+        if not show:
+            serving.become(start.command)
 
 
 @app.command()

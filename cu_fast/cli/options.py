@@ -20,6 +20,7 @@ Cache = Literal["warm", "cold"]
 Op = Literal["sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decode", "bottleneck", "delete_latents"]
 Dtype = Literal["fp32", "bf16"]
 MaskKind = Literal["none", "1%", "50%", "rows", "one"]
+Silent = Literal["refuse", "always", "none"]
 Data = Literal["gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text.")]

@@ -16,6 +16,7 @@ from cu_fast.cli.app import app
 from cu_fast.nn import BottleneckConfig
 from cu_fast.train import Recipe
 from cu_fast.train.fit import Kind
+from cu_fast.vllm.catalog import Silent
 
 # Texts that may be anything. A string that may not is a Literal, or has a parser that knows its choices.
 FREE_TEXT = {
@@ -23,6 +24,8 @@ FREE_TEXT = {
     *(("unlearn", "model"), ("unlearn", "topic"), ("unlearn", "words"), ("unlearn", "layer")),
     *(("generate", "model"), ("generate", "prompt"), ("generate", "without")),
     *(("eval", "model"), ("eval", "sets"), ("eval", "without"), ("verify", "model")),
+    *(("verify", name) for name in ("server", "served", "mask", "prompt", "api_key")),
+    *(("serve", name) for name in ("model", "arguments", "attachment", "always", "where_it_fires", "weights")),
     *(("bench", "tokens"), ("bench", "shape"), ("bench", "provider")),
 }
 TRAIN = ("train", "model", "data", "--output", "out", "--layer", "model.layers.1")
@@ -38,6 +41,7 @@ CHOICES = {
     ("bench", "data"): ("bench", "--data"),
     ("bench", "cache"): ("bench", "--cache"),
     ("bench", "device"): ("bench", "--device"),
+    ("serve", "silent"): ("serve", "demo", "--silent"),
 }
 DEFINED = {
     ("train", "activation"): typing.get_args(typing.get_type_hints(BottleneckConfig)["activation"]),
@@ -51,6 +55,7 @@ DEFINED = {
     ("bench", "data"): cells.DATA,
     ("bench", "cache"): plan.CACHES["cpu"],
     ("bench", "device"): tuple(plan.CACHES),
+    ("serve", "silent"): typing.get_args(Silent),
 }
 
 
