@@ -77,12 +77,14 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(name: str) -> torch.nn.Module:
-    """The family's model in evaluation mode, always with the same weights."""
+def build(name: str, **changes) -> torch.nn.Module:
+    """The family's model in evaluation mode, always with the same weights; changes are to its config."""
     family = FAMILIES[name]
+    config = copy.deepcopy(family.config)
+    config.update(changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = family.model(copy.deepcopy(family.config)).eval()
+        model = family.model(config).eval()
         with torch.no_grad():  # weights large enough for what is said to depend on what is deleted
             for parameter in model.parameters():
                 if parameter.dim() > 1:
