@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="make test-vllm")
 
-import vllm_inside  # noqa: F401 - says how vLLM runs
-
 from cu_fast import bench
 
 REQUESTS = 3

@@ -188,7 +188,7 @@ def test_the_server_says_what_it_offers(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="9.9"))
     application, engine = Application(), Engine("cu_fast")
     app = types.SimpleNamespace(state=types.SimpleNamespace(engine_client=engine))
-    start, answer = served(application, {"type": "http", "path": "/root/cu_fast", "root_path": "/root", "app": app})
+    start, answer = served(application, {"type": "http", "path": "/behind/cu_fast", "root_path": "/behind", "app": app})
     assert start["status"] == 200 and application.scopes == []
     found = json.loads(answer["body"])
     assert found["masks"] == 2 and found["silent"] == "none"
