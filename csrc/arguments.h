@@ -95,7 +95,6 @@ class ScanArguments {
     check(plane.has_value() == terms.has_value() && plane.has_value() == mean.has_value(),
           "scan_plane, scan_terms and scan_mean must be given together");
     if (!plane) return;
-    check(E <= kMaxScanWidth, "codes are ", E, " wide; an int8 scan needs at most ", kMaxScanWidth);
     check_shape("scan_plane", *plane, "[ceil(C / 64), ceil(E / 4), 64, 4]",
                 {scan_groups(C), scan_width(E) / 4, kScanGroup, 4});
     check_dtype("scan_plane", *plane, ScalarType::Byte);
@@ -123,32 +122,52 @@ class ScanArguments {
 // What is scored, checked, and kept alive for the pointers in `score`: dense or selected, of a bottleneck or
 // alone.
 struct ScoreArguments {
-  Tensor z, codes;
-  OptionalTensor pre, inv_norm, bias;
+  Tensor z, digits, factor;
+  OptionalTensor pre, bias;
   ScoreParams score;
 };
 
 // What an operator calls them.
 struct ScoreNames {
-  const char *z, *z_letters, *codes, *codes_letters, *bias, *bias_letters;
+  const char *z, *z_letters, *digits, *digits_letters, *factor, *bias, *bias_letters;
 };
-inline constexpr ScoreNames kQuantizeNames = {"z", "[T, E]", "codes", "[C, E]", "bias", "[C]"};
-inline constexpr ScoreNames kEncodeNames = {"x", "[T, D]", "W_enc", "[E, D]", "b_enc", "[E]"};
+inline constexpr ScoreNames kQuantizeNames = {"z",      "[T, E]", "digits", "[C, 3, round_up(E, 64)]",
+                                              "factor", "bias",   "[C]"};
+inline constexpr ScoreNames kEncodeNames = {"x",        "[T, D]", "W_digits", "[E, 3, round_up(D, 64)]",
+                                            "W_factor", "b_enc",  "[E]"};
 
-inline ScoreArguments score_arguments(const ScoreNames& names, const Tensor& z_in, const Tensor& codes_in,
-                                      const OptionalTensor& pre_in, const OptionalTensor& inv_norm_in,
+// Rows of weights, as pack_digits made them: contiguous, 16-byte aligned.
+inline Tensor digits_argument(const char* name, const Tensor& t, const char* letters, int64_t E) {
+  check(E <= kMostWidth, name, " is of rows of ", E, " entries, must be at most ", kMostWidth);
+  check_shape(name, t, letters, {-1, kDigits, digit_width(E)});
+  check_dtype(name, t, ScalarType::Char);
+  const Tensor digits = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  check(reinterpret_cast<uintptr_t>(digits.const_data_ptr()) % 16 == 0, name,
+        " must start at a multiple of 16 bytes");
+  return digits;
+}
+
+inline ScoreArguments score_arguments(const ScoreNames& names, const Tensor& z_in, const Tensor& digits_in,
+                                      const Tensor& factor_in, const OptionalTensor& pre_in,
                                       const OptionalTensor& bias_in) {
   check_shape(names.z, z_in, names.z_letters, {-1, -1});
   check_float(names.z, z_in);
   const int64_t T = z_in.size(0), E = z_in.size(1);
-  check_shape(names.codes, codes_in, names.codes_letters, {-1, E});
-  check_float(names.codes, codes_in);
-  const int64_t C = codes_in.size(0);
-  const OptionalTensor inv_norm = as_fp32("inv_norm", inv_norm_in, "[C]", {C});
+  const Tensor digits = digits_argument(names.digits, digits_in, names.digits_letters, E);
+  const int64_t C = digits.size(0);
+  check_shape(names.factor, factor_in, names.bias_letters, {C});
+  check_dtype(names.factor, factor_in, ScalarType::Float);
+  const Tensor factor = factor_in.is_contiguous() ? factor_in : torch::stable::contiguous(factor_in);
   const OptionalTensor bias = as_fp32(names.bias, bias_in, names.bias_letters, {C});
   const OptionalTensor pre = as_fp32("b_pre", pre_in, "[D]", {E});
-  const Tensor z = with_contiguous_rows(z_in), codes = with_contiguous_rows(codes_in);
-  return {z, codes, pre, inv_norm, bias, {matrix_of(z), matrix_of(codes), data_of(pre), T, C, E}};
+  const Tensor z = with_contiguous_rows(z_in);
+  return {z,
+          digits,
+          factor,
+          pre,
+          bias,
+          {matrix_of(z), digits.const_data_ptr<int8_t>(), factor.const_data_ptr<float>(), data_of(bias),
+           data_of(pre), T, C, E}};
 }
 
 // What a selection is asked; p has neither memory nor results. `in` must outlive it.
@@ -161,8 +180,6 @@ class SelectArguments {
     check(C <= std::numeric_limits<int32_t>::max(), "there are ", C, " codes, must be fewer than 2^31");
     check(k >= 1 && k <= C, "k is ", k, ", must be in [1, C] = [1, ", C, "]");
     p.score = in.score;
-    p.inv_norm = data_of(in.inv_norm);
-    p.bias = data_of(in.bias);
     p.scan = scan_.plane(values);
     p.mask = mask_.mask();
     p.k = k;

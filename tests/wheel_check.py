@@ -39,8 +39,9 @@ assert native.failure() is None, native.failure()
 torch.manual_seed(0)
 z, codes, bias = torch.randn(70, 64), torch.randn(1000, 64), torch.randn(1000)
 table, row = torch.randint(-(2**31), 2**31, (2, 32), dtype=torch.int32), torch.arange(70, dtype=torch.int32) % 3 - 1
-given = {"z": z, "codes": codes, "inv_norm": None, "bias": bias, "k": 8, "mask_table": table, "mask_row": row}
-for scan in (3 * [None], torch.ops.cu_fast.pack_scan(codes=codes, inv_norm=None)):
+digits, step, _ = torch.ops.cu_fast.pack_digits(codes)
+given = {"z": z, "digits": digits, "factor": step, "bias": bias, "k": 8, "mask_table": table, "mask_row": row}
+for scan in (3 * [None], torch.ops.cu_fast.pack_scan(digits, step, 64)):
     plane = dict(zip(("scan_plane", "scan_terms", "scan_mean"), scan))
     got, want = (
         library.codebook_quantize(**given, **plane, return_hits=True) for library in (torch.ops.cu_fast, reference)

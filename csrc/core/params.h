@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "core/fixed.h"
 #include "core/mask.h"
 #include "core/portable.h"
 #include "core/scan.h"
@@ -29,12 +30,16 @@ struct Matrix {
   }
 };
 
-// Dot products of T rows and C codes, before any epilogue: canonical(z_t - pre, codes_j).
+// Scores of T rows and C codes (core/fixed.h), of z_t - pre.
 struct ScoreParams {
-  Matrix z;          // [T, E]
-  Matrix codes;      // [C, E]
-  const float* pre;  // [E], subtracted from every row of z, rounded to fp32; null: zero
+  Matrix z;              // [T, E]
+  const int8_t* digits;  // [C, 3, digit_width(E)]
+  const float* factor;   // [C]
+  const float* bias;     // [C]; null: zero
+  const float* pre;      // [E], subtracted from every row of z, rounded to fp32; null: zero
   int64_t T, C, E;
+
+  CU_FAST_BOTH const int8_t* code(int64_t j) const { return digits + j * kDigits * digit_width(E); }
 };
 
 // What one thread works on at a time: tokens [t_begin, t_end), or those that entries [t_begin, t_end) of a
@@ -51,11 +56,9 @@ struct Block {
 
 struct SelectParams {
   ScoreParams score;
-  const float* inv_norm;  // [C], factor of the dot product; null: 1
-  const float* bias;      // [C], added after inv_norm; null: zero
-  ScanPlane scan;         // packed from codes and inv_norm; plane null: every code is scored canonically
-  float largest_bias;     // max |bias_j|; 0 without a bias
-  Mask mask;              // [T] rows, C bits: a deleted code cannot be selected
+  ScanPlane scan;      // packed from digits and factor; plane null: every code is scored
+  float largest_bias;  // max |bias_j|; 0 without a bias
+  Mask mask;           // [T] rows, C bits: a deleted code cannot be selected
   int64_t k;
   // Lists of keys (core/order.h), one per token and part of the codes, of `capacity` keys each. On a CPU:
   // heaps, [T, parts, capacity]. On a GPU: sorted, [T, capacity, parts] (cuda/select.h).
@@ -70,8 +73,7 @@ struct SelectParams {
 };
 
 struct EncodeParams {
-  ScoreParams score;  // z is x [T, D], codes is W_enc [E, D]: C here is the operator's E, and E its D
-  const float* bias;  // [C], b_enc; null: none
+  ScoreParams score;  // z is x [T, D], codes are W_enc's rows [E, D]: C here is the operator's E, and E its D
   bool relu;
   float* out;  // [T, C]
 };
@@ -96,17 +98,19 @@ struct DecodeParams {
 
 // The most latents that one mask changes: MAX_LATENTS of kernels/reference/latents.py.
 inline constexpr int64_t kMaxMaskLatents = 8192;
-// Added to a standard deviation: LAYER_NORM_EPS of kernels/reference/canonical.py.
+// Added to a standard deviation: LAYER_NORM_EPS of kernels/reference/scales.py.
 inline constexpr float kLayerNormEps = 1e-5f;
 
-// The factors of a token: before it is encoded, and of its decoded latents (kernels/reference/canonical.py).
+// The factors of a token: before it is encoded, and of its decoded latents (kernels/reference/scales.py).
 enum class TokenScale { none, layer_norm, constant_norm };
 
 // R latents; at most M of them in a mask.
 struct DeleteLatentsParams {
   Matrix x;                   // [T, Din]
   Matrix residual;            // [T, Dout], x itself if the operator was given none
-  Matrix enc, dec;            // fp32 [R, Din], [R, Dout]
+  const int8_t* digits;       // [R, 3, digit_width(Din)], of the encoder's rows
+  const float* factor;        // [R]
+  Matrix dec;                 // fp32 [R, Dout]
   const float *bias, *theta;  // [R]
   TokenScale scale;
   float norm;  // of TokenScale::constant_norm

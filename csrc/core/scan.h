@@ -1,17 +1,20 @@
 // The scan plane: the codes in int8, and the terms that bound the error of scoring with them.
 //
+// What is scanned are the numbers that the exact score multiplies (core/fixed.h): as codes_j the integers p_j, as z
+// the row q times its unit, which is exact in fp32.
+//
 //   codes_j = mean + d_j           d_j ~ step_j q_j,   q_j in [-127, 127]
 //   z       ~ unit (p + base h)    p, h in [-range, range], base = 2 range; h is zero except in outliers
 //
-//   approx(t, j) = unit scale_j I + <z, mean> inv_norm_j + bias_j      I = <p + base h, q_j>, exact
+//   approx(t, j) = unit scale_j I + <z, mean> factor_j + bias_j      I = <p + base h, q_j>, exact
 //
 //   |approx - score| <= norm_in residual_j + miss size_j + l1_out |scale_j| / 2
 //                       + norm epsilon magnitude_g + rounding of the bias
 //
-//   scale_j      step_j inv_norm_j            (inv_norm is 1 where there is none)
-//   residual_j   ||d_j - step_j q_j|| |inv_norm_j|
-//   size_j       ||step_j q_j|| |inv_norm_j|
-//   magnitude_g  the group's largest (||codes_j|| + ||mean|| + 2 size_j) |inv_norm_j|: rounding errors are
+//   scale_j      step_j factor_j
+//   residual_j   ||d_j - step_j q_j|| |factor_j|
+//   size_j       ||step_j q_j|| |factor_j|
+//   magnitude_g  the group's largest (||codes_j|| + ||mean|| + 2 size_j) |factor_j|: rounding errors are
 //                relative to it
 //   miss         ||z - unit (p + base h)||
 //   norm_in      ||z|| over the entries that are not outliers
@@ -33,7 +36,7 @@
 
 #include <cstdint>
 
-#include "core/canonical.h"
+#include "core/sum16.h"
 #include "core/portable.h"
 
 namespace cu_fast {
@@ -53,8 +56,8 @@ CU_FAST_BOTH inline int64_t scan_width(int64_t E) {
   return round_up(E, 4);
 }
 
-// The largest E: I fits into 32 bits, |I| <= ||p|| ||q|| <= 127^2 E < 2^31. Partial sums may wrap.
-inline constexpr int64_t kMaxScanWidth = 131072;
+// kMostWidth of core/fixed.h, padded. I fits into 32 bits, |I| <= ||p|| ||q|| <= 127^2 E < 2^31; partial sums may wrap.
+inline constexpr int64_t kMaxScanWidth = 65536;
 
 struct ScanPlane {
   const uint8_t* plane;  // [G, scan_width(E) / 4, 64, 4]; null: there is no plane
@@ -72,16 +75,16 @@ struct ScanPlane {
   }
 };
 
-// Rounding errors relative to norm * magnitude: of a canonical dot product (one product, E / 16 + 4 sums), of
-// <z, mean>, which is one too, and of the few operations of either epilogue. 1 % covers the products of such
-// errors. Underflow is smaller still in the range below.
+// Rounding errors relative to norm * magnitude: of <z, mean> (one product, E / 16 + 4 sums), and of the few
+// operations of either epilogue. 1 % covers the products of such errors. Underflow, and the score's cut, are smaller
+// still in the range below; the score of a code of zeros is its bias alone, so approx cuts that as the score does.
 CU_FAST_BOTH inline float scan_epsilon(int64_t E) {
   return 1.01f * 0x1p-24f * static_cast<float>(E / kLanes + 40);
 }
 
 // The range in which nothing overflows and no underflow exceeds epsilon. A row of z is scanned if its largest
-// |z| is in it. A code is certified if its norm and its norm times |inv_norm| are in it, or zero.
-inline constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p40f;
+// |z| is in it. A code is certified if its norm and its norm times |factor| are in it, or zero.
+inline constexpr float kScanSmallest = 0x1p-40f, kScanLargest = 0x1p40f;
 
 // Entries of a row that may be above its clip, the largest |z| that p represents. They cost a few per cent
 // more work; in return the unit is half as large, or less.

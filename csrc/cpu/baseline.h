@@ -9,7 +9,8 @@
 #include <limits>
 #include <utility>
 
-#include "core/canonical.h"
+#include "core/sum16.h"
+#include "core/fixed.h"
 #include "core/mask.h"
 #include "core/order.h"
 #include "core/params.h"

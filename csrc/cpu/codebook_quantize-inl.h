@@ -1,12 +1,13 @@
 // The k best codes of each token, by scoring every code.
 //
-//   score(t, j) = canonical(z_t - pre, codes_j) [* inv_norm_j] [+ bias_j]      each step rounded to fp32
+//   score(t, j) = (<q_t, p_j> unit_t) factor_j [+ bias_j]       core/fixed.h; q of z_t - pre
 //
 //   what           shape                         layout
-//   z, codes       [T, E], [C, E]                any stride, fp32, bf16 or fp16
+//   z              [T, E]                        any stride, fp32, bf16 or fp16
+//   digits         [C, 3, W]                     core/fixed.h
 //   kept, deleted  [T, parts, capacity] keys     heaps (core/order.h), the worst key on top
 //
-// 1. visit_dots computes the canonical dot products.
+// 1. visit_sums computes the integers.
 // 2. offer_tile applies the epilogue to 16 scores at a time and compares them once with the k-th best so far.
 //    A code that reaches it enters the token's heap `kept`. A deleted code that reaches it enters the heap
 //    `deleted`, if hits are counted.
@@ -35,15 +36,14 @@ struct Candidates {
   }
 };
 
-// Offers codes [first, first + n), given their dot products.
-void offer_tile(const SelectParams& p, Candidates& candidates, int64_t first, int64_t n, const float* dots) {
+// Offers codes [first, first + n), given their sums.
+void offer_tile(const ScoreParams& p, Candidates& candidates, float unit, int64_t first, int64_t n,
+                const int64_t* sums) {
   Vec threshold = Vec::broadcast(candidates.kept.threshold());
   for (int64_t j = 0; j < n; j += kLanes) {
-    Vec score = Vec::load(dots + j);
-    if (p.inv_norm != nullptr) score = score * load_first(p.inv_norm + first + j, n - j);
-    if (p.bias != nullptr) score = score + load_first(p.bias + first + j, n - j);
-    score = score + Vec::broadcast(0);  // -0.0 becomes +0.0
-
+    const int64_t at = first + j;
+    const Vec score =
+        scores_of(sums + j, unit, p.factor + at, p.bias == nullptr ? nullptr : p.bias + at, n - j);
     uint32_t pass = Vec::at_least(score, threshold);
     if (n - j < kLanes) pass &= (1u << (n - j)) - 1;
     if (pass == 0) continue;
@@ -51,7 +51,7 @@ void offer_tile(const SelectParams& p, Candidates& candidates, int64_t first, in
     score.store(lanes);
     for (; pass != 0; pass &= pass - 1) {
       const int lane = std::countr_zero(pass);
-      candidates.offer(lanes[lane], first + j + lane);
+      candidates.offer(lanes[lane], at + lane);
     }
     threshold = Vec::broadcast(candidates.kept.threshold());
   }
@@ -71,11 +71,11 @@ void start_heaps(Candidates candidates, bool poisoned) {
 }  // namespace
 
 void select_exact(const SelectParams& p, const Block& block, float* scratch) {
-  visit_dots(
+  visit_sums(
       p.score, block, scratch,
       [&](int64_t token, bool finite) { start_heaps(candidates_of(p, block, token), !finite); },
-      [&](int64_t token, int64_t first, int64_t n, const float* dots) {
+      [&](int64_t token, float unit, int64_t first, int64_t n, const int64_t* sums) {
         Candidates candidates = candidates_of(p, block, token);
-        offer_tile(p, candidates, first, n, dots);
+        offer_tile(p.score, candidates, unit, first, n, sums);
       });
 }

@@ -79,7 +79,7 @@ void Cpu::select(SelectParams p, bool counts_hits) const {
   const int64_t T = p.score.T, C = p.score.C;
   if (T == 0) return;
 
-  p.largest_bias = largest_magnitude(p.bias, C);
+  p.largest_bias = largest_magnitude(p.score.bias, C);
   const auto [scans, grid] = plan_selection(T, C, p.score.E, p.k, torch::stable::get_num_threads(),
                                             p.scan.plane != nullptr, p.largest_bias);
   p.parts = grid.parts;

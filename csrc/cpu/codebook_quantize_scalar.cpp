@@ -4,7 +4,8 @@
 #include "cpu/vec_scalar.h"
 
 namespace cu_fast::scalar {
-#include "cpu/canonical-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/fixed-inl.h"
 #include "cpu/codebook_quantize-inl.h"
 #include "cpu/scan-inl.h"
 #include "cpu/codebook_quantize_scan-inl.h"

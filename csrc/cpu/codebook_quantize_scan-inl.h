@@ -1,4 +1,4 @@
-// The k best codes of each token by the certified scan: int8 products propose, canonical scores decide.
+// The k best codes of each token by the certified scan: int8 products propose, exact scores decide.
 //
 //   approx - error <= score <= approx + error            core/scan.h defines approx and error
 //
@@ -7,11 +7,11 @@
 //   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
 //   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
-// 1. start       Rows of z become bytes (scan-inl.h). A row that cannot be certified goes to the exact scan.
+// 1. start       Rows of z become integers, and those bytes (scan-inl.h). A row that cannot be certified goes to the exact scan.
 // 2. read_codes  Each group of 64 codes against all rows. A code whose upper bound reaches tau becomes a
 //                candidate of the row; a deleted code only if hits are counted.
 // 3. tighten     tau = the k-th largest lower bound. If that drops too few candidates, some are scored, and
-//                tau = the k-th best canonical score. A full buffer is scored too: no candidate is dropped
+//                tau = the k-th best exact score. A full buffer is scored too: no candidate is dropped
 //                unseen. A row that scores too many that way (all codes equal, a few tight clusters) goes to
 //                the exact scan.
 // 4. finish      Scores what is left, likeliest first, then runs the exact scan for the rows that need it.
@@ -25,8 +25,8 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();  // no bound: b
 // Covers the rounding errors of computing the bound.
 constexpr float kWiden = 1.0f + 0x1p-18f;
 
-// Floats of codes that all rows score before any row goes on: 1 MiB, which stays in an L2 cache.
-constexpr int64_t kSpanFloats = 256 * 1024;
+// Bytes of codes that all rows score before any row goes on: 1 MiB, which stays in an L2 cache.
+constexpr int64_t kSpanBytes = 1024 * 1024;
 
 // A row that has scored more than 1 / kGiveUp of the codes before finish() goes to the exact scan. The exact
 // scan scores four rows against four codes at a time and takes about 4 times as long as the scan; scoring all
@@ -49,7 +49,7 @@ class Scan {
     for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
       Row& row = rows_[n_];
       row.token = token;
-      row.z = scratch_ + sizes_.z() + n_ * sizes_.width;
+      row.fixed = reinterpret_cast<int16_t*>(scratch_ + sizes_.fixed()) + n_ * sizes_.width * 3;
       row.bytes = reinterpret_cast<int8_t*>(scratch_ + sizes_.bytes()) + n_ * sizes_.width;
       row.outliers = reinterpret_cast<ScanOutlier*>(scratch_ + sizes_.outlier()) + n_ * sizes_.outliers;
       row.upper = scratch_ + sizes_.upper() + n_ * sizes_.capacity;
@@ -60,10 +60,16 @@ class Scan {
       row.gives_up = false;
       row.trigger = 4 * kScanGroup;
       row.tau = row.tau_all = kNone;
-      const bool finite = widen_row(p.score.z, token, p.score.pre, p.score.E, row.z);
+      float* const z = scratch_ + sizes_.z();
+      const float largest = widen_row(p.score.z, token, p.score.pre, p.score.E, z);
+      const bool finite = largest == largest;
       start_heaps(candidates_of(p, block_, token), !finite);
       if (!finite) continue;
-      if (quantize_row(p, row)) {
+      row.fixed_unit = fix_row(z, sizes_.width, largest);
+      Pair::cut(z, sizes_.width, row.fixed);
+      const Vec unit = Vec::broadcast(row.fixed_unit);
+      for (int64_t e = 0; e < sizes_.width; e += kLanes) (Vec::load(z + e) * unit).store(z + e);  // exact
+      if (quantize_row(p, z, row)) {
         ++n_;
       } else {
         exact_[exact_n_++] = token;
@@ -116,7 +122,7 @@ class Scan {
   template <class Choose>
   void visit_candidates(Choose choose) {
     for (Row* row = rows_; row < rows_ + n_; ++row) row->visited = 0;
-    const int64_t span = std::max<int64_t>(kScanGroup, kSpanFloats / p.score.E);
+    const int64_t span = std::max<int64_t>(kScanGroup, kSpanBytes / (kDigits * sizes_.width));
     for (int64_t end = block_.c_begin + span; end < block_.c_end + span; end += span) {
       for (Row* row = rows_; row < rows_ + n_; ++row) {
         int64_t i = row->visited;
@@ -129,7 +135,7 @@ class Scan {
     flush();
   }
 
-  // Queues a code to be scored. Scoring four at a time hides the latency of the additions.
+  // Queues a code to be scored. Scoring four at a time hides the latency of the memory.
   void add(Row& row, int32_t id) {
     batch_row_[batch_] = &row;
     batch_id_[batch_] = id;
@@ -138,34 +144,25 @@ class Scan {
 
   // Scores the queued codes, offers them to the heaps of their rows, and raises tau.
   void flush() {
-    const int64_t n = std::exchange(batch_, 0), E = round_up(p.score.E, kLanes);
+    const ScoreParams& score = p.score;
+    const int64_t n = std::exchange(batch_, 0);
     if (n == 0) return;
-    const float* z[4];
-    for (int64_t i = n; i < 4; ++i) batch_row_[i] = batch_row_[0], batch_id_[i] = batch_id_[0];
-    for (int i = 0; i < 4; ++i) z[i] = batch_row_[i]->z;
-    float dots[4];
-    if (p.score.E % kLanes == 0) {
-      with_row(p.score.codes, 0, [&](const auto* codes) {
-        const int64_t stride = p.score.codes.stride;
-        dot_pairs(z,
-                  {codes + batch_id_[0] * stride, codes + batch_id_[1] * stride,
-                   codes + batch_id_[2] * stride, codes + batch_id_[3] * stride},
-                  E, dots);
-      });
-    } else {
-      float* const widened = scratch_ + sizes_.codes();
-      for (int i = 0; i < 4; ++i) widen_row(p.score.codes, batch_id_[i], nullptr, p.score.E, widened + i * E);
-      dot_pairs(z, {widened, widened + E, widened + 2 * E, widened + 3 * E}, E, dots);
+    const int16_t* rows[4];
+    const int8_t* codes[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t some = std::min(i, n - 1);
+      rows[i] = batch_row_[some]->fixed, codes[i] = score.code(batch_id_[some]);
     }
+    int64_t sums[4];
+    Pair::dots(rows, codes, sizes_.width, sums);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t id = batch_id_[i];
-      float score = dots[i];
-      if (p.inv_norm != nullptr) score = score * p.inv_norm[id];
-      if (p.bias != nullptr) score = score + p.bias[id];
-      score = score + 0.0f;  // -0.0 becomes +0.0
-      Candidates candidates = candidates_of(p, block_, batch_row_[i]->token);
-      if (score >= candidates.kept.threshold()) candidates.offer(score, id);
-      batch_row_[i]->tau = std::max(batch_row_[i]->tau, candidates.kept.threshold());
+      Row& row = *batch_row_[i];
+      const int32_t id = batch_id_[i];
+      float y = cut(static_cast<float>(sums[i]) * row.fixed_unit * score.factor[id]);
+      if (score.bias != nullptr) y = cut(y + score.bias[id]);
+      Candidates candidates = candidates_of(p, block_, row.token);
+      if (y >= candidates.kept.threshold()) candidates.offer(y, id);
+      row.tau = std::max(row.tau, candidates.kept.threshold());
     }
   }
 
@@ -267,7 +264,7 @@ class Scan {
 
     alignas(64) float approx[kScanGroup];
     uint64_t reach = 0;
-    if (high == nullptr && p.scan.mean == nullptr && p.bias == nullptr) {
+    if (high == nullptr && p.scan.mean == nullptr && p.score.bias == nullptr) {
 #pragma GCC unroll 4
       for (int j = 0; j < kScanGroup; j += kLanes) {
         const Vec score = Vec::load(sums + j) * Vec::load(scale + j) * unit;
@@ -281,10 +278,9 @@ class Scan {
         if (high != nullptr) sum = sum + base * Vec::load(high + j);
         Vec score = sum * Vec::load(scale + j) * unit;
         if (p.scan.mean != nullptr) {
-          score = score +
-                  (p.inv_norm == nullptr ? mean_dot : mean_dot * load_first(p.inv_norm + first + j, n - j));
+          score = score + mean_dot * load_first(p.score.factor + first + j, n - j);
         }
-        if (p.bias != nullptr) score = score + load_first(p.bias + first + j, n - j);
+        if (p.score.bias != nullptr) score = score + load_first(p.score.bias + first + j, n - j).cut();
         score.store(approx + j);
         reach |= uint64_t{Vec::not_below(score, limit)} << j;
       }

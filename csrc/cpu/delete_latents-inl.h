@@ -1,26 +1,24 @@
 // Deletion of latents from a hidden state that is kept.
 //
-//   pre_i = canonical(enc_i, rho x_t) + bias_i     y_t = residual_t + sigma sum_i (new_i - a_i) dec_i
+//   pre_i = score(rho x_t, enc_i) + bias_i         y_t = residual_t + sigma sum_i (new_i - a_i) dec_i
 //
 //   what          shape                   where it stays
 //   x, residual   [T, Din], [T, Dout]     any stride and dtype; read once
-//   rho x         [tokens, Din]           fp32 in scratch: L2 cache
-//   enc, dec      [R, Din], [R, Dout]     in place: the rows of a mask's latents alone
+//   rho x         [tokens, 3, W] int16    as integers, in scratch: L2 cache (fixed-inl.h)
+//   digits, dec   [R, 3, W], [R, Dout]    in place: the rows of a mask's latents alone
 //   pre           [tokens, M]             scratch
-//   partials      [kTokens, kRows, 16]    registers
 //   y             [T, Dout]               contiguous, residual's dtype
 //
 // A block's tokens have one mask.
-// 1. List its latents up to the first -1, with bias and max(theta, 0). One that does not exist: NaN.
-// 2. Widen the rows of x, multiply by rho, note those that are NaN.
-// 3. Dot products of a tile of latents and all the block's tokens, kRows x kTokens at a time: kChunk columns
-//    of the tile stay in the L1 cache, partials between chunks likewise.
+// 1. List its latents up to the first -1, with factor, bias and max(theta, 0). One that does not exist: NaN.
+// 2. Widen the rows of x, multiply by rho, note those that are NaN, make them integers.
+// 3. Scores of a tile of latents and all the block's tokens (fixed-inl.h, which says more).
 // 4. Per token: compare pre with max(theta, 0), 16 at a time, and with the floor, where it has one; list the
 //    latents that fire, each with new - a. None: copy the residual.
 // 5. Per vectors of the row: add up the listed rows of dec in registers, multiply by sigma, add the residual,
 //    store. The squares that dose needs are added up on the way.
 //
-// Included inside the namespace and the target region of one instruction set, which supplies Vec.
+// Included inside the namespace and the target region of one instruction set, after fixed-inl.h.
 
 namespace {
 
@@ -32,18 +30,15 @@ inline Vec first_lanes(Vec v, int64_t n) {
   return load_first(lanes, n);
 }
 
-inline float tree_sum_of(Vec v) {
-  const Vec one[1] = {v};
-  float sum;
-  Vec::tree_sums(one, &sum);
-  return sum;
-}
+struct Scales {
+  float rho, sigma;
+};
 
-// x [round_up(n, 16)], padded with zeros, becomes rho x. Returns sigma.
-float scale_token(const DeleteLatentsParams& p, float* x) {
+// x [round_up(n, 16)], padded with zeros, becomes rho x.
+Scales scale_token(const DeleteLatentsParams& p, float* x) {
   const int64_t n = p.Din;
   float rho = 1, sigma = 1;
-  if (p.scale == TokenScale::none) return sigma;
+  if (p.scale == TokenScale::none) return {rho, sigma};
   Vec sum = Vec::broadcast(0);
   if (p.scale == TokenScale::layer_norm) {
     for (int64_t e = 0; e < n; e += kLanes) sum = sum + Vec::load(x + e);
@@ -63,7 +58,7 @@ float scale_token(const DeleteLatentsParams& p, float* x) {
   }
   const Vec factor = Vec::broadcast(rho);
   for (int64_t e = 0; e < n; e += kLanes) first_lanes(Vec::load(x + e) * factor, n - e).store(x + e);
-  return sigma;
+  return {rho, sigma};
 }
 
 // The latents of a mask, each checked: they become addresses.
@@ -71,21 +66,24 @@ struct Listed {
   int64_t n = 0;
   bool exist = true;
   const int32_t* ids;
-  const float *bias, *least;
+  const float *factor, *bias, *least;
   const float* change;  // [n, 3]
 };
 
 Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) {
   const LatentScratch at(p);
   auto* const ids = reinterpret_cast<int32_t*>(scratch + at.ids());
-  float *const bias = scratch + at.bias(), *const least = scratch + at.least();
-  Listed listed = {.ids = ids, .bias = bias, .least = least, .change = p.mask_change + mask * p.M * 3};
+  float *const factor = scratch + at.factor(), *const bias = scratch + at.bias(),
+               *const least = scratch + at.least();
+  Listed listed = {
+      .ids = ids, .factor = factor, .bias = bias, .least = least, .change = p.mask_change + mask * p.M * 3};
   for (; listed.n < p.M; ++listed.n) {
     const int32_t id = p.mask_latents[mask * p.M + listed.n];
     if (id < 0) break;
     listed.exist = listed.exist && id < p.R;
     if (!listed.exist) break;
     ids[listed.n] = id;
+    factor[listed.n] = p.factor[id];
     bias[listed.n] = p.bias[id];
     const float theta = p.theta[id];
     least[listed.n] = theta > 0 || theta != theta ? theta : 0;  // NaN: never fires
@@ -93,96 +91,24 @@ Listed list_latents(const DeleteLatentsParams& p, int64_t mask, float* scratch) 
   return listed;
 }
 
-// Columns that are multiplied at a time: those of a tile of latents stay in the L1 cache for all tokens.
-constexpr int64_t kChunk = 512;
-
-// partial[t][r] += x[t] * rows[r] from `begin` to `end`, of kTokens rows of x, padded with zeros, and kRows rows
-// of enc.
-template <int kTokens, int kRows>
-[[gnu::noinline]] void add_products(const float* x, int64_t x_stride, const float* const* rows, int64_t begin,
-                                    int64_t end, float* partials) {
-  const float* row[kRows];
-  Vec partial[kTokens][kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-      partial[t][r] = begin == 0 ? Vec::broadcast(0) : Vec::load(partials + (t * kRows + r) * kLanes);
-  }
-  int64_t e = begin;
-  for (; e + kLanes <= end; e += kLanes) {
-    Vec token[kTokens];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) token[t] = Vec::load(x + t * x_stride + e);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec latent = Vec::load(row[r] + e).in_register();
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) partial[t][r] = partial[t][r] + token[t] * latent;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    if (e < end) {
-      const Vec latent = load_first(row[r] + e, end - e);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t)
-        partial[t][r] = partial[t][r] + Vec::load(x + t * x_stride + e) * latent;
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) partial[t][r].store(partials + (t * kRows + r) * kLanes);
-  }
-}
-
-// The same of `tokens` rows, kTokens at a time.
-template <int kTokens, int kRows>
-void add_products_of(int64_t tokens, const float* x, int64_t x_stride, const float* const* rows,
-                     int64_t begin, int64_t end, float* partials) {
-  int64_t t = 0;
-  for (; t + kTokens <= tokens; t += kTokens)
-    add_products<kTokens, kRows>(x + t * x_stride, x_stride, rows, begin, end, partials + t * kRows * kLanes);
-  if constexpr (kTokens > 1) {
-    if (t < tokens)
-      add_products_of<kTokens - 1, kRows>(tokens - t, x + t * x_stride, x_stride, rows, begin, end,
-                                          partials + t * kRows * kLanes);
-  }
-}
-
-// pre[t * stride + r] of `tokens` rows of x and the first n of kRows latents; a tile that is not full repeats the
-// last.
-template <int kRows>
-void score_tile(const DeleteLatentsParams& p, const int32_t* ids, int64_t n, const float* x, int64_t tokens,
-                float* pre) {
-  constexpr int kTokens = Vec::kDeepTokens;
-  const int64_t width = round_up(p.Din, kLanes), stride = round_up(p.M, kLanes);
-  const float* rows[kRows];
-  for (int64_t r = 0; r < kRows; ++r)
-    rows[r] = static_cast<const float*>(p.enc.data) + ids[std::min(r, n - 1)] * p.enc.stride;
-  alignas(64) float partials[kLatentTokens * kRows * kLanes];
-  const int64_t chunk = tokens > kTokens ? kChunk : p.Din;
-  int64_t begin = 0;
-  do {
-    const int64_t end = std::min(begin + chunk, p.Din);
-    add_products_of<kTokens, kRows>(tokens, x, width, rows, begin, end, partials);
-    begin = end;
-  } while (begin < p.Din);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t r = 0; r < n; ++r)
-      pre[t * stride + r] = tree_sum_of(Vec::load(partials + (t * kRows + r) * kLanes));
-  }
-}
-
-// pre of `tokens` rows of x and the latents [m_begin, m_end) of a list.
+// pre of rows of x and the latents [m_begin, m_end) of a list.
 void score_rows(const DeleteLatentsParams& p, const Listed& listed, int64_t m_begin, int64_t m_end,
-                const float* x, int64_t tokens, float* pre) {
-  constexpr int kRows = Vec::kDeepCodes, kHalf = (kRows + 1) / 2;
-  for (int64_t m = m_begin, n; m < m_end; m += n) {
-    const int64_t left = m_end - m;
-    const int32_t* const ids = listed.ids + m;
-    n = std::min<int64_t>(left, kRows);
-    const auto score = left > kHalf ? score_tile<kRows> : left > 1 ? score_tile<kHalf> : score_tile<1>;
-    score(p, ids, n, x, tokens, pre + m);
+                const FixedRows& x, const float* units, float* pre) {
+  const int64_t stride = round_up(p.M, kLanes);
+  alignas(64) int64_t sums[kLatentTokens * kTileCodes];
+  const int8_t* rows[kTileAddresses];
+  for (int64_t m = m_begin; m < m_end; m += kTileCodes) {
+    const int64_t n = std::min(kTileCodes, m_end - m);
+    for (int64_t j = 0; j < kTileAddresses; ++j)
+      rows[j] = p.digits + listed.ids[std::min(m + j, m_end - 1)] * kDigits * x.width;
+    sum_tile(x, rows, n, sums);
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const Vec scores =
+            scores_of(sums + t * kTileCodes + j, units[t], listed.factor + m + j, listed.bias + m + j, n - j);
+        store_first(scores, pre + t * stride + m + j, n - j);
+      }
+    }
   }
 }
 
@@ -198,16 +124,15 @@ struct Found {
 };
 
 // Lists what changes: the latents that fire, each with new - a; where one that has an idle fires, idle ones too.
-Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre,
+Found find_changes(const DeleteLatentsParams& p, const Listed& listed, int64_t token, const float* pre,
                    DecodeSlot* slots) {
   bool hot = false;
   int64_t fired = 0;
   for (int64_t m = 0; m < listed.n; m += kLanes) {
     const int64_t left = listed.n - m;
     const uint32_t lanes = left >= kLanes ? (1u << kLanes) - 1 : (1u << left) - 1;
-    const Vec scores = Vec::load(pre + m) + Vec::load(listed.bias + m);
+    const Vec scores = Vec::load(pre + m);
     if ((~Vec::at_least(scores, scores) & lanes) != 0) return {-1, 0};
-    scores.store(pre + m);
     uint32_t above = ~Vec::not_below(Vec::load(listed.least + m), scores) & lanes;
     for (; above != 0; above &= above - 1) {
       const int64_t i = m + std::countr_zero(above);
@@ -276,8 +201,8 @@ void apply_token(const DeleteLatentsParams& p, const T* kept, T* y, const Decode
 }
 
 // Writes the results of a token.
-void finish_token(const DeleteLatentsParams& p, const Listed& listed, int64_t token, float* pre, float sigma,
-                  DecodeSlot* slots) {
+void finish_token(const DeleteLatentsParams& p, const Listed& listed, int64_t token, const float* pre,
+                  float sigma, DecodeSlot* slots) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   const bool faulty = !listed.exist || !(std::fabs(sigma) <= std::numeric_limits<float>::max());
   const Found found = faulty ? Found{-1, 0} : find_changes(p, listed, token, pre, slots);
@@ -305,15 +230,18 @@ void delete_latents(const DeleteLatentsParams& p, const Block& block, LatentStep
   const int64_t tokens = block.tokens();
   const Listed listed = list_latents(p, p.mask_row[block.token(0)], scratch);
   if (step != LatentStep::apply) {
+    const FixedRows x = {tokens, at.width, reinterpret_cast<int16_t*>(scratch + at.fixed())};
+    float* const row = scratch + at.x();
+    float units[kLatentTokens];
     for (int64_t t = 0; t < tokens; ++t) {
-      float* const x = scratch + at.x() + t * at.width;
-      const bool finite = widen_row(p.x, block.token(t), nullptr, p.Din, x);
-      const float sigma = finite ? scale_token(p, x) : std::numeric_limits<float>::quiet_NaN();
-      if (block.c_begin == 0) scores.sigma[t] = sigma;  // once, where several threads have parts of the list
+      const float largest = widen_row(p.x, block.token(t), nullptr, p.Din, row);
+      Scales scales = {1, largest};  // NaN if x is not finite
+      if (largest == largest) scales = scale_token(p, row);
+      units[t] = x.take(t, row, largest * scales.rho);         // rounding keeps order: the largest stays it
+      if (block.c_begin == 0) scores.sigma[t] = scales.sigma;  // once, where threads have parts of the list
     }
     if (listed.exist)
-      score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), scratch + at.x(), tokens,
-                 scores.pre);
+      score_rows(p, listed, block.c_begin, std::min(block.c_end, listed.n), x, units, scores.pre);
   }
   if (step == LatentStep::score) return;
   for (int64_t t = 0; t < tokens; ++t)

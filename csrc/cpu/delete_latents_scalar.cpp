@@ -4,6 +4,7 @@
 #include "cpu/vec_scalar.h"
 
 namespace cu_fast::scalar {
-#include "cpu/canonical-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/fixed-inl.h"
 #include "cpu/delete_latents-inl.h"
 }  // namespace cu_fast::scalar

@@ -19,6 +19,13 @@
 
 namespace cu_fast {
 
+struct PackParams {
+  Matrix codes;  // [C, E]
+  int64_t C, E;
+  int8_t* digits;         // [C, 3, digit_width(E)]
+  float *step, *squares;  // [C]
+};
+
 CU_FAST_FOR_EACH_LEVEL(
     // Fills the heaps p.kept and p.deleted of a block's tokens and part.
     void select_exact(const SelectParams& p, const Block& block, float* scratch);
@@ -26,6 +33,8 @@ CU_FAST_FOR_EACH_LEVEL(
     void select_scan(const SelectParams& p, const Block& block, float* scratch);
     // Writes p.out for a block's tokens and codes.
     void sae_encode(const EncodeParams& p, const Block& block, float* scratch);
+    // Packs rows [c_begin, c_end). Scratch: a row of digit_width(E) floats.
+    void pack_digits(const PackParams& p, int64_t c_begin, int64_t c_end, float* row);
     // Writes y for tokens [t_begin, t_end). Scratch: p.k slots.
     void masked_decode(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* scratch);
     // The given steps of a block's tokens, which have one mask; its codes are places in the mask's list.

@@ -5,7 +5,7 @@
 
 CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
 namespace cu_fast::avx2 {
-#include "cpu/canonical-inl.h"
+#include "cpu/rows-inl.h"
 #include "cpu/masked_decode-inl.h"
 }  // namespace cu_fast::avx2
 CU_FAST_TARGET_END

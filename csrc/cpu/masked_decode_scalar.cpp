@@ -4,6 +4,6 @@
 #include "cpu/vec_scalar.h"
 
 namespace cu_fast::scalar {
-#include "cpu/canonical-inl.h"
+#include "cpu/rows-inl.h"
 #include "cpu/masked_decode-inl.h"
 }  // namespace cu_fast::scalar

@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "core/fixed.h"
 #include "core/scan.h"
-#include "core/widen.h"
 #include "arguments.h"
 #include "cpu/grid.h"
 #include "cpu/parallel.h"
@@ -21,21 +21,11 @@
 namespace cu_fast {
 namespace {
 
-template <class T>
-void widen_code(const void* data, int64_t E, float* to) {
-  for (int64_t e = 0; e < E; ++e) to[e] = widen(static_cast<const T*>(data)[e]);
-}
-
-void widen_code(const Matrix& codes, int64_t j, int64_t E, float* to) {
-  const void* row = codes.from_row(j).data;
-  switch (codes.dtype) {
-    case Dtype::f32:
-      return widen_code<float>(row, E, to);
-    case Dtype::bf16:
-      return widen_code<Bf16>(row, E, to);
-    case Dtype::f16:
-      return widen_code<Half>(row, E, to);
-  }
+// A code's integers, which fp32 holds exactly.
+void read_code(const int8_t* digits, int64_t E, float* to) {
+  const int64_t W = digit_width(E);
+  for (int64_t e = 0; e < E; ++e)
+    to[e] = static_cast<float>(65536 * digits[e] + 256 * digits[W + e] + digits[2 * W + e]);
 }
 
 double squared_norm(const float* x, int64_t E) {
@@ -51,23 +41,21 @@ float rounded_up(double x) {
   return std::nextafter(static_cast<float>(x * (1 + 1e-9)), std::numeric_limits<float>::infinity());
 }
 
-// Whether a code's error has a finite bound: its norm, and its norm times |inv_norm|, are zero or in range.
+// Whether a code's error has a finite bound: its norm, and its norm times |factor|, are zero or in range.
 // NaN and Inf are not.
-bool is_certified(double norm, double inv_norm) {
-  if (!(norm <= kLargest) || !std::isfinite(inv_norm)) return false;
-  const auto in_range = [](double x) { return x == 0 || (x >= kSmallest && x <= kLargest); };
-  return in_range(norm) && in_range(norm * std::abs(inv_norm));
+bool is_certified(double norm, double factor) {
+  if (!(norm <= kScanLargest) || !std::isfinite(factor)) return false;
+  const auto in_range = [](double x) { return x == 0 || (x >= kScanSmallest && x <= kScanLargest); };
+  return in_range(norm) && in_range(norm * std::abs(factor));
 }
 
 struct Packing {
-  Matrix codes;           // [C, E]
-  const float* inv_norm;  // [C] or null
+  const int8_t* digits;  // [C, 3, W]
+  const float* factor;   // [C]
   int64_t C, E;
   uint8_t* plane;
   float* terms;
   float* mean;  // [E]
-
-  double inv_norm_of(int64_t j) const { return inv_norm == nullptr ? 1.0 : inv_norm[j]; }
 
   // Adds the certified codes among [begin, end) to sum [E]. Returns the sum of their squared norms, and how
   // many there are.
@@ -75,9 +63,9 @@ struct Packing {
     double squares = 0;
     int64_t n = 0;
     for (int64_t j = begin; j < end; ++j) {
-      widen_code(codes, j, E, code);
+      read_code(digits + j * kDigits * digit_width(E), E, code);
       const double square = squared_norm(code, E);
-      if (!is_certified(std::sqrt(square), inv_norm_of(j))) continue;
+      if (!is_certified(std::sqrt(square), factor[j])) continue;
       for (int64_t e = 0; e < E; ++e) sum[e] += code[e];
       squares += square;
       ++n;
@@ -96,10 +84,10 @@ struct Packing {
 
     for (int64_t i = 0; i < kScanGroup && g * kScanGroup + i < C; ++i) {
       const int64_t j = g * kScanGroup + i;
-      const double inv = std::abs(inv_norm_of(j));
-      widen_code(codes, j, E, code);
+      const double scale = std::abs(factor[j]);
+      read_code(digits + j * kDigits * digit_width(E), E, code);
       const double norm = std::sqrt(squared_norm(code, E));
-      if (!is_certified(norm, inv) || !(mean_norm * inv <= kLargest)) {
+      if (!is_certified(norm, scale) || !(mean_norm * scale <= kScanLargest)) {
         term[kResidual * kScanGroup + i] = largest[kResidual] = std::numeric_limits<float>::infinity();
         continue;
       }
@@ -115,10 +103,10 @@ struct Packing {
         size += q * q;
       }
       size = std::sqrt(size) * step;
-      // A negative inv_norm reverses the order: the scale keeps its sign, the bounds use its magnitude.
-      const float values[] = {static_cast<float>(inv_norm_of(j) * step),
-                              rounded_up(std::sqrt(residual) * inv), rounded_up(size * inv),
-                              rounded_up((norm + mean_norm + 2 * size) * inv)};
+      // A negative factor reverses the order: the scale keeps its sign, the bounds use its magnitude.
+      const float values[] = {static_cast<float>(double{factor[j]} * step),
+                              rounded_up(std::sqrt(residual) * scale), rounded_up(size * scale),
+                              rounded_up((norm + mean_norm + 2 * size) * scale)};
       for (int t : {kScale, kResidual, kSize}) term[t * kScanGroup + i] = values[t];
       for (int t : {kScale, kResidual, kSize, kMagnitude})
         largest[t] = std::max(largest[t], std::abs(values[t]));
@@ -126,19 +114,19 @@ struct Packing {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& codes_in, const OptionalTensor& inv_norm_in) {
-  check_shape("codes", codes_in, "[C, E]", {-1, -1});
-  check_float("codes", codes_in);
-  const int64_t C = codes_in.size(0), E = codes_in.size(1);
-  check(E <= kMaxScanWidth, "codes are ", E, " wide; an int8 scan needs at most ", kMaxScanWidth);
-  const OptionalTensor inv_norm = as_fp32("inv_norm", inv_norm_in, "[C]", {C});
-  const Tensor codes = with_contiguous_rows(codes_in);
+std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& digits_in, const Tensor& factor_in, int64_t E) {
+  check(E >= 0, "E is ", E, ", must not be negative");
+  const Tensor digits = digits_argument("digits", digits_in, "[C, 3, round_up(E, 64)]", E);
+  const int64_t C = digits.size(0);
+  check_shape("factor", factor_in, "[C]", {C});
+  check_dtype("factor", factor_in, ScalarType::Float);
+  const Tensor factor = torch::stable::contiguous(factor_in);
   const int64_t G = scan_groups(C);
   Tensor plane = new_tensor({G, scan_width(E) / 4, kScanGroup, 4}, ScalarType::Byte);
   Tensor terms = new_tensor({G, kTermsOfGroup}, ScalarType::Float);
   std::vector<float> mean(E, 0.0f);
-  const Packing p{matrix_of(codes),
-                  data_of(inv_norm),
+  const Packing p{digits.const_data_ptr<int8_t>(),
+                  factor.const_data_ptr<float>(),
                   C,
                   E,
                   static_cast<uint8_t*>(plane.mutable_data_ptr()),

@@ -1,4 +1,4 @@
-// Runs work on PyTorch's threads, in the floating-point mode that canonical scores need.
+// Runs work on PyTorch's threads, in the floating-point mode that results need.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // Peak rates of the machine, with which the benchmark compares the kernels.
 //
 //   int8   the byte products of the scan, on codes and rows in the L1 cache
-//   fp32   the multiplications and additions of canonical scores, on registers
+//   fp32   the multiplications and additions, never fused, on registers
 //   read   every 64-byte line of a buffer, once
 //
 // Each returns how much it did, and changes *out by all its results, so that the compiler cannot omit any
@@ -27,7 +27,7 @@ int64_t peak_int8(int64_t iterations, int32_t* out) {
 }
 
 int64_t peak_fp32(int64_t iterations, int32_t* out) {
-  constexpr int kSums = Vec::kTokens * Vec::kCodes;
+  constexpr int kSums = Vec::kSums;
   const float factors[4 * kLanes] = {0.5f, 0.25f, 0.125f, 0.5f};
   Vec sum[kSums];
 #pragma GCC unroll 16

@@ -5,7 +5,8 @@
 
 CU_FAST_TARGET_BEGIN(CU_FAST_AVX512)
 namespace cu_fast::avx512 {
-#include "cpu/canonical-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/fixed-inl.h"
 #include "cpu/scan-inl.h"
 #include "cpu/peak-inl.h"
 }  // namespace cu_fast::avx512

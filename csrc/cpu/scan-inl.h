@@ -3,8 +3,8 @@
 //   z_t ~ unit (p_t + base h_t)     sums[t][j] = <p_t, q_j>; for a row with outliers also <h_t, q_j>
 //
 //   what            shape                             where it stays
-//   rows of z       [kScanTokens, round_up(E, 16)]    fp32 in scratch, for the canonical scores
-//   bytes of z      [kScanTokens, round_up(E, 16)]    L2 cache; kTokens rows of them L1 cache
+//   a row of z      [round_up(E, 64)]                 fp32 in scratch: q times its unit
+//   bytes of z      [kScanTokens, round_up(E, 64)]    L2 cache; kTokens rows of them L1 cache
 //   group of codes  [scan_width(E), 64] bytes         streamed; read by all tokens of the block
 //   partial sums    [kTokens, kGroups, 16]            registers
 //
@@ -15,15 +15,16 @@
 // 3. outlier_dots  The high bytes of one row against the group: a few steps only.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec, Ints and
-// Bytes, after canonical-inl.h.
+// Bytes, after rows-inl.h.
 
 namespace {
 
 // One row of z in the scan, and its candidates.
 struct Row {
   int64_t token;
-  float* z;       // [round_up(E, 16)]
-  int8_t* bytes;  // [round_up(E, 16)]
+  int16_t* fixed;    // the row's integers, as Pair takes them
+  float fixed_unit;  // theirs
+  int8_t* bytes;     // [round_up(E, 64)]
   ScanOutlier* outliers;
   int64_t outlier_count;
   int32_t start, outlier_start;  // - kOffset * sum of the bytes: cancels the codes' offset
@@ -78,21 +79,20 @@ void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float
   }
 }
 
-// Computes the bytes and the error terms of a row. False if it cannot be certified.
-bool quantize_row(const SelectParams& p, Row& row) {
+// Computes the bytes and the error terms of a row z [round_up(E, 64)]. False if it cannot be certified.
+bool quantize_row(const SelectParams& p, const float* z_row, Row& row) {
   const int64_t E = round_up(p.score.E, kLanes);
   Vec most = Vec::broadcast(0), squares = Vec::broadcast(0);
   for (int64_t e = 0; e < E; e += kLanes) {
-    const Vec z = Vec::load(row.z + e);
+    const Vec z = Vec::load(z_row + e);
     most = Vec::larger(most, z.magnitude());
     squares = squares + z * z;
   }
-  float lanes[kLanes];
-  most.store(lanes);
-  const float largest = *std::max_element(lanes, lanes + kLanes);
-  if (!(largest >= kSmallest && largest <= kLargest)) return false;
+  const float largest = largest_lane(most);
+  if (!(largest >= kScanSmallest && largest <= kScanLargest)) return false;
 
-  const float clip = clip_of(row.z, E, largest);
+  float lanes[kLanes];
+  const float clip = clip_of(z_row, E, largest);
   const Vec per_unit = Vec::broadcast(Ints::kRange / clip);
   row.unit = clip / Ints::kRange;
   row.outlier_count = row.start = row.outlier_start = 0;
@@ -100,17 +100,17 @@ bool quantize_row(const SelectParams& p, Row& row) {
   Vec misses = Vec::broadcast(0), squares_in = Vec::broadcast(0);
   float l1_out = 0;
   for (int64_t e = 0; e < E; e += kLanes) {
-    const Vec z = Vec::load(row.z + e);
+    const Vec z = Vec::load(z_row + e);
     Vec whole = (z * per_unit).nearest();
     const Vec miss = z - unit * whole;
     misses = misses + miss * miss;
     Vec in = z;
     const uint32_t fit = Vec::at_least(range, whole.magnitude());
     if (fit != (1u << kLanes) - 1) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] = fit >> l & 1 ? row.z[e + l] : 0.0f;
+      for (int l = 0; l < kLanes; ++l) lanes[l] = fit >> l & 1 ? z_row[e + l] : 0.0f;
       in = Vec::load(lanes);
       whole.store(lanes);
-      split_outliers(row, e, row.z + e, lanes, &l1_out);
+      split_outliers(row, e, z_row + e, lanes, &l1_out);
       whole = Vec::load(lanes);
     }
     squares_in = squares_in + in * in;
@@ -122,25 +122,20 @@ bool quantize_row(const SelectParams& p, Row& row) {
 
   // A sum of squares is off by at most one rounding per addend of a lane.
   const float grow = 1.0f + 0x1p-23f * static_cast<float>(E / kLanes + 16);
-  float sums[3];
-  const Vec partials[] = {squares, misses, squares_in};
-  for (int i = 0; i < 3; ++i) {
-    const Vec one[1] = {partials[i]};
-    Vec::tree_sums(one, &sums[i]);
-  }
-  const float norm = std::sqrt(sums[0]) * grow;
+  const float norm = std::sqrt(tree_sum_of(squares)) * grow;
   const float rounding = 0x1p-22f * norm;  // of unit * whole, and of z minus it
-  row.miss = std::sqrt(sums[1]) * grow + rounding;
-  row.norm_in = std::max(std::sqrt(sums[2]) * grow, 0x1p-60f);  // > 0: its product with infinity is not NaN
+  row.miss = std::sqrt(tree_sum_of(misses)) * grow + rounding;
+  // Above 0: its product with infinity is not NaN.
+  row.norm_in = std::max(std::sqrt(tree_sum_of(squares_in)) * grow, 0x1p-60f);
   row.half_l1_out = 0.5f * l1_out * grow;
   row.slop = norm * scan_epsilon(p.score.E);
   row.mean_dot = 0;
   if (p.scan.mean != nullptr) {
-    Vec partial[1] = {Vec::broadcast(0)};
+    Vec sum = Vec::broadcast(0);
     for (int64_t e = 0; e < p.score.E; e += kLanes) {
-      partial[0] = partial[0] + Vec::load(row.z + e) * load_first(p.scan.mean + e, p.score.E - e);
+      sum = sum + Vec::load(z_row + e) * load_first(p.scan.mean + e, p.score.E - e);
     }
-    Vec::tree_sums(partial, &row.mean_dot);
+    row.mean_dot = tree_sum_of(sum);
   }
   return true;
 }

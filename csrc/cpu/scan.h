@@ -33,15 +33,15 @@ struct ScanScratch {
 
   explicit ScanScratch(const SelectParams& p)
       : rows(std::min(p.score.T, kScanTokens)),
-        width(round_up(p.score.E, kLanes)),
+        width(digit_width(p.score.E)),
         outliers(max_outliers(p.score.E)),
         capacity(candidate_capacity(p.k)),
         counts_hits(p.deleted != nullptr) {}
 
-  // Offsets of z, 4 codes widened, bytes of z, outliers, bounds and ids.
+  // Offsets of one row of z, widened, of z as integers, bytes of z, outliers, bounds and ids.
   int64_t z() const { return 0; }
-  int64_t codes() const { return z() + rows * width; }
-  int64_t bytes() const { return codes() + 4 * width; }
+  int64_t fixed() const { return z() + width; }
+  int64_t bytes() const { return fixed() + rows * width * 3 / 2; }
   int64_t outlier() const { return bytes() + rows * width / 4; }
   int64_t upper() const { return outlier() + rows * outliers * 2; }
   int64_t lower() const { return upper() + rows * capacity; }
@@ -60,7 +60,7 @@ struct SelectGrid {
 // justify the buffers of candidates.
 inline SelectGrid plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
                                  float largest_bias) {
-  const bool scans = has_plane && largest_bias <= kLargest && k <= kMaxScanK && 8 * k <= C;
+  const bool scans = has_plane && largest_bias <= kScanLargest && k <= kMaxScanK && 8 * k <= C;
   return {scans, plan_grid(T, C, E, threads, scans ? kScanTokens : kBlockTokens)};
 }
 

@@ -1,32 +1,33 @@
 // Deletion from a hidden state that is kept: y_t = residual_t + sigma sum_i change_i dec_i. One launch.
 //
-//   pre_i = canonical(enc_i, rho x_t) + bias_i
+//   pre_i = score(rho x_t, enc_i) + bias_i      core/fixed.h
 //   A latent of the token's mask fires where pre_i > max(theta_i, 0) and (pre_i, i) is not below the token's
 //   floor.
 //
 //   what         shape                             where it stays
-//   x, residual  [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; x is read two to four times: L1
-//   enc, dec     fp32 [R, Din], [R, Dout]          in place: the rows of masks; of dec those that change: L2
-//   rho x        [kTokens, kStage]                 shared, kStage entries at a time: any Din will do
+//   x, residual  [T, Din], [T, Dout], any stride   fp32, bf16 or fp16; x is read two to five times: L1
+//   enc          int8 [R, 3, W]                    in place: the rows of masks: L2
+//   dec          fp32 [R, Dout]                    in place: the rows that change: L2
+//   rho x        [kTokens, 3, kStage] int8         shared, kStage entries at a time: any Din will do
 //   pre          [kTokens, kMost]                  shared
 //   y            [T, Dout]                         contiguous, residual's dtype
 //
 // One block per kTokens neighbouring tokens, each of which has its own mask.
-// 1. Per token: whether x is finite; rho and sigma.
-// 2. pre, by a quad (cuda/canonical.h) per pair of token and latent. The quads of a block's tokens and one
+// 1. Per token: whether x is finite; rho and sigma; the unit of rho x, from its largest magnitude, which is rho
+//    times that of x.
+// 2. pre, by a quad (cuda/fixed.h) per pair of token and latent. The quads of a block's tokens and one
 //    place in their lists are neighbours in a warp: under the same mask one read of enc serves them all.
 // 3. Which latents fire, how many, and whether idle values count.
 // 4. Token by token. Where nothing fired the residual's bits are copied. Else the first warp lists what
 //    changes, in the mask's order, and a thread adds up four columns. The squares for the dose go through
-//    shared memory to the first warp, which adds them canonically while the others are at the next columns.
+//    shared memory to the first warp, which adds them (core/sum16.h) while the others are at the next columns.
 //
 // What bounds it (inferred, not measured), with 512 tokens, Din = Dout = 4096 and 20 latents per mask on an
-// H100: a block reads 320 KiB of enc from L2. With a token per block that is 160 MiB, some 30 us; with four
-// per block 40 MiB, no more than the 84 million products and sums take, which must not be fused, or reading x
-// and writing y. So many tokens go four to a block. Few tokens wait for memory: kLoads reads of enc are in
-// flight per thread.
+// H100: a block reads 240 KiB of enc from L2. With a token per block that is 120 MiB, some 25 us; with four
+// per block 30 MiB, less than reading x and writing y takes. So many tokens go four to a block. Few tokens wait
+// for memory: 3 kLoads reads of enc are in flight per thread.
 
-#include "cuda/canonical.h"
+#include "cuda/fix_rows.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
@@ -35,6 +36,7 @@ namespace {
 
 inline constexpr int kSlots = 256;
 inline constexpr int kRowsInFlight = 8;  // of dec
+inline constexpr int kLoads = 4;         // steps of enc in flight
 
 // kMost latents at most in a mask.
 template <int kTokensPerBlock, int kBlockThreads, int kMost>
@@ -44,6 +46,7 @@ struct DeleteShared {
   // A row of them is 16 floats more than a multiple of the 32 banks: the two quads that a 128-bit read serves
   // at a time read different banks.
   static constexpr int kStride = kStage + 16;
+  static constexpr int kSharers = kBlock / kTokens;  // threads per token, whole warps
 
   alignas(16) float pre[kTokens][kMost];
   alignas(16) float rows[kTokens < 2 ? 2 : kTokens][kStride];
@@ -53,7 +56,24 @@ struct DeleteShared {
   int32_t mask[kTokens];   // -1: none, or one that does not exist
   int32_t listed[kTokens], hits[kTokens];
   float mean[kTokens], rho[kTokens], sigma[kTokens];
+  float largest[kBlock / 32];           // of x, in the share of each warp
+  float power[kTokens], unit[kTokens];  // of rho x; unit: NaN where it cannot be scored
+
+  // The digits of a stage of rho x, in the memory of the rows.
+  CU_FAST_DEVICE int8_t* digits(int t) { return reinterpret_cast<int8_t*>(rows[t]); }
 };
+
+// Adds the 16 partials of a quad (core/sum16.h), four per thread: l = 4 q .. 4 q + 3. All four threads get
+// the sum. All lanes of the warp take part.
+CU_FAST_DEVICE float quad_sum(const float (&partial)[4]) {
+  float sum[4];
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    sum[l] = add(partial[l], shuffle_xor(partial[l], 2));
+    sum[l] = add(sum[l], shuffle_xor(sum[l], 1));
+  }
+  return add(add(sum[0], sum[2]), add(sum[1], sum[3]));
+}
 
 CU_FAST_DEVICE float4 squared(float4 x) {
   return make_float4(multiply(x.x, x.x), multiply(x.y, x.y), multiply(x.z, x.z), multiply(x.w, x.w));
@@ -73,36 +93,10 @@ CU_FAST_DEVICE void add_terms(float (&partial)[4], const float* row, int64_t wid
   }
 }
 
-// Adds the products of entries [first, first + kStage) of a row of enc and of x, in shared memory. Whole
-// batches of kLoads apart from the rest: to test every load would take more instructions than its products.
-template <int kLoads, int kStage>
-CU_FAST_DEVICE void add_products_of_row(float (&partial)[4], const Matrix& enc, bool fours, int32_t id,
-                                        int64_t first, int64_t width, const float* x) {
-  static_assert(kStage % (kLoads * kLanes) == 0);
-  const int q = thread_index() % 4;
-  const float* const row = static_cast<const float*>(enc.data) + id * enc.stride + first + 4 * q;
-  const int end = static_cast<int>(width - first < kStage ? width - first : kStage);
-  const int whole = fours ? end / (kLoads * kLanes) * (kLoads * kLanes) : 0;
-  for (int e = 0; e < whole; e += kLoads * kLanes) {
-    float4 entries[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) entries[i] = *reinterpret_cast<const float4*>(row + e + i * kLanes);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      add_products(partial, *reinterpret_cast<const float4*>(x + e + i * kLanes + 4 * q), entries[i]);
-    }
-  }
-#pragma unroll 1
-  for (int e = whole; e < end; e += kLanes) {
-    const uint4 raw = load_raw(enc, fours, id, first + e + 4 * q, width);
-    add_products(partial, *reinterpret_cast<const float4*>(x + e + 4 * q), widen_four(raw, Dtype::f32));
-  }
-}
-
-// The canonical sum of the terms of each token, in the threads of the first warp: quad t has that of token t.
+// sum16 of the terms of each token, in the threads of the first warp: quad t has that of token t.
 // term(t, column) returns four of them, zeros beyond the width.
 template <class Shared, class Term>
-CU_FAST_DEVICE float canonical_sums(Shared& shared, int64_t width, const Term& term) {
+CU_FAST_DEVICE float sums16(Shared& shared, int64_t width, const Term& term) {
   float partial[4] = {};
   for (int64_t first = 0; first < width; first += Shared::kStage) {
     sync_block();  // the previous terms have been read
@@ -276,7 +270,7 @@ CU_FAST_DEVICE float change_token(const DeleteLatentsParams& p, int64_t token, i
   return norm / shuffle_xor(norm, 4);
 }
 
-template <int kTokens, int kBlock, int kMost, int kLoads>
+template <int kTokens, int kBlock, int kMost>
 CU_FAST_KERNEL(kBlock, 512 / kBlock)
 delete_latents(DeleteLatentsParams p) {
   start_kernel();
@@ -321,25 +315,32 @@ delete_latents(DeleteLatentsParams p) {
     if (shared.mask[t] < 0) return make_float4(0, 0, 0, 0);
     return widen_four(load_raw(p.x, x_fours, t0 + t, column, p.Din), p.x.dtype);
   };
-  const auto checked_x = [&](int t, int64_t column) {
-    const float4 four = x(t, column);
-    if (!is_finite(four)) atomic_or(&shared.faulty, 1u << t);
-    return four;
-  };
-  if (p.scale == TokenScale::none) {
-    for (int64_t column = 4 * thread; column < width; column += kStage) {
-#pragma unroll 2  // more tokens at a time would not fit the registers
-      for (int t = 0; t < kTokens; ++t) checked_x(t, column);
+  constexpr int kSharers = Shared::kSharers;
+  {
+    const int t = thread / kSharers;
+    float largest = 0;
+    for (int64_t column = 4 * (thread % kSharers); column < width; column += 4 * kSharers) {
+      float4 four = x(t, column);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        largest = fmaxf(largest, is_finite(entry(four, c)) ? fabsf(entry(four, c)) : INFINITY);
+      }
     }
-  } else {
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
+    if (lane_index() == 0) {
+      shared.largest[warp_index()] = largest;
+      if (!is_finite(largest)) atomic_or(&shared.faulty, 1u << t);
+    }
+  }
+  if (p.scale != TokenScale::none) {
     const bool centres = p.scale == TokenScale::layer_norm;
-    float sum = canonical_sums(shared, width, [&](int t, int64_t column) {
-      const float4 four = checked_x(t, column);
+    float sum = sums16(shared, width, [&](int t, int64_t column) {
+      const float4 four = x(t, column);
       return centres ? four : squared(four);
     });
     if (centres) {
       if (thread < 4 * kTokens) shared.mean[thread / 4] = sum / static_cast<float>(p.Din);
-      sum = canonical_sums(shared, width, [&](int t, int64_t column) {
+      sum = sums16(shared, width, [&](int t, int64_t column) {
         float4 four = x(t, column);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -358,11 +359,21 @@ delete_latents(DeleteLatentsParams p) {
     }
   }
   sync_block();
+  if (thread < kTokens) {
+    float largest = 0;
+    for (int w = 0; w < kSharers / 32; ++w) {
+      largest = fmaxf(largest, shared.largest[thread * (kSharers / 32) + w]);
+    }
+    largest = fabsf(multiply(shared.rho[thread], largest));
+    const bool finite = is_finite(largest) && (shared.faulty >> thread & 1) == 0;
+    const int shift = finite ? shift_of(largest) : 0;
+    shared.power[thread] = power_of_two(shift);
+    shared.unit[thread] = finite ? power_of_two(-shift) : quiet_nan();
+  }
+  sync_block();
 
   // 2.
-  Matrix enc = p.enc;
-  enc.dtype = Dtype::f32;
-  const bool enc_fours = reads_fours(enc);
+  const int64_t digits_width = digit_width(p.Din);
   const auto scores = [&](int t) { return shared.faulty >> t & 1 ? 0 : shared.listed[t]; };
   int32_t most = 0;
 #pragma unroll
@@ -373,32 +384,43 @@ delete_latents(DeleteLatentsParams p) {
     const bool scored = i < scores(own);
     const int32_t id = scored ? p.mask_latents[shared.mask[own] * p.M + i] : -1;
     const bool exists = scored && id < p.R;
-    float partial[4] = {};
+    int32_t level[1][kLevels] = {};
     for (int64_t first = 0; first < p.Din; first += kStage) {
       const int64_t column = first + 4 * thread;
       sync_block();  // the previous entries have been read
 #pragma unroll 2     // more tokens at a time would not fit the registers
       for (int t = 0; t < kTokens; ++t) {
-        float4 four = x(t, column);
+        const bool scorable = shared.unit[t] == shared.unit[t];
+        float4 four = scorable ? x(t, column) : make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           // A zero beyond the width stays one, whatever rho is.
           entry(four, c) = column + c < p.Din ? multiply(entry(four, c), shared.rho[t]) : 0.0f;
         }
-        *reinterpret_cast<float4*>(&shared.rows[t][4 * thread]) = four;
+        uint32_t words[kDigits];
+        cut_four(four, shared.power[t], words);
+#pragma unroll
+        for (int d = 0; d < kDigits; ++d) {
+          *reinterpret_cast<uint32_t*>(shared.digits(t) + d * kStage + 4 * thread) = words[d];
+        }
       }
       sync_block();
       if (exists) {
-        add_products_of_row<kLoads, kStage>(partial, enc, enc_fours, id, first, p.Din, shared.rows[own]);
+        const int64_t left = digits_width - first;
+        add_columns<1, kLoads>(level, p.digits + id * kDigits * digits_width, digits_width, first,
+                               static_cast<int>(left < kStage ? left : kStage),
+                               [&](int, int c) { return load_digits(shared.digits(own), kStage, c); });
       }
     }
-    const float dot = quad_sum(partial);
-    if (scored && thread % 4 == 0) shared.pre[own][i] = exists ? add(dot, p.bias[id]) : quiet_nan();
+    const int64_t total = quad_total(level[0]);
+    if (scored && thread % 4 == 0) {
+      shared.pre[own][i] =
+          exists ? round_score(total, shared.unit[own], {p.factor[id], p.bias[id]}) : quiet_nan();
+    }
   }
   sync_block();
 
   // 3.
-  constexpr int kSharers = kBlock / kTokens;
   {
     const int t = thread / kSharers;
     const int32_t end = scores(t);
@@ -439,10 +461,10 @@ delete_latents(DeleteLatentsParams p) {
   }
 }
 
-template <int kTokens, int kBlock, int kMost, int kLoads>
+template <int kTokens, int kBlock, int kMost>
 void launch_tokens(const DeleteLatentsParams& p, Stream stream) {
   const Grid2 grid{(p.T + kTokens - 1) / kTokens};
-  launch(delete_latents<kTokens, kBlock, kMost, kLoads>, grid, kBlock, stream, p);
+  launch(delete_latents<kTokens, kBlock, kMost>, grid, kBlock, stream, p);
 }
 
 }  // namespace
@@ -452,9 +474,9 @@ void launch_delete_latents(const DeleteLatentsParams& p, Stream stream) {
   // Four tokens per block where that leaves work for half of the multiprocessors.
   constexpr int kMostOfFour = 512;
   if (p.M <= kMostOfFour && p.T > 2 * int64_t{multiprocessors()}) {
-    launch_tokens<4, 512, kMostOfFour, 16>(p, stream);
+    launch_tokens<4, 512, kMostOfFour>(p, stream);
   } else {
-    launch_tokens<1, 256, kMaxMaskLatents, 16>(p, stream);
+    launch_tokens<1, 256, kMaxMaskLatents>(p, stream);
   }
 }
 

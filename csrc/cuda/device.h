@@ -88,6 +88,23 @@ CU_FAST_DEVICE float add(float a, float b) {
   return __fadd_rn(a, b);
 }
 
+// x, but the compiler does not know it: what depends on it is not computed before this point, where registers
+// may be scarce.
+CU_FAST_DEVICE int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Rounded to the nearest, ties to even.
+CU_FAST_DEVICE float to_float(int64_t x) {
+  return __ll2float_rn(x);
+}
+
+// sum + the dot product of four signed bytes.
+CU_FAST_DEVICE int32_t dot_bytes(int32_t sum, uint32_t a, uint32_t b) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
+
 // Atomic in global or shared memory, relaxed. The 32-bit ones return the old value.
 CU_FAST_DEVICE int32_t atomic_add(int32_t* at, int32_t x) {
   return atomicAdd(at, x);
@@ -136,6 +153,34 @@ CU_FAST_DEVICE void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], cons
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same with a signed. Sums must fit into d: the emulation checks it.
+CU_FAST_DEVICE void multiply_signed(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Loads kCount matrices of 8 rows of 16 bytes from shared memory, by a warp: lane 8 i + r passes the address of
+// row r of matrix i. to[i] is word lane % 4 of row lane / 4 of matrix i, which are the layouts of a and b above.
+template <int kCount>
+CU_FAST_DEVICE void load_matrices(uint32_t (&to)[kCount], const void* row) {
+  static_assert(kCount == 2 || kCount == 4);
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(from)
+                 : "memory");
+  }
 }
 
 // Every kernel calls this first. It lets the next kernel of the stream be set up, and returns when the writes

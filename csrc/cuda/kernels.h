@@ -8,8 +8,11 @@
 
 namespace cu_fast {
 
-// Writes p.out.
-void launch_sae_encode(const EncodeParams& p, Stream stream);
+// Fills rows for all tokens of p.z.
+void launch_fix_rows(const ScoreParams& p, const FixedRows& rows, Stream stream);
+
+// Writes p.out. rows: memory for min(T, SelectTuning::kRows) of them.
+void launch_sae_encode(const EncodeParams& p, const FixedRows& rows, Stream stream);
 
 // Fills job.p.kept and job.p.deleted for one chunk: scores every code, or scans.
 void launch_select_parts(const SelectJob& job, Stream stream);

@@ -7,8 +7,8 @@
 
 #include <bit>
 
-#include "cuda/canonical.h"
 #include "cuda/device.h"
+#include "cuda/fixed.h"
 
 namespace cu_fast {
 

@@ -1,7 +1,7 @@
 // What the two scans of the codes (scan_codes.cu, scan_codes_sm90.cu) share: how a warp reads its codes, and
 // what it does with their sums.
 //
-//   sum(t, j) = <p_t, q_j> + 254 <h_t, q_j>      approx = unit scale_j sum + mean_dot inv_norm_j + bias_j
+//   sum(t, j) = <p_t, q_j> + 254 <h_t, q_j>      approx = unit scale_j sum + mean_dot factor_j + bias_j
 //   error     = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
 //
 //   what   shape                       where it stays
@@ -22,7 +22,7 @@
 
 #pragma once
 
-#include "cuda/canonical.h"
+#include "cuda/fixed.h"
 #include "cuda/kernels.h"
 #include "cuda/mask.h"
 
@@ -65,7 +65,7 @@ struct Factors {
 
 // Four codes of this thread: 4 g .. 4 g + 3 of the warp's 32.
 struct FourCodes {
-  float scale[4], residual[4], size[4], inv_norm[4], bias[4];
+  float scale[4], residual[4], size[4], factor[4], bias[4];
   float magnitude;
   bool exists[4];
 };
@@ -81,8 +81,9 @@ CU_FAST_DEVICE FourCodes load_codes(const SelectParams& p, int first) {
     codes.scale[i] = codes.exists[i] ? p.scan.terms_of(g, kScale)[at + i] : 0;
     codes.residual[i] = codes.exists[i] ? p.scan.terms_of(g, kResidual)[at + i] : 0;
     codes.size[i] = codes.exists[i] ? p.scan.terms_of(g, kSize)[at + i] : 0;
-    codes.inv_norm[i] = codes.exists[i] && p.inv_norm != nullptr ? p.inv_norm[j] : 1;
-    codes.bias[i] = codes.exists[i] && p.bias != nullptr ? p.bias[j] : 0;
+    codes.factor[i] = codes.exists[i] ? p.score.factor[j] : 0;
+    // Cut as the score is: that of a code of zeros is its bias alone, for which the other terms leave no room.
+    codes.bias[i] = codes.exists[i] && p.score.bias != nullptr ? cut(p.score.bias[j]) : 0;
   }
   return codes;
 }
@@ -92,12 +93,12 @@ struct Bounds {
 };
 
 CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int i, float sum) {
-  const float approx = row.unit * codes.scale[i] * sum + row.mean_dot * codes.inv_norm[i] + codes.bias[i];
+  const float approx = row.unit * codes.scale[i] * sum + row.mean_dot * codes.factor[i] + codes.bias[i];
   const float error = kWiden * (row.norm_in * codes.residual[i] + row.miss * codes.size[i] +
                                 row.half_l1_out * fabsf(codes.scale[i]) + row.slop * codes.magnitude +
                                 0x1p-20f * fabsf(codes.bias[i]));
   // No bound: the error is not finite, or the bias is so large that the score may overflow.
-  if (!(error < kLargest) || !(fabsf(codes.bias[i]) <= kLargest)) return {-INFINITY, INFINITY};
+  if (!(error < kScanLargest) || !(fabsf(codes.bias[i]) <= kScanLargest)) return {-INFINITY, INFINITY};
   return {approx - error, approx + error};
 }
 

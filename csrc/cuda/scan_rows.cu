@@ -1,15 +1,17 @@
-// Converts rows of z to bytes, with the terms that bound the error of that. One block per token.
+// Converts rows of z to integers, and those to bytes, with the terms that bound the error of that. One block per
+// token.
 //
-//   z_t - pre ~ unit (p + 254 h)       core/scan.h: terms of a row
+//   z_t - pre ~ x_t = unit_t q_t       core/fixed.h; the score is of x, which floats hold exactly
+//   x_t ~ unit (p + 254 h)             core/scan.h: terms of a row
 //
 //   what         shape                          layout
-//   z            [chunk, round_up(E, 16)] fp32  widened, minus pre, padded with zeros
+//   q            [chunk, 3, W] int8             digits (cuda/fix_rows.h)
 //   bytes, high  [ceil(chunk / 8), K, 2, 8, 4]  p and h, four entries per word; 8 tokens x 32 entries: the
 //                                               first 16 of each token, then the others. Lane 4 g + q of
 //                                               multiply_bytes has its b at words 4 g + q and 32 + 4 g + q
 //   high_steps   [chunk, ceil(K / 32)]          the steps in which h is not zero
 //
-// 1. Widen; the largest magnitude, the norm, and how many entries are above 1/2, 1/4, ... of the largest.
+// 1. The integers; of x the largest magnitude, the norm, and how many entries are above 1/2, 1/4, ... of it.
 // 2. The clip: halved while few entries are above it. One outlier does not make the unit coarse for all.
 // 3. Round each entry to a byte; one that does not fit is split into a low and a high byte.
 // 4. Sums of squares, rounded up: a sum is off by at most one rounding per addend of a thread and per step of
@@ -17,7 +19,7 @@
 //
 // A row with NaN or Inf, or too small or large for the bound, is marked for select_exact.
 
-#include "cuda/canonical.h"
+#include "cuda/fix_rows.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/mask.h"
@@ -29,42 +31,11 @@ constexpr int kRange = 127;
 constexpr int kBase = 2 * kRange;
 
 struct Shared {
-  float floats[kWarps];
-  int32_t ints[kWarps];
+  BlockShared<float> floats;
+  BlockShared<int32_t> ints;
   int32_t above[kMaxHalvings];
   uint32_t high_steps[(kMaxScanWidth / 32 + 31) / 32];
 };
-
-// Sums and maxima over all threads of the block, returned to all of them.
-CU_FAST_DEVICE float block_sum(float x, Shared& shared) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
-  sync_block();
-  if (lane_index() == 0) shared.floats[warp_index()] = x;
-  sync_block();
-  float sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += shared.floats[w];
-  return sum;
-}
-
-CU_FAST_DEVICE float block_max(float x, Shared& shared) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, shuffle_xor(x, lanes));
-  sync_block();
-  if (lane_index() == 0) shared.floats[warp_index()] = x;
-  sync_block();
-  float most = shared.floats[0];
-  for (int w = 1; w < kWarps; ++w) most = fmaxf(most, shared.floats[w]);
-  return most;
-}
-
-CU_FAST_DEVICE int32_t block_sum(int32_t x, Shared& shared) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
-  sync_block();
-  if (lane_index() == 0) shared.ints[warp_index()] = x;
-  sync_block();
-  int32_t sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += shared.ints[w];
-  return sum;
-}
 
 CU_FAST_KERNEL(kThreads, 4)
 scan_rows(SelectJob job) {
@@ -72,29 +43,35 @@ scan_rows(SelectJob job) {
   Shared& shared = shared_memory<Shared>();
   const ScoreParams& p = job.p.score;
   const ScanWork& work = job.work;
-  const int64_t token = block_index_x(), width = round_up(p.E, kLanes), steps = (p.E + 31) / 32;
-  const bool fours = reads_fours(p.z);
-  float* const row = work.z + token * width;
+  const int64_t token = block_index_x(), steps = (p.E + 31) / 32;
+  const float fixed_unit = fix_row(p, job.rows, token, shared.floats);
+  // Four entries of x. Rows are padded to whole steps.
+  const auto x = [&](int64_t word) {
+    float4 four = fixed_four(job.rows.row(token), job.rows.width, 4 * word);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) entry(four, i) *= fixed_unit;
+    return four;
+  };
+  const int64_t words = steps * 8;
+  const bool faulty = fixed_unit != fixed_unit;
 
-  float largest = 0, squares = 0;
-  int32_t faulty = 0;
-  for (int64_t e = 4 * thread_index(); e < width; e += 4 * kThreads) {
-    float4 z = load_centred(p.z, fours, p.pre, token, e, p.E);
-    *reinterpret_cast<float4*>(row + e) = z;
-    for (int i = 0; i < 4; ++i) {
-      largest = fmaxf(largest, fabsf(entry(z, i)));
-      squares += entry(z, i) * entry(z, i);
-      faulty |= !is_finite(entry(z, i));
-    }
-  }
   if (thread_index() < kMaxHalvings) shared.above[thread_index()] = 0;
   for (int64_t i = thread_index(); i < (steps + 31) / 32; i += kThreads) shared.high_steps[i] = 0;
-  largest = block_max(largest, shared);  // has a sync_block: row is visible to all threads
-  squares = block_sum(squares, shared);
-  faulty = block_sum(faulty, shared);
+  sync_block();  // the digits are visible to all threads
+  float largest = 0, squares = 0;
+  for (int64_t word = thread_index(); word < words && !faulty; word += kThreads) {
+    float4 four = x(word);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest = fmaxf(largest, fabsf(entry(four, i)));
+      squares += entry(four, i) * entry(four, i);
+    }
+  }
+  largest = block_max(largest, shared.floats);
+  squares = block_sum(squares, shared.floats);
   // A token whose mask row does not exist goes to select_exact, which marks it.
   const bool certified =
-      MaskRow(job.p.mask, token).exists() && faulty == 0 && largest >= kSmallest && largest <= kLargest;
+      MaskRow(job.p.mask, token).exists() && !faulty && largest >= kScanSmallest && largest <= kScanLargest;
   if (thread_index() == 0) {
     work.exact[token] = certified ? 0 : 1;
     work.count[token] = 0;
@@ -103,12 +80,14 @@ scan_rows(SelectJob job) {
   float clip = largest;
   if (certified) {
     int32_t above[kMaxHalvings] = {};
-    for (int64_t e = thread_index(); e < width; e += kThreads) {
+    for (int64_t word = thread_index(); word < words; word += kThreads) {
+      float4 four = x(word);
       float limit = largest;
 #pragma unroll
       for (int i = 0; i < kMaxHalvings; ++i) {
         limit /= 2;
-        above[i] += fabsf(row[e]) > limit;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) above[i] += fabsf(entry(four, c)) > limit;
       }
     }
 #pragma unroll
@@ -124,11 +103,14 @@ scan_rows(SelectJob job) {
   float misses = 0, squares_in = 0, l1_out = 0, mean_dot = 0;
   int32_t sum = 0, high_sum = 0;
   const int64_t fragments = token / 8 * steps * 64;
-  for (int64_t word = thread_index(); word < steps * 8; word += kThreads) {
+  for (int64_t word = thread_index(); word < words; word += kThreads) {
     uint32_t low_bytes = 0, high_bytes = 0;
+    float4 four = make_float4(0, 0, 0, 0);
+    if (certified) four = x(word);
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t e = 4 * word + i;
-      const float z = e < width && certified ? row[e] : 0.0f;
+      const float z = entry(four, i);
       float whole = rintf(z * per_unit);
       const float miss = z - unit * whole;
       misses += miss * miss;
@@ -152,12 +134,12 @@ scan_rows(SelectJob job) {
     work.high[at] = high_bytes;
     if (high_bytes != 0) atomic_or(&shared.high_steps[step / 32], 1u << (step % 32));
   }
-  misses = block_sum(misses, shared);
-  squares_in = block_sum(squares_in, shared);
-  l1_out = block_sum(l1_out, shared);
-  mean_dot = block_sum(mean_dot, shared);
-  sum = block_sum(sum, shared);
-  high_sum = block_sum(high_sum, shared);
+  misses = block_sum(misses, shared.floats);
+  squares_in = block_sum(squares_in, shared.floats);
+  l1_out = block_sum(l1_out, shared.floats);
+  mean_dot = block_sum(mean_dot, shared.floats);
+  sum = block_sum(sum, shared.ints);
+  high_sum = block_sum(high_sum, shared.ints);
   for (int64_t i = thread_index(); i < (steps + 31) / 32; i += kThreads) {
     work.high_steps[token * ((steps + 31) / 32) + i] = shared.high_steps[i];
   }

@@ -1,4 +1,4 @@
-// From bounds to scores: the first threshold, and canonical scores of the candidates for the k best.
+// From bounds to scores: the first threshold, and exact scores of the candidates for the k best.
 //
 //   scan_threshold  tau = the k-th largest of the sample's maxima: lower bounds of different codes
 //   first           scores the k candidates with the largest lower bounds
@@ -12,12 +12,12 @@
 // A block takes every score_parts-th candidate of a token. All blocks of a token compute the same tau. Then,
 // 256 candidates at a time:
 // 1. The candidates that reach tau go into a list in shared memory.
-// 2. A quad of threads scores one candidate, reading code and row four entries at a time (cuda/canonical.h).
+// 2. A quad of threads scores one candidate from the digits of code and row (cuda/fixed.h).
 // 3. rest: the first warp offers the keys to the block's list (cuda/top_list.h).
 // The first pass scores few candidates and tightens tau, so that most other codes need not be read.
 
-#include "cuda/canonical.h"
 #include "cuda/finish.h"
+#include "cuda/fixed.h"
 #include "cuda/kernels.h"
 #include "cuda/kth_largest.h"
 #include "cuda/launch.h"
@@ -36,18 +36,13 @@ scan_threshold(SelectJob job) {
   if (thread_index() == 0) job.work.tau[token] = tau;
 }
 
-// The canonical dot product of a row and code j, by a quad; j = -1: the quad has no candidate.
-CU_FAST_DEVICE float quad_dot(const SelectParams& p, const float* row, bool fours, int64_t j) {
-  const int64_t width = round_up(p.score.E, kLanes);
-  constexpr int kLoads = 8;
-  float partial[1][4] = {};
-  const auto z = [&](int, int64_t e) {
-    return e < width ? *reinterpret_cast<const float4*>(row + e) : make_float4(0, 0, 0, 0);
-  };
-  for (int64_t e = 0; e < p.score.E && j >= 0; e += kLoads * kLanes) {
-    add_steps<1, kLoads>(partial, p.score.codes, fours, j, e, p.score.E, z);
-  }
-  return quad_sum(partial[0]);
+// The exact product of a row and code j, by a quad; j = -1: the quad has no candidate.
+CU_FAST_DEVICE int64_t quad_product(const ScoreParams& p, const int8_t* row, int64_t j) {
+  const int64_t width = digit_width(p.E);
+  int32_t level[1][kLevels] = {};
+  const auto q = [&](int, int column) { return load_digits(row, width, column); };
+  if (j >= 0) add_columns<1, 4>(level, p.code(j), width, 0, static_cast<int>(width), q);
+  return quad_total(level[0]);
 }
 
 template <bool kFirst>
@@ -70,10 +65,10 @@ score_candidates(SelectJob job) {
   const float *lower = job.work.lower + base, *upper = job.work.upper + base;
   float* const scored = job.work.scored + base;
   const int32_t* const id = job.work.id + base;
-  const float* const row = job.work.z + token * round_up(p.score.E, kLanes);
-  const bool fours = reads_fours(p.score.codes);
+  const int8_t* const row = job.rows.row(token);
+  const float unit = job.rows.unit[token];
 
-  // A canonical score replaces the lower bound. The first pass scores no deleted codes (their lower bound is
+  // A score replaces the lower bound. The first pass scores no deleted codes (their lower bound is
   // -inf), so that they do not raise tau.
   const auto known = [&](int64_t i) { return scored[i] == scored[i] ? scored[i] : lower[i]; };
   const float tau = kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
@@ -99,9 +94,10 @@ score_candidates(SelectJob job) {
       const int64_t c = at < shared.count ? shared.chosen[at] : -1;
       const bool is_known = c >= 0 && scored[c] == scored[c];
       const int64_t j = c < 0 ? -1 : id[c] & 0x7fffffff;
-      const float dot = quad_dot(p, row, fours, is_known ? -1 : j);
+      const int64_t total = quad_product(p.score, row, is_known ? -1 : j);
       if (c < 0 || thread_index() % 4 != 0) continue;
-      const uint64_t key = is_known ? key_of(scored[c], static_cast<int32_t>(j)) : key_of_dot(p, dot, j);
+      const uint64_t key = is_known ? key_of(scored[c], static_cast<int32_t>(j))
+                                    : key_of_sum(total, unit, load_terms(p.score, j), j);
       if constexpr (kFirst) {
         if (key != kEmpty) scored[c] = score_of(key);
       } else {

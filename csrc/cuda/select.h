@@ -1,10 +1,10 @@
 // A selection on a GPU: how it is cut, and its memory. Plans are pure functions; no result depends on them.
 //
-//   every code scored   select_exact, finish
+//   every code scored   fix_rows, select_exact, finish
 //   certified scan      scan_rows, scan_codes (sample), scan_threshold, scan_codes, score_candidates (first),
 //                       score_candidates (rest), select_exact (rows that the scan could not do), finish
 //
-// Tokens go through the scan in chunks, so that its memory does not grow with T.
+// Tokens go in chunks, so that memory does not grow with T.
 
 #pragma once
 
@@ -23,6 +23,7 @@ struct SelectTuning {
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
+  static constexpr int64_t kRows = 136;  // more than a tile of tokens
 #else
   static constexpr int64_t kChunk = 256;          // tokens per pass of the scan
   static constexpr int64_t kCandidates = 8192;    // a row with more is scored against every code
@@ -30,6 +31,7 @@ struct SelectTuning {
   static constexpr double kScanStart = 10;        // microseconds to launch the scan's kernels
   static constexpr int64_t kFusedK = 512;         // the largest k whose merged list is in shared memory
   static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: gridDim.y <= 65535
+  static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
 #endif
 };
 
@@ -46,7 +48,6 @@ struct alignas(16) RowTerms {
 
 // The scan's memory, for one chunk. K = ceil(E / 32), the steps of the byte product.
 struct ScanWork {
-  float* z;              // [chunk, round_up(E, 16)], z - pre, padded with zeros
   uint32_t* bytes;       // [ceil(chunk / 8), K, 2, 8, 4], p; layout: scan_rows.cu
   uint32_t* high;        // the same for h
   uint32_t* high_steps;  // [chunk, ceil(K / 32)], bit s: h is not zero in step s
@@ -57,12 +58,22 @@ struct ScanWork {
   int32_t* count;        // [chunk], candidates found; above kCandidates, more than were stored
   int32_t* id;           // [chunk, kCandidates]; bit 31: deleted
   float *lower, *upper;  // [chunk, kCandidates]; lower is -inf for a deleted code: it must not raise tau
-  float* scored;         // [chunk, kCandidates], the canonical score, NaN until it is known
+  float* scored;         // [chunk, kCandidates], the score, NaN until it is known
+};
+
+// Rows of z as integers (core/fixed.h), of one chunk.
+struct FixedRows {
+  int64_t width;   // digit_width(E)
+  int8_t* digits;  // [chunk, 3, width], the highest first
+  float* unit;     // [chunk]; NaN: a row with NaN or Inf, whose digits are zeros
+
+  CU_FAST_BOTH int8_t* row(int64_t token) const { return digits + token * kDigits * width; }
 };
 
 struct SelectPlan {
   bool scans;
   int64_t chunk;                        // tokens per chunk
+  int64_t tokens;                       // of a tile of select_exact
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // of score_candidates; at most parts
   int64_t sample_tiles;                 // of scan_codes
@@ -73,30 +84,45 @@ struct SelectPlan {
 struct SelectJob {
   SelectParams p;
   SelectPlan plan;
+  FixedRows rows;
   ScanWork work;
   uint64_t *merged, *merged_deleted;  // [T, k] if k > kFusedK, else null
 };
 
+// The width up to which the sums of a level, of three products of digits at most 2^7 in magnitude, fit into an
+// int32 that one thread adds up alone.
+inline constexpr int64_t kMostTensorWidth = (int64_t{1} << 31) / (3 << 14) / 64 * 64;
+
+// Tokens of a tile of exact scores (cuda/fixed.h). Few: what counts is how fast codes are read. Very wide rows:
+// a quad of threads shares their sums.
+inline int64_t tile_tokens(int64_t T, int64_t E) {
+  return T == 1 ? 1 : T <= 4 || E > kMostTensorWidth ? 4 : T <= 64 ? 16 : 128;
+}
+
 // Whether to scan: there is a plane, k is small enough, and the scan is predicted to be faster than scoring
-// every code. It reads one byte per entry, but launches more kernels. The prediction uses rates assumed for
-// an H100 (benchmarks/roofline.py), not measurements.
-inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, int64_t code_bytes, bool has_plane) {
-  constexpr double kBytes = 3.35e6, kProducts = 16.7e6, kByteProducts = 600e6;  // per microsecond
+// every code. It reads one byte per entry instead of three, and takes one product instead of nine, but launches
+// more kernels. The prediction uses rates assumed for an H100 (benchmarks/roofline.py), not measurements.
+inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
+  constexpr double kBytes = 3.35e6, kCached = 5.5e6, kByteProducts = 600e6;  // per microsecond
   const double entries = static_cast<double>(C) * E;
-  const double exact = std::max(entries * code_bytes / kBytes, T * entries / kProducts);
+  const int64_t tile = tile_tokens(T, E), tiles = (T + tile - 1) / tile;  // each reads all codes
+  const double exact = std::max({entries * kDigits / kBytes, tiles * entries * kDigits / kCached,
+                                 T * entries * (kDigits * kDigits) / kByteProducts});
   const double scan = SelectTuning::kScanStart + std::max(entries / kBytes, T * entries / kByteProducts);
   return has_plane && k <= kMaxScanK && 8 * k <= C && scan < exact;
 }
 
-inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, int64_t code_bytes, bool has_plane,
+inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane,
                               int64_t multiprocessors) {
   const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   SelectPlan plan = {};
-  plan.scans = select_scans(T, C, E, k, code_bytes, has_plane);
-  plan.chunk = std::max<int64_t>(1, std::min(T, plan.scans ? SelectTuning::kChunk : int64_t{1} << 18));
+  plan.scans = select_scans(T, C, E, k, has_plane);
+  plan.chunk = std::max<int64_t>(1, std::min(T, plan.scans ? SelectTuning::kChunk : SelectTuning::kRows));
   // Two blocks per multiprocessor, if there are codes enough; a part is whole tiles of select_exact.
   constexpr int64_t kTile = 64;
-  const int64_t token_tiles = ceil_divide(plan.chunk, plan.chunk <= 4 ? 4 : 16);
+  // After a scan few tokens are left, anywhere in the chunk: small tiles of tokens.
+  plan.tokens = tile_tokens(plan.scans ? std::min<int64_t>(plan.chunk, 16) : plan.chunk, E);
+  const int64_t token_tiles = ceil_divide(plan.chunk, plan.tokens);
   const int64_t parts = std::clamp<int64_t>(2 * multiprocessors / token_tiles, 1, ceil_divide(C, kTile));
   plan.part_codes = ceil_divide(ceil_divide(C, parts), kTile) * kTile;
   plan.parts = ceil_divide(C, plan.part_codes);
@@ -127,6 +153,13 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// For up to this many rows.
+inline FixedRows take_rows(int64_t rows, int64_t E, Arena& arena) {
+  const int64_t width = digit_width(E);
+  int8_t* const digits = arena.take<int8_t>(rows * kDigits * width);
+  return {width, digits, arena.take<float>(rows)};
+}
+
 // Sets a job's arrays. Its p and plan are set before, and p.deleted is not null if hits are counted.
 inline void take_memory(SelectJob& job, Arena& arena) {
   SelectParams& p = job.p;
@@ -140,11 +173,11 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   job.merged = p.k > SelectTuning::kFusedK ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
   job.merged_deleted =
       p.k > SelectTuning::kFusedK && counts_hits ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
+  job.rows = take_rows(plan.chunk, p.score.E, arena);
   if (!plan.scans) return;
   const int64_t steps = (p.score.E + 31) / 32, candidates = plan.chunk * SelectTuning::kCandidates;
   const int64_t fragments = (plan.chunk + 7) / 8 * steps * 64;
   ScanWork& work = job.work;
-  work.z = arena.take<float>(plan.chunk * round_up(p.score.E, kLanes));
   work.bytes = arena.take<uint32_t>(fragments);
   work.high = arena.take<uint32_t>(fragments);
   work.high_steps = arena.take<uint32_t>(plan.chunk * ((steps + 31) / 32));

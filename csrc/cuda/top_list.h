@@ -71,6 +71,9 @@ class TopList {
     queued_ = 0;
   }
 
+  // The last key of the list, as of the last merge.
+  CU_FAST_DEVICE uint64_t worst() const { return worst_; }
+
  private:
   // Sorts one key per lane, the best in lane 0: bitonic.
   CU_FAST_DEVICE static uint64_t sorted(uint64_t key) {

@@ -1,6 +1,7 @@
 // Operations of a whole warp or block; interface: device.h.
 
 #include <bit>
+#include <cstring>
 #include <string>
 
 #include "emulation/machine.h"
@@ -88,6 +89,29 @@ void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b, Place plac
   Warp& warp = join(Collective::kMultiplyBytes, place);
   warp.factors[machine.running->lane] = {d, a, b};
   meet(warp, [&] { multiply_fragments(warp); });
+}
+
+void multiply_signed(int32_t* d, const uint32_t* a, const uint32_t* b, Place place) {
+  Warp& warp = join(Collective::kMultiplySigned, place);
+  warp.factors[machine.running->lane] = {d, a, b};
+  bool fits = true;
+  meet(warp, [&] { fits = multiply_signed_fragments(warp); });
+  if (!fits) fail("multiply_signed with a sum beyond int32", &place);
+}
+
+void load_matrices(uint32_t* to, int count, const void* row, Place place) {
+  const int lane = machine.running->lane;
+  if (lane < 8 * count) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+      fail("load_matrices from a misaligned address, must be a multiple of 16", &place);
+    if (!within_objects(*machine.running->warp->block, row, 16))
+      fail("load_matrices from an address outside of the block's shared memory", &place);
+  }
+  const uint64_t* const rows = exchange(Collective::kLoadMatrices, reinterpret_cast<uintptr_t>(row), place);
+  for (int i = 0; i < count; ++i) {
+    const auto* const from = reinterpret_cast<const unsigned char*>(rows[8 * i + lane / 4]);
+    std::memcpy(&to[i], from + lane % 4 * 4, 4);
+  }
 }
 
 int checked_lane_mask(int lanes, Place place) {

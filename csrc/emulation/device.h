@@ -32,6 +32,8 @@ enum class Collective : uint8_t {
   kBallot,
   kAnyLane,
   kMultiplyBytes,
+  kMultiplySigned,
+  kLoadMatrices,
   kFenceMultiplies,
   kMultiplyTile,
   kCommitMultiplies,
@@ -55,6 +57,8 @@ void sync_warp(Place place);
 const uint64_t* exchange(Collective kind, uint64_t x, Place place);
 uint32_t vote(Collective kind, bool x, Place place);
 void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b, Place place);
+void multiply_signed(int32_t* d, const uint32_t* a, const uint32_t* b, Place place);
+void load_matrices(uint32_t* to, int count, const void* row, Place place);
 void check_global(const void* at, const char* what, Place place);
 void copy_async(void* shared, const void* global, bool valid, Place place);
 void commit_copies();
@@ -144,6 +148,20 @@ CU_FAST_DEVICE float add(float a, float b) {
   return a + b;
 }
 
+CU_FAST_DEVICE int computed_here(int x) {
+  return x;
+}
+
+CU_FAST_DEVICE float to_float(int64_t x) {
+  return static_cast<float>(x);
+}
+
+// A sum beyond int32 is an error of the sanitizer: no kernel relies on wrapping here.
+CU_FAST_DEVICE int32_t dot_bytes(int32_t sum, uint32_t a, uint32_t b) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return sum;
+}
+
 // Plain operations: no other thread runs meanwhile. Sums wrap, as on a GPU.
 CU_FAST_DEVICE int32_t atomic_add(int32_t* at, int32_t x) {
   const int32_t before = *at;
@@ -182,6 +200,18 @@ CU_FAST_DEVICE void wait_copies() {
 CU_FAST_DEVICE void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                    emulation::Place place = emulation::Place::current()) {
   emulation::multiply_bytes(d, a, b, place);
+}
+
+CU_FAST_DEVICE void multiply_signed(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    emulation::Place place = emulation::Place::current()) {
+  emulation::multiply_signed(d, a, b, place);
+}
+
+template <int kCount>
+CU_FAST_DEVICE void load_matrices(uint32_t (&to)[kCount], const void* row,
+                                  emulation::Place place = emulation::Place::current()) {
+  static_assert(kCount == 2 || kCount == 4);
+  emulation::load_matrices(to, kCount, row, place);
 }
 
 CU_FAST_DEVICE void start_kernel(emulation::Place place = emulation::Place::current()) {

@@ -201,10 +201,10 @@ std::string text(const Place& place) {
 }
 
 std::string text(Collective kind) {
-  constexpr const char* kNames[] = {"sync_warp",        "shuffle",       "shuffle_xor",
-                                    "ballot",           "any_lane",      "multiply_bytes",
-                                    "fence_multiplies", "multiply_tile", "commit_multiplies",
-                                    "wait_multiplies"};
+  constexpr const char* kNames[] = {"sync_warp",       "shuffle",           "shuffle_xor",
+                                    "ballot",          "any_lane",          "multiply_bytes",
+                                    "multiply_signed", "load_matrices",     "fence_multiplies",
+                                    "multiply_tile",   "commit_multiplies", "wait_multiplies"};
   return kNames[static_cast<int>(kind)];
 }
 

@@ -150,6 +150,8 @@ void fill_with_poison(unsigned char* at, std::size_t bytes);
 
 // multiply.cpp: d += a b for the 32 lanes' registers; and the product itself.
 void multiply_fragments(const Warp& warp);
+// The same with a signed. Returns whether every sum fits into its int32.
+bool multiply_signed_fragments(const Warp& warp);
 void multiply(const uint8_t (&a)[16][32], const int8_t (&b)[8][32], int32_t (&sums)[16][8]);
 
 // hopper.cpp and hopper_multiply.cpp. Forgets all barriers, copies and multiplies of a block; of all blocks

@@ -10,19 +10,19 @@ namespace cu_fast {
 namespace {
 
 std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
-  const SelectPlan plan = plan_select(T, C, E, k, 4, has_plane, multiprocessors());
+  const SelectPlan plan = plan_select(T, C, E, k, has_plane, multiprocessors());
   return {plan.scans,    plan.chunk,       plan.parts,       plan.part_codes,
           plan.capacity, plan.score_parts, plan.sample_tiles};
 }
 
 // Scans one chunk and returns arrays of ScanWork: exact, count, tau, id, lower, upper, scored, maxima, terms
 // (per row; the last two are integers), bytes, high and high_steps.
-std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const OptionalTensor& pre,
-                               const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
+std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tensor& factor,
+                               const OptionalTensor& pre, const OptionalTensor& bias, int64_t k,
                                const OptionalTensor& mask_table, const OptionalTensor& mask_row,
                                bool counts_hits, const OptionalTensor& scan_plane,
                                const OptionalTensor& scan_terms, const OptionalTensor& scan_mean) {
-  const ScoreArguments in = score_arguments(kQuantizeNames, z, codes, pre, inv_norm, bias);
+  const ScoreArguments in = score_arguments(kQuantizeNames, z, digits, factor, pre, bias);
   const SelectArguments selected(in, {scan_plane, scan_terms, scan_mean}, k, {mask_table, mask_row},
                                  Cuda::kValues);
   const SelectMemory memory(z, selected.p, counts_hits);
@@ -60,7 +60,7 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& codes, const Optio
 STABLE_TORCH_LIBRARY_FRAGMENT(cu_fast_emulated, m) {
   m.def("select_plan(int T, int C, int E, int k, bool has_plane) -> int[]");
   m.def(
-      "scan_state(Tensor z, Tensor codes, Tensor? pre, Tensor? inv_norm, Tensor? bias, int k, "
+      "scan_state(Tensor z, Tensor digits, Tensor factor, Tensor? pre, Tensor? bias, int k, "
       "Tensor? mask_table, Tensor? mask_row, bool counts_hits, "
       "Tensor? scan_plane, Tensor? scan_terms, Tensor? scan_mean) -> Tensor[]");
 }

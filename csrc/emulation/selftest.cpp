@@ -152,7 +152,8 @@ py::tuple atomics(const Array<int32_t>& x) {
 
 // The warp's registers: a [32, 4], b [32, 2], d [32, 4] -> d after `times` products.
 CU_FAST_KERNEL(1024, 1)
-multiply_bytes_kernel(const uint32_t* a, const uint32_t* b, const int32_t* d, int32_t* out, int times) {
+multiply_bytes_kernel(const uint32_t* a, const uint32_t* b, const int32_t* d, int32_t* out, int times,
+                      bool is_signed) {
   start_kernel();
   const int lane = lane_index();
   uint32_t my_a[4], my_b[2];
@@ -160,15 +161,67 @@ multiply_bytes_kernel(const uint32_t* a, const uint32_t* b, const int32_t* d, in
   for (int i = 0; i < 4; ++i) my_a[i] = a[lane * 4 + i];
   for (int i = 0; i < 2; ++i) my_b[i] = b[lane * 2 + i];
   for (int i = 0; i < 4; ++i) my_d[i] = d[lane * 4 + i];
-  for (int i = 0; i < times; ++i) multiply_bytes(my_d, my_a, my_b);
+  for (int i = 0; i < times; ++i) {
+    if (is_signed) {
+      multiply_signed(my_d, my_a, my_b);
+    } else {
+      multiply_bytes(my_d, my_a, my_b);
+    }
+  }
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = my_d[i];
 }
 
 Array<int32_t> multiply_registers(const Array<uint32_t>& a, const Array<uint32_t>& b, const Array<int32_t>& d,
-                                  int times) {
+                                  int times, bool is_signed) {
   auto out = zeros<int32_t>({32, 4});
-  launch(multiply_bytes_kernel, {1}, 32, nullptr, a.data(), b.data(), d.data(), out.mutable_data(), times);
+  launch(multiply_bytes_kernel, {1}, 32, nullptr, a.data(), b.data(), d.data(), out.mutable_data(), times,
+         is_signed);
   return out;
+}
+
+struct Rows {
+  uint4 of[32];
+};
+
+// from [32, 4] in shared memory; lane i passes row rows[i]. out [32, 4].
+CU_FAST_KERNEL(1024, 1) matrices_kernel(const uint4* from, const int32_t* rows, uint32_t* out, int count) {
+  start_kernel();
+  auto& shared = shared_memory<Rows>();
+  const int lane = lane_index();
+  shared.of[lane] = from[lane];
+  sync_warp();
+  if (count == 4) {
+    uint32_t to[4];
+    load_matrices(to, &shared.of[rows[lane]]);
+    for (int i = 0; i < 4; ++i) out[lane * 4 + i] = to[i];
+  } else {
+    uint32_t to[2];
+    load_matrices(to, &shared.of[rows[lane]]);
+    for (int i = 0; i < 2; ++i) out[lane * 4 + i] = to[i];
+  }
+}
+
+Array<uint32_t> matrices(const Array<uint32_t>& from, const Array<int32_t>& rows, int count) {
+  auto out = zeros<uint32_t>({32, 4});
+  launch(matrices_kernel, {1}, 32, nullptr, reinterpret_cast<const uint4*>(from.data()), rows.data(),
+         out.mutable_data(), count);
+  return out;
+}
+
+CU_FAST_KERNEL(1024, 1)
+integers_kernel(const int64_t* x, const uint32_t* a, const uint32_t* b, float* rounded, int32_t* sums) {
+  start_kernel();
+  const int t = thread_index();
+  rounded[t] = to_float(x[t]);
+  sums[t] = dot_bytes(t, a[t], b[t]);
+}
+
+py::tuple integers(const Array<int64_t>& x, const Array<uint32_t>& a, const Array<uint32_t>& b) {
+  auto rounded = zeros<float>({x.size()});
+  auto sums = zeros<int32_t>({x.size()});
+  launch(integers_kernel, {1}, static_cast<int>(x.size()), nullptr, x.data(), a.data(), b.data(),
+         rounded.mutable_data(), sums.mutable_data());
+  return py::make_tuple(rounded, sums);
 }
 
 // Each thread reads what a thread of the next warp wrote.
@@ -314,6 +367,8 @@ PYBIND11_MODULE(_selftest, m) {
   m.def("count_bits", &bits);
   m.def("atomics", &atomics);
   m.def("multiply_bytes", &multiply_registers);
+  m.def("load_matrices", &matrices);
+  m.def("integers", &integers);
   m.def("neighbours", &neighbours);
   m.def("copies", &copies);
   m.def("load_streaming", &load);

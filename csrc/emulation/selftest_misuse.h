@@ -38,6 +38,9 @@ enum class Misuse {
   kCopyNotWaitedFor,
   kCopyNotClosed,
   kCopySourceWritten,
+  kMatrixMisaligned,
+  kMatrixOutside,
+  kSignedOverflow,
   kSharedLimit,
   kSharedOverrun,
   kSharedUnderrun,
@@ -70,6 +73,9 @@ constexpr Name kMisuses[] = {
     {"copy not waited for", Misuse::kCopyNotWaitedFor},
     {"copy not closed", Misuse::kCopyNotClosed},
     {"copy source written", Misuse::kCopySourceWritten},
+    {"matrix misaligned", Misuse::kMatrixMisaligned},
+    {"matrix outside", Misuse::kMatrixOutside},
+    {"signed overflow", Misuse::kSignedOverflow},
     {"shared limit", Misuse::kSharedLimit},
     {"shared overrun", Misuse::kSharedOverrun},
     {"shared underrun", Misuse::kSharedUnderrun},
@@ -158,6 +164,19 @@ CU_FAST_KERNEL(64, 1) misuse_kernel(Misuse misuse, unsigned char* memory) {
       commit_copies();
       wait_copies<0>();
       break;
+    case Misuse::kMatrixMisaligned:
+    case Misuse::kMatrixOutside: {
+      const unsigned char* const wrong = misuse == Misuse::kMatrixOutside ? memory : bytes.of + 8;
+      uint32_t to[4];
+      load_matrices(to, me ? wrong : bytes.of);
+      break;
+    }
+    case Misuse::kSignedOverflow: {
+      const bool there = block_index_x() == 1 && block_index_y() == 2 && warp_index() == 1;
+      int32_t d[4] = {0, 0, 0, there ? 0x7fffffff : 0};
+      multiply_signed(d, {1, 1, 1, 1}, {1, 1});
+      break;
+    }
     case Misuse::kSharedLimit:
       if (me) {
         shared_memory<TooMuch>();

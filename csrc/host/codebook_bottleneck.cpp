@@ -13,22 +13,24 @@ namespace cu_fast {
 namespace {
 
 template <class Device>
-Tensor codebook_bottleneck(const Tensor& x, const OptionalTensor& W_enc, const OptionalTensor& b_enc,
-                           const OptionalTensor& b_pre, bool relu, const Tensor& codes,
-                           const OptionalTensor& inv_norm, const OptionalTensor& bias, int64_t k,
+Tensor codebook_bottleneck(const Tensor& x, const OptionalTensor& W_digits, const OptionalTensor& W_factor,
+                           const OptionalTensor& b_enc, const OptionalTensor& b_pre, bool relu,
+                           const Tensor& digits, const Tensor& factor, const OptionalTensor& bias, int64_t k,
                            const OptionalTensor& mask_table, const OptionalTensor& mask_row, bool reselect,
                            const OptionalTensor& scan_plane, const OptionalTensor& scan_terms,
                            const OptionalTensor& scan_mean, const Tensor& table_in,
                            const OptionalTensor& b_dec_in, bool score_weights, bool mean,
                            const OptionalTensor& receipt_in) {
-  const Device device(x, "W_enc", W_enc, "b_enc", b_enc, "b_pre", b_pre, "codes", codes, "inv_norm", inv_norm,
-                      "bias", bias, "mask_table", mask_table, "mask_row", mask_row, "scan_plane", scan_plane,
-                      "scan_terms", scan_terms, "scan_mean", scan_mean, "table", table_in, "b_dec", b_dec_in,
-                      "receipt", receipt_in);
+  const Device device(x, "W_digits", W_digits, "W_factor", W_factor, "b_enc", b_enc, "b_pre", b_pre, "digits",
+                      digits, "factor", factor, "bias", bias, "mask_table", mask_table, "mask_row", mask_row,
+                      "scan_plane", scan_plane, "scan_terms", scan_terms, "scan_mean", scan_mean, "table",
+                      table_in, "b_dec", b_dec_in, "receipt", receipt_in);
   int64_t* const receipt = receipt_of(receipt_in);
+  check(W_digits.has_value() == W_factor.has_value(), "W_digits and W_factor must be given together");
   const Tensor z =
-      W_enc ? encode(device, score_arguments(kEncodeNames, x, *W_enc, b_pre, {}, b_enc), relu) : x;
-  const ScoreArguments in = score_arguments(kQuantizeNames, z, codes, {}, inv_norm, bias);
+      W_digits ? encode(device, score_arguments(kEncodeNames, x, *W_digits, *W_factor, b_pre, b_enc), relu)
+               : x;
+  const ScoreArguments in = score_arguments(kQuantizeNames, z, digits, factor, {}, bias);
   const int64_t T = in.score.T, C = in.score.C;
   const MaskTensors mask = {mask_table, mask_row};
   const OptionalTensor none;

@@ -59,8 +59,7 @@ class SelectMemory {
     check(reinterpret_cast<uintptr_t>(p.scan.plane) % 16 == 0,
           "scan_plane must start at a multiple of 16 bytes");
     job.p = p;
-    job.plan = plan_select(p.score.T, p.score.C, p.score.E, p.k, p.score.codes.dtype == Dtype::f32 ? 4 : 2,
-                           p.scan.plane != nullptr, multiprocessors());
+    job.plan = plan_select(p.score.T, p.score.C, p.score.E, p.k, p.scan.plane != nullptr, multiprocessors());
     uint64_t wanted = 0;
     job.p.deleted = counts_hits ? &wanted : nullptr;
     Arena count(nullptr);
@@ -90,7 +89,14 @@ class Cuda {
     return new_tensor(first_, sizes, dtype);
   }
 
-  void encode(const EncodeParams& p) const { launch_sae_encode(p, device_.stream()); }
+  void encode(const EncodeParams& p) const {
+    const int64_t rows = std::min(p.score.T, SelectTuning::kRows);
+    Arena count(nullptr);
+    take_rows(rows, p.score.E, count);
+    const Tensor memory = new_tensor(first_, {count.used()}, ScalarType::Byte);
+    Arena arena(memory.mutable_data_ptr());
+    launch_sae_encode(p, take_rows(rows, p.score.E, arena), device_.stream());
+  }
 
   void select(const SelectParams& p, bool counts_hits) const {
     launch_codebook_quantize(SelectMemory(first_, p, counts_hits).job, device_.stream());
@@ -100,7 +106,7 @@ class Cuda {
 
   void delete_latents(const DeleteLatentsParams& p) const { launch_delete_latents(p, device_.stream()); }
 
-  // With every code scored, two launches: the kernel that ends the selection decodes.
+  // With every code scored, three launches: the kernel that ends the selection decodes.
   void bottleneck(const SelectParams& p, bool counts_hits, bool score_weights, const DecodeParams& decode,
                   int64_t* receipt) const {
     const SelectMemory memory(first_, p, counts_hits);

@@ -29,28 +29,28 @@ Tensor contiguous(const char* name, const Tensor& t, const char* letters,
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> delete_latents(const Tensor& x_in, const OptionalTensor& residual_in,
-                                                  const Tensor& enc_in, const Tensor& bias_in,
-                                                  const Tensor& theta_in, const Tensor& dec_in, int64_t scale,
-                                                  double norm, const Tensor& mask_latents_in,
-                                                  const Tensor& mask_change_in, const Tensor& mask_row_in,
-                                                  const OptionalTensor& floor_scores_in,
-                                                  const OptionalTensor& floor_ids_in) {
-  const Device device(x_in, "residual", residual_in, "enc", enc_in, "bias", bias_in, "theta", theta_in, "dec",
-                      dec_in, "mask_latents", mask_latents_in, "mask_change", mask_change_in, "mask_row",
-                      mask_row_in, "floor_scores", floor_scores_in, "floor_ids", floor_ids_in);
+std::tuple<Tensor, Tensor, Tensor> delete_latents(
+    const Tensor& x_in, const OptionalTensor& residual_in, const Tensor& digits_in, const Tensor& factor_in,
+    const Tensor& bias_in, const Tensor& theta_in, const Tensor& dec_in, int64_t scale, double norm,
+    const Tensor& mask_latents_in, const Tensor& mask_change_in, const Tensor& mask_row_in,
+    const OptionalTensor& floor_scores_in, const OptionalTensor& floor_ids_in) {
+  const Device device(x_in, "residual", residual_in, "enc_digits", digits_in, "enc_factor", factor_in, "bias",
+                      bias_in, "theta", theta_in, "dec", dec_in, "mask_latents", mask_latents_in,
+                      "mask_change", mask_change_in, "mask_row", mask_row_in, "floor_scores", floor_scores_in,
+                      "floor_ids", floor_ids_in);
   check_shape("x", x_in, "[T, Din]", {-1, -1});
   check_float("x", x_in);
   const int64_t T = x_in.size(0), Din = x_in.size(1);
-  const Tensor enc = fp32_matrix("enc", enc_in, "[R, Din]", {-1, Din});
-  const int64_t R = enc.size(0);
-  check(R >= 1 && R <= std::numeric_limits<int32_t>::max(), "enc has ", R,
+  const Tensor digits = digits_argument("enc_digits", digits_in, "[R, 3, round_up(Din, 64)]", Din);
+  const int64_t R = digits.size(0);
+  check(R >= 1 && R <= std::numeric_limits<int32_t>::max(), "enc_digits has ", R,
         " rows, must have at least one and fewer than 2^31");
+  const Tensor factor = contiguous("enc_factor", factor_in, "[R]", {R}, ScalarType::Float);
   const Tensor dec = fp32_matrix("dec", dec_in, "[R, Dout]", {R, -1});
   const int64_t Dout = dec.size(1);
   if (!residual_in && Dout != Din)
-    check(false, "residual must be given where dec is not as wide as enc: dec is ", describe(dec),
-          ", enc is ", describe(enc));
+    check(false, "residual must be given where dec is not as wide as x: dec is ", describe(dec), ", x is ",
+          describe(x_in));
   if (residual_in) {
     check_shape("residual", *residual_in, "[T, Dout]", {T, Dout});
     check_float("residual", *residual_in);
@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> delete_latents(const Tensor& x_in, const Opti
   Tensor dose = device.empty({T}, ScalarType::Float);
   device.delete_latents({.x = matrix_of(x),
                          .residual = matrix_of(residual),
-                         .enc = matrix_of(enc),
+                         .digits = digits.const_data_ptr<int8_t>(),
+                         .factor = factor.const_data_ptr<float>(),
                          .dec = matrix_of(dec),
                          .bias = bias.const_data_ptr<float>(),
                          .theta = theta.const_data_ptr<float>(),

@@ -20,7 +20,7 @@ namespace cu_fast {
 template <class Device>
 Tensor encode(const Device& device, const ScoreArguments& in, bool relu) {
   Tensor z = device.empty({in.score.T, in.score.C}, ScalarType::Float);
-  device.encode({in.score, data_of(in.bias), relu, z.mutable_data_ptr<float>()});
+  device.encode({in.score, relu, z.mutable_data_ptr<float>()});
   return z;
 }
 

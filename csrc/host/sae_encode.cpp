@@ -14,22 +14,23 @@ namespace cu_fast {
 namespace {
 
 template <class Device>
-Tensor sae_encode(const Tensor& x, const Tensor& W_enc, const OptionalTensor& b_enc,
-                  const OptionalTensor& b_pre, bool relu) {
-  const Device device(x, "W_enc", W_enc, "b_enc", b_enc, "b_pre", b_pre);
-  return encode(device, score_arguments(kEncodeNames, x, W_enc, b_pre, {}, b_enc), relu);
+Tensor sae_encode(const Tensor& x, const Tensor& W_digits, const Tensor& W_factor,
+                  const OptionalTensor& b_enc, const OptionalTensor& b_pre, bool relu) {
+  const Device device(x, "W_digits", W_digits, "W_factor", W_factor, "b_enc", b_enc, "b_pre", b_pre);
+  return encode(device, score_arguments(kEncodeNames, x, W_digits, W_factor, b_pre, b_enc), relu);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> sae_encode_topk(const Tensor& x, const Tensor& W_enc, const OptionalTensor& b_enc,
-                                           const OptionalTensor& b_pre, int64_t k,
-                                           const OptionalTensor& mask_table, const OptionalTensor& mask_row,
-                                           bool relu, const OptionalTensor& scan_plane,
-                                           const OptionalTensor& scan_terms,
+std::tuple<Tensor, Tensor> sae_encode_topk(const Tensor& x, const Tensor& W_digits, const Tensor& W_factor,
+                                           const OptionalTensor& b_enc, const OptionalTensor& b_pre,
+                                           int64_t k, const OptionalTensor& mask_table,
+                                           const OptionalTensor& mask_row, bool relu,
+                                           const OptionalTensor& scan_plane, const OptionalTensor& scan_terms,
                                            const OptionalTensor& scan_mean) {
-  const Device device(x, "W_enc", W_enc, "b_enc", b_enc, "b_pre", b_pre, "mask_table", mask_table, "mask_row",
-                      mask_row, "scan_plane", scan_plane, "scan_terms", scan_terms, "scan_mean", scan_mean);
-  const ScoreArguments in = score_arguments(kEncodeNames, x, W_enc, b_pre, {}, b_enc);
+  const Device device(x, "W_digits", W_digits, "W_factor", W_factor, "b_enc", b_enc, "b_pre", b_pre,
+                      "mask_table", mask_table, "mask_row", mask_row, "scan_plane", scan_plane, "scan_terms",
+                      scan_terms, "scan_mean", scan_mean);
+  const ScoreArguments in = score_arguments(kEncodeNames, x, W_digits, W_factor, b_pre, b_enc);
   SelectArguments selected(in, {scan_plane, scan_terms, scan_mean}, k, {mask_table, mask_row},
                            Device::kValues);
   selected.p.relu = relu;

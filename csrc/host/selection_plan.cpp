@@ -34,9 +34,9 @@ STABLE_TORCH_LIBRARY_IMPL(cu_fast, CompositeExplicitAutograd, m) {
 namespace cu_fast {
 namespace {
 
-std::string cuda_selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, int64_t code_bytes, bool scan,
+std::string cuda_selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool scan,
                                 int64_t multiprocessors) {
-  const SelectPlan plan = plan_select(T, C, E, k, code_bytes, scan, multiprocessors);
+  const SelectPlan plan = plan_select(T, C, E, k, scan, multiprocessors);
   std::ostringstream text;
   if (plan.scans) {
     text << "int8 scan: " << plan.chunk << " tokens at a time, " << plan.sample_tiles << " of "

@@ -22,7 +22,7 @@ MASKS = ("none", "1%", "50%", "rows", "one")
 _ABLATING = ("none", "1%", "50%", "rows")
 # The kinds that each op has, in the order in which they are measured.
 MASKS_OF = dict.fromkeys(OPS, _ABLATING) | {"sae_encode": ("none",), "delete_latents": ("one", "rows")}
-DATA = ("gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal")
+DATA = ("gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster")
 CLUSTERS = {"clusters20": 20, "clusters500": 500, "one_cluster": 1, "equal": 1}
 SPREAD = 0.01  # of a code round its cluster's centre, relative to the centre
 OUTLIERS, OUTLIER_SCALE = 8, 30.0  # dimensions of z, and how many times larger, as in LLM activations
@@ -32,8 +32,6 @@ POOL = 16  # masks of delete_latents' "rows": up to so many tokens have one each
 SEQUENCE = 8
 DEVIATIONS = 2.0537  # by which a pre-activation has to exceed its mean to fire: 2 % of a normal distribution do
 CLAMP = -25.0  # what a latent of a mask that fires becomes: the smallest of those that SAEBench tries
-# Products of the two are denormal in fp32, and the squares of the codes' entries lie at the border.
-DENORMAL_X, DENORMAL_CODES = 1e-20, 1e-19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +117,14 @@ def make_inputs(cell: Cell, seed: int = 0, memory: int | None = None) -> Inputs:
     dtype = DTYPES[cell.dtype]
     codes = _codes(cell.E if cell.op == "sae_encode" else cell.C, cell.E, cell.dtype, cell.data, seed)
     x = torch.randn(cell.T, cell.E, generator=generator)
-    spread = torch.full((cell.E,), DENORMAL_X if cell.data == "denormal" else 1.0)
+    spread = torch.ones(cell.E)
     if cell.data == "outliers":
         spread[torch.randperm(cell.E, generator=generator)[:OUTLIERS]] = OUTLIER_SCALE
     x *= spread
     made: dict = {}
     if cell.op in ("sae_encode", "sae_encode_topk"):
-        small = 0.1 * (DENORMAL_X if cell.data == "denormal" else 1.0)
-        made["bias"] = (small * torch.randn(codes.shape[0], generator=generator)).to(dtype)
-        made["b_pre"] = (small * torch.randn(cell.E, generator=generator)).to(dtype)
+        made["bias"] = (0.1 * torch.randn(codes.shape[0], generator=generator)).to(dtype)
+        made["b_pre"] = (0.1 * torch.randn(cell.E, generator=generator)).to(dtype)
     elif cell.op == "masked_decode":
         made["ids"] = torch.randint(cell.C, (cell.T, cell.k), generator=generator, dtype=torch.int32)
         made["weights"] = torch.rand(cell.T, cell.k, generator=generator).to(dtype)
@@ -152,8 +149,6 @@ def _codes(C: int, E: int, dtype: str, data: str, seed: int) -> Tensor:
         codes = torch.randn(C, E, generator=generator)
     if data == "mean":
         codes += COMMON_MEAN * torch.randn(E, generator=generator)
-    if data == "denormal":
-        codes *= DENORMAL_CODES
     return codes.to(DTYPES[dtype])
 
 
@@ -172,7 +167,7 @@ def _masks(cell: Cell, generator: torch.Generator) -> dict[str, Tensor]:
 def _autoencoder(cell: Cell, codes: Tensor, spread: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """What delete_latents has beside x and the encoder. With gaussian data, what it decodes is about as large as x."""
     dtype = DTYPES[cell.dtype]
-    deviation = torch.stack([(row.double() * spread).norm() for row in codes])  # fp32 squares of "denormal" are 0
+    deviation = torch.stack([(row.double() * spread).norm() for row in codes])
     bias = 0.1 * deviation * torch.randn(cell.C, generator=generator)
     dec = torch.randn(cell.C, cell.E, generator=generator).div_(cell.E)
     pool = POOL if cell.mask == "rows" else 1

@@ -35,7 +35,7 @@ def ours(which: str, scan: str) -> Builder:
         def identical(output: Any) -> float:
             if inputs.host is None:
                 return share_identical(output, run("reference", slice(IDENTICAL_ROWS)))
-            on_the_cpu = _OURS[cell.op](inputs.host, "cpu", "fp32")[0]
+            on_the_cpu = _OURS[cell.op](inputs.host, "cpu", "none")[0]
             return share_identical(output, on_the_cpu("cpu", slice(IDENTICAL_ROWS_GPU)))
 
         return Job(run, answer, identical, note=note)
@@ -46,7 +46,7 @@ def ours(which: str, scan: str) -> Builder:
 def _pack(codes: Tensor, similarity: str, scan: str, bias: Tensor | None = None) -> tuple[ops.PackedCodes, str]:
     """Packed codes, and what to say of their scan."""
     packed = ops.pack_codes(codes, similarity, bias, scan=scan)
-    return packed, "scan fp32" if packed.scan is None else "scan int8"
+    return packed, "no scan" if packed.scan is None else "scan int8"
 
 
 def _quantize(inputs: Inputs, impl: str, scan: str) -> Ours:
@@ -60,18 +60,19 @@ def _quantize(inputs: Inputs, impl: str, scan: str) -> Ours:
 
 def _encode_topk(inputs: Inputs, impl: str, scan: str) -> Ours:
     packed, note = _pack(inputs.codes, "dot", scan, inputs.bias)
-    W_enc, b_enc, b_pre, k = inputs.codes, inputs.bias, inputs.b_pre, inputs.cell.k
 
     def run(impl: str = impl, some: slice = ALL) -> ops.Selection:
         options = _masks(inputs, some)
-        return ops.sae_encode(inputs.x[some], W_enc, b_enc, b_pre, k=k, scan=packed.scan, impl=impl, **options)
+        return ops.sae_encode(inputs.x[some], packed, inputs.b_pre, k=inputs.cell.k, impl=impl, **options)
 
     return run, lambda selection: Answer(selection.ids), note
 
 
 def _encode(inputs: Inputs, impl: str, scan: str) -> Ours:
+    packed, _ = _pack(inputs.codes, "dot", "none", inputs.bias)
+
     def run(impl: str = impl, some: slice = ALL) -> Tensor:
-        return ops.sae_encode(inputs.x[some], inputs.codes, inputs.bias, inputs.b_pre, impl=impl)
+        return ops.sae_encode(inputs.x[some], packed, inputs.b_pre, impl=impl)
 
     return run, lambda z: Answer(values=z), ""
 
@@ -96,7 +97,8 @@ def _bottleneck(inputs: Inputs, impl: str, scan: str) -> Ours:
 
 def deletion(inputs: Inputs) -> tuple[ops.Latents, ops.LatentMasks]:
     """What ``delete_latents`` is given beside x and the masks' rows."""
-    latents = ops.Latents(*(part.float() for part in (inputs.codes, inputs.bias, inputs.theta, inputs.dec)))
+    enc = ops.pack_codes(inputs.codes, "dot", inputs.bias, scan="none")
+    latents = ops.Latents(enc, inputs.theta.float(), inputs.dec.float())
     change = torch.zeros(*inputs.latents.shape, 3, device=inputs.x.device)
     change[..., 1] = CLAMP
     return latents, ops.LatentMasks(inputs.latents, change)

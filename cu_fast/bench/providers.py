@@ -17,7 +17,7 @@ COMPILED_ON_GPU = {"compiled": True, "mode": "max-autotune-no-cudagraphs"}
 
 _CPU: dict[str, Builder] = {
     "cu_fast": ours("native", "auto"),
-    "cu_fast_fp32": ours("native", "fp32"),
+    "cu_fast_exact": ours("native", "none"),
     "reference": ours("reference", "auto"),
     "torch_fp32": eager(torch.float32),
     "torch_bf16": eager(torch.bfloat16),
@@ -25,7 +25,7 @@ _CPU: dict[str, Builder] = {
 }
 _GPU: dict[str, Builder] = {
     "cu_fast": ours("native", "auto"),
-    "cu_fast_fp32": ours("native", "fp32"),
+    "cu_fast_exact": ours("native", "none"),
     "cu_fast_triton": ours("triton", "auto"),
     "torch_fp32": eager(torch.float32),
     "torch_bf16": eager(torch.bfloat16),
@@ -35,7 +35,7 @@ _GPU: dict[str, Builder] = {
 
 
 def _without_scan(providers: dict[str, Builder]) -> dict[str, Builder]:
-    return {name: build for name, build in providers.items() if name != "cu_fast_fp32"}
+    return {name: build for name, build in providers.items() if name != "cu_fast_exact"}
 
 
 # By device, op and name, in the order in which their rows are written.

@@ -9,6 +9,9 @@ worst-case bound, which grows with E and would hide the errors of bf16, but seve
 reach in any usual order: about 0.5 u for independent terms, 2 u for terms of one sign. A bf16 product is wrong by
 some hundred u. A row's tolerance is the largest of its codes', and two scores are compared with twice of it.
 
+What a bottleneck decodes may be wrong by the roundings of a sum of k, and by 4 u max|row| per row of its folded table, which is a
+product itself.
+
 Of ``delete_latents`` a latent of the mask may fire or not where its score is within the tolerance of its threshold. What is
 written may be wrong by as much as the scores that it is made of, by the roundings of a sum of k, and by 8 u ||a|| ||dec_d||
 with a the activations of all latents and dec_d a column of the decoder: a dense hook subtracts two such sums.
@@ -111,12 +114,18 @@ class Truth:
             ids = inputs.ids[self.rows].long() if ids is None else ids
             weights = torch.ones(ids.shape) if inputs.weights is None else inputs.weights[self.rows]
             weights = (weights * (ids >= 0)).double() * ~inputs.is_deleted(self.rows, ids.clamp(min=0))
-            truth, slack = torch.zeros_like(values), torch.zeros_like(values)
+            truth, slack, folded = (
+                torch.zeros_like(values),
+                torch.zeros_like(values),
+                torch.zeros(len(values), 1).double(),
+            )
             for i in range(ids.shape[1]):
                 part = weights[:, i, None] * inputs.codes[ids[:, i].clamp(min=0)].double()
                 truth, slack = truth + part, slack + part.abs()
+                if self.op == "bottleneck":  # whose table is made of scores
+                    folded += weights[:, i, None] * part.abs().amax(1, keepdim=True)
             # k roundings of the sum, the weights' own and the last one; underflow as above.
-            slack = (ids.shape[1] + 2) * U * slack + UNDERFLOW * ids.shape[1]
+            slack = (ids.shape[1] + 2) * U * slack + UNDERFLOW * ids.shape[1] + FACTOR / 2 * U * folded
             slack += torch.finfo(DTYPES[inputs.cell.dtype]).eps * truth.abs()
         return ((values - truth).abs() <= slack).all(1)
 

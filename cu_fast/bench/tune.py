@@ -32,6 +32,7 @@ from cu_fast.bench.job import Job
 from cu_fast.bench.ours import deletion
 from cu_fast.bench.tune_grid import CROSSING, SCENES, Scene, candidates, proofs
 from cu_fast.kernels import triton
+from cu_fast.kernels.reference import DIGITS
 from cu_fast.kernels.triton import launch, tiles
 from cu_fast.kernels.triton.tiles import Config, Table
 
@@ -194,17 +195,18 @@ class Tuner:
         if cell.op == "masked_decode":
             return lambda: (ops.masked_decode(inputs.ids, inputs.weights, inputs.codes, **inputs.masks, impl="triton"),)
         if cell.op == "sae_encode":
-            return lambda: (ops.sae_encode(inputs.x, inputs.codes, inputs.bias, inputs.b_pre, impl="triton"),)
+            packed = ops.pack_codes(inputs.codes, "dot", inputs.bias, scan="none")
+            return lambda: (ops.sae_encode(inputs.x, packed, inputs.b_pre, impl="triton"),)
         if cell.op == "delete_latents":
             latents, masks = deletion(inputs)
             return lambda: ops.delete_latents(inputs.x, latents, masks, inputs.mask_row, impl="triton")
-        packed, options = ops.pack_codes(inputs.codes, scan="int8" if scene.scan else "fp32"), inputs.masks
+        packed, options = ops.pack_codes(inputs.codes, scan="int8" if scene.scan else "none"), inputs.masks
         return lambda: ops.codebook_quantize(
             inputs.x, packed, k=cell.k, **options, return_hits=scene.hits, impl="triton"
         )
 
 
-def fit(cells: Sequence[Mapping[str, float]], code_bytes: int = 2) -> dict[str, float]:
+def fit(cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Fields of Tuning from times of both ways, by the model of ``launch.scan_is_faster``, or those that ship.
 
     cells: T, E, C, scan_us, exact_us. The cell with the least work gives the start, that with the most the rates of
@@ -213,7 +215,7 @@ def fit(cells: Sequence[Mapping[str, float]], code_bytes: int = 2) -> dict[str, 
     by_work = sorted(cells, key=lambda cell: (cell["T"], cell["C"] * cell["E"]))
     least, most = by_work[0], by_work[-1]
     widest = max((cell for cell in cells if cell["T"] == least["T"]), key=lambda cell: cell["C"] * cell["E"])
-    read = widest["C"] * widest["E"] * code_bytes / widest["exact_us"]
+    read = widest["C"] * widest["E"] * DIGITS / widest["exact_us"]
     start = max(least["scan_us"] - least["C"] * least["E"] / read, 1.0)
     products = most["T"] * most["C"] * most["E"]
     rates = {
@@ -224,14 +226,14 @@ def fit(cells: Sequence[Mapping[str, float]], code_bytes: int = 2) -> dict[str, 
     }
     measured = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
     shipped = {name: getattr(launch.TUNING, name) for name in rates}
-    return min(measured, shipped, key=lambda tuning: lost(cells, code_bytes, tuning))
+    return min(measured, shipped, key=lambda tuning: lost(cells, tuning))
 
 
-def lost(cells: Iterable[Mapping[str, float]], code_bytes: int, tuning: Mapping[str, float]) -> float:
+def lost(cells: Iterable[Mapping[str, float]], tuning: Mapping[str, float]) -> float:
     """Microseconds beyond the better way's, over all cells, where these fields of Tuning choose."""
     total, all_fields = 0.0, launch.TUNING._replace(**tuning)
     for cell in cells:
-        scans = launch.scan_is_faster(cell["T"], cell["C"] * cell["E"], code_bytes, all_fields)
+        scans = launch.scan_is_faster(cell["T"], cell["C"] * cell["E"], all_fields)
         total += cell["scan_us" if scans else "exact_us"] - min(cell["scan_us"], cell["exact_us"])
     return total
 

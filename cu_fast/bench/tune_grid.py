@@ -46,11 +46,13 @@ SCENES: dict[str, dict[str, tuple[Scene, ...]]] = {
     "scan_codes": {"few": (_quantize(8, 8, scan=True),), "many": (_quantize(256, 8, scan=True),)},
     "gather_sum": {"narrow": (_decode(768),), "wide": (_decode(4096),)},
     "encode_tile": {"one": (_encode(1),), "few": (_encode(4),), "many": (_encode(256),)},
+    "fix_rows": {"all": (_encode(256),)},
     "finish": {"small": (_quantize(256, 64, scan=True),), "large": (_quantize(1, 64),)},
     "score_candidates": {"all": (_quantize(256, 64, scan=True),)},
     "narrow": {"all": (_quantize(256, 64, scan=True),)},
     "scan_threshold": {"all": (_quantize(256, 64, scan=True),)},
     "scan_rows": {"all": (_quantize(256, 8, scan=True, E=2048, C=8192),)},
+    "scale_tokens": {"all": (_delete(20),)},
     "score_latents": {"all": (_delete(20), _delete(345))},
     "add_latents": {"narrow": (_delete(345, 768),), "wide": (_delete(345),)},
     "dose_latents": {"all": (_delete(20),)},
@@ -64,29 +66,30 @@ def _rows(num_warps: Sequence[int], num_stages: Sequence[int] = (2,), **blocks: 
     return tuple(tiles.config(warps, stages, **dict(zip(blocks, sizes))) for warps, stages, *sizes in cut)
 
 
-_TILES = {
-    "one": _rows((2, 4), T=(1,), C=(32, 64), UNROLL=(4, 8)),
-    "few": _rows((4, 8), T=(4,), C=(32, 64), UNROLL=(2, 4)),
-    "many": _rows((4, 8), T=(8, 16), C=(32, 64), UNROLL=(2,)),
+_FEW = {
+    "one": _rows((2, 4), (2, 4), T=(1,), C=(32, 64), E=(64,)),
+    "few": _rows((4, 8), (2, 3), T=(16,), C=(32, 64), E=(64,)),
 }
 _SUMS = {
     "narrow": _rows((2,), D=(128, 256, 512), UNROLL=(4, 8)),
     "wide": _rows((4,), D=(512, 1024, 2048), UNROLL=(4, 8)),
 }
 GRID: dict[str, dict[str, tuple[Config, ...]]] = {
-    "score_codes": _TILES,
+    "score_codes": _FEW | {"many": _rows((4, 8), (3,), T=(16, 32), C=(32, 64), E=(64,))},
     "scan_codes": {
         "few": _rows((4, 8), (2, 4), T=(16,), C=(64, 128), E=(64,)),
         "many": _rows((8,), (2, 4), T=(32, 64), C=(128, 256), E=(64,)),
     },
     "gather_sum": _SUMS,
-    "encode_tile": _TILES,
+    "encode_tile": _FEW | {"many": _rows((4, 8), (3,), T=(32, 64), C=(64, 128), E=(64,))},
+    "fix_rows": {"all": _rows((4, 8), E=(512, 1024, 2048))},
     "finish": {"small": _rows((4, 8), N=(512, 1024, 2048)), "large": _rows((4, 8), N=(2048, 4096, 8192))},
-    "score_candidates": {"all": _rows((4,), C=(16, 32, 64), UNROLL=(4, 8))},
+    "score_candidates": {"all": _rows((4,), (2, 3, 4), C=(16, 32, 64), E=(64,))},
     "narrow": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
     "scan_threshold": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
     "scan_rows": {"all": _rows((4, 8), E=(512, 1024, 2048), STEP=(64,))},
-    "score_latents": {"all": _rows((2, 4, 8), C=(16, 32, 64), UNROLL=(4, 8))},
+    "scale_tokens": {"all": _rows((2, 4), E=(512, 1024), UNROLL=(4, 8))},
+    "score_latents": {"all": _rows((2, 4, 8), (2, 3), C=(16, 32, 64), E=(64,))},
     "add_latents": _SUMS,
     "dose_latents": {"all": _rows((1, 2), UNROLL=(8, 16, 32))},
 }

@@ -21,7 +21,7 @@ Op = Literal["sae_encode", "sae_encode_topk", "codebook_quantize", "masked_decod
 Dtype = Literal["fp32", "bf16"]
 MaskKind = Literal["none", "1%", "50%", "rows", "one"]
 Silent = Literal["refuse", "always", "none"]
-Data = Literal["gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster", "denormal"]
+Data = Literal["gaussian", "mean", "clusters20", "clusters500", "outliers", "equal", "one_cluster"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of text.")]
 ModelFolder = Annotated[

@@ -258,7 +258,7 @@ class Attachment:
             k: codes kept per token; None for latents with a threshold.
             mask_mode: "ablate" or "reselect".
             impl: "reference", "cpu", "cuda" or "triton".
-            scan: "int8" or "fp32", what the codes are read as.
+            scan: "int8", or "none": every code is scored.
             tokens: how many passed; of a "delta" splice those of requests that delete.
             hits: how many kept codes masks took away.
             changed, dose, max_dose: of a "delta" splice the tokens that masks changed, and the mean and the largest

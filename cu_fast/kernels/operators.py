@@ -71,10 +71,14 @@ def _selection(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scan_plane(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    groups = (a.digits.shape[0] + 63) // 64
+    plane = a.digits.new_empty((groups, (a.E + 3) // 4, 64, 4), dtype=torch.uint8)
+    return plane, _fp32(a.digits, groups, 196), _fp32(a.digits, a.E)
+
+
+def _digits(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     C, E = a.codes.shape
-    groups = (C + 63) // 64
-    plane = a.codes.new_empty((groups, (E + 3) // 4, 64, 4), dtype=torch.uint8)
-    return plane, _fp32(a.codes, groups, 196), _fp32(a.codes, E)
+    return a.codes.new_empty((C, 3, (E + 63) // 64 * 64), dtype=torch.int8), _fp32(a.codes, C), _fp32(a.codes, C)
 
 
 def _deletion(a: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +89,7 @@ def _deletion(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 OPERATORS = {
     operator.name: operator
     for operator in (
-        Operator("sae_encode", lambda a: _fp32(a.x, a.x.shape[0], a.W_enc.shape[0])),
+        Operator("sae_encode", lambda a: _fp32(a.x, a.x.shape[0], a.W_digits.shape[0])),
         Operator("sae_encode_topk", lambda a: (_fp32(a.x, a.x.shape[0], a.k), _int32(a.x, a.x.shape[0], a.k))),
         Operator("codebook_quantize", _selection),
         Operator("masked_decode", lambda a: a.table.new_empty((a.ids.shape[0], a.table.shape[1]))),
@@ -95,6 +99,7 @@ OPERATORS = {
             writes=("receipt",),
         ),
         Operator("delete_latents", _deletion),
+        Operator("pack_digits", _digits),
         Operator("pack_scan", _scan_plane),
     )
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,26 @@ from cu_fast.nn.training import TrainingPath
 FOLD_LIMIT_BYTES = 2**30
 STRENGTH = 2.0  # how many times a delta splice takes out what a deleted code wrote, unless the mask says otherwise
 SAMPLE = 509  # elements of a parameter that refresh() compares; a prime, so that they lie in different columns
-FOLDED = ("inv_norm", "bias", "scan_plane", "scan_terms", "scan_mean", "W_enc", "b_pre", "W_dec", "b_dec", "table")
+
+
+class Folded(NamedTuple):
+    """What evaluation reads.
+
+    Attributes:
+        codes: the codebook's.
+        W_enc: encoder over the scale, with b_enc; None without an autoencoder, like the next three.
+        b_pre: fp32 [D], times the scale.
+        W_dec: decoder times the scale, with b_dec.
+        b_dec: fp32 [D], times the scale.
+        table: [C, D], what each code decodes to; None where that would be too large.
+    """
+
+    codes: ops.PackedCodes
+    W_enc: ops.PackedCodes | None
+    b_pre: Tensor | None
+    W_dec: ops.PackedCodes | None
+    b_dec: Tensor | None
+    table: Tensor | None
 
 
 class CodebookBottleneck(TrainingPath):
@@ -65,8 +84,7 @@ class CodebookBottleneck(TrainingPath):
         self.codebook = Codebook(config.num_codes, config.code_dim, config.similarity)
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
-        for name in FOLDED:
-            self.register_buffer(f"folded_{name}", None, persistent=False)
+        self.folded: Folded | None = None
         self._folded_version: tuple | None = None
         self._folded_sample: Tensor | None = None
         self._sha256: tuple[tuple, str] | None = None
@@ -122,12 +140,12 @@ class CodebookBottleneck(TrainingPath):
 
     def _forward_inference(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
         self._check_folded()
-        if self.folded_table is None:
+        config, folded = self.config, self.folded
+        if folded.table is None:
             return self._decode_through(x, mask_table, mask_row)
-        config = self.config
         return ops.codebook_bottleneck(
             x.float() / self.rms if self.autoencoder is None else x,
-            self._encoder(), self._packed(), self.folded_table, self.folded_b_dec, mask_table, mask_row, k=config.k,
+            self._encoder(), folded.codes, folded.table, folded.b_dec, mask_table, mask_row, k=config.k,
             activation=config.activation, mask_mode=self.mask_mode, weight=config.weight, receipt=self.passed,
             impl=self.impl,
         )  # fmt: skip
@@ -139,11 +157,11 @@ class CodebookBottleneck(TrainingPath):
         change, deleted = _changes(ids, scores, self.config, masks, mask_row)
         # A row with NaN or Inf has no ids, and the weight NaN, which makes its row NaN.
         ids = torch.where(deleted, ids, -1)
-        if self.folded_table is None:
+        if self.folded.table is None:
             q = ops.masked_decode(ids, change, self.codebook.codes.detach().float(), impl=self.impl)
-            delta = ops.sae_encode(q, self.folded_W_dec, activation="none", impl=self.impl)
+            delta = ops.sae_encode(q, self.folded.W_dec._replace(bias=None), activation="none", impl=self.impl)
         else:
-            delta = ops.masked_decode(ids, change, self.folded_table, impl=self.impl)
+            delta = ops.masked_decode(ids, change, self.folded.table, impl=self.impl)
         hits, faulty = deleted.sum(1), change.isnan().any(1)
         dose = torch.where(hits > 0, delta.norm(dim=1) / x.float().norm(dim=1), 0.0)
         self._count(hits, dose)
@@ -166,12 +184,10 @@ class CodebookBottleneck(TrainingPath):
         q = ops.masked_decode(
             ids, weights, self.codebook.codes.detach(), reduce=reduce, impl=self.impl, **({} if reselect else masked)
         )
-        return ops.sae_encode(q, self.folded_W_dec, self.folded_b_dec, activation="none", impl=self.impl)
+        return ops.sae_encode(q, self.folded.W_dec, activation="none", impl=self.impl)
 
-    def _encoder(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.autoencoder is None:
-            return None
-        return self.folded_W_enc, self.autoencoder.b_enc.detach(), self.folded_b_pre
+    def _encoder(self) -> tuple[ops.PackedCodes, Tensor] | None:
+        return None if self.autoencoder is None else (self.folded.W_enc, self.folded.b_pre)
 
     def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
         encoder = self._encoder()
@@ -179,15 +195,7 @@ class CodebookBottleneck(TrainingPath):
             z = x.float() / self.rms
         else:
             z = ops.sae_encode(x, *encoder, activation=self.config.activation, impl=self.impl)
-        return ops.codebook_quantize(z, self._packed(), k=k, impl=self.impl, **options)
-
-    def _packed(self) -> ops.PackedCodes:
-        scan = None
-        if self.folded_scan_plane is not None:
-            scan = ops.ScanPlane(self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean)
-        return ops.PackedCodes(
-            self.codebook.codes.detach(), self.config.similarity, self.folded_inv_norm, self.folded_bias, scan
-        )
+        return ops.codebook_quantize(z, self.folded.codes, k=k, impl=self.impl, **options)
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int | None = None) -> ops.Selection:
@@ -217,7 +225,7 @@ class CodebookBottleneck(TrainingPath):
 
         Returns:
             impl: "reference", "cpu", "cuda" or "triton".
-            scan: "int8" or "fp32", what the codes are read as.
+            scan: "int8", or "none": every code is scored.
             tokens: how many passed.
             hits: how many kept codes masks took away.
 
@@ -227,35 +235,34 @@ class CodebookBottleneck(TrainingPath):
         self._settle()
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self.codebook.codes.device)
-        scan = "int8" if impl != "reference" and self.folded_scan_plane is not None else "fp32"
+        scan = (
+            "int8" if impl != "reference" and self.folded is not None and self.folded.codes.scan is not None else "none"
+        )
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     # -- folding ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Compute what evaluation reads: packed codes, and encoder and decoder multiplied by the scale.
+        """Compute what evaluation reads: codes, and encoder and decoder multiplied by the scale, packed.
 
         Called by ``eval()``, after loading, after ``.to()``, and in eager mode by the next forward after a parameter
         was written to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation mode.
         """
         codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
-        packed = self.codebook.pack(self.scan)
-        self.folded_inv_norm, self.folded_bias = packed.inv_norm, packed.bias
-        self.folded_scan_plane, self.folded_scan_terms, self.folded_scan_mean = packed.scan or (None, None, None)
+        packed, W_enc, b_pre, W_dec, b_dec, table = self.codebook.pack(self.scan), None, None, None, None, None
         if sae is None:
-            self.folded_table = codes.float() * rms
+            table = codes.float() * rms
         else:
-            self.folded_W_enc = sae.W_enc.float() / rms
-            self.folded_b_pre = sae.b_pre.float() * rms
-            self.folded_W_dec = sae.W_dec.float() * rms
-            self.folded_b_dec = sae.b_dec.float() * rms
-            self.folded_table = None
+            W_enc = ops.pack_codes(sae.W_enc.detach().float() / rms, "dot", sae.b_enc.detach(), scan="none")
+            b_pre, b_dec = sae.b_pre.float() * rms, sae.b_dec.float() * rms
+            W_dec = ops.pack_codes(sae.W_dec.detach().float() * rms, "dot", b_dec, scan="none")
             table_bytes = codes.shape[0] * self.config.d_model * codes.element_size()
             if table_bytes <= max(FOLD_LIMIT_BYTES, codes.numel() * codes.element_size()):
-                self.folded_table = ops.sae_encode(codes, self.folded_W_dec, activation="none", impl=self.impl)
-        if self.folded_table is not None and self.splice == "replace":  # what is added to x is rounded with it
-            self.folded_table = self.folded_table.to(codes.dtype)
+                table = ops.sae_encode(codes, W_dec._replace(bias=None), activation="none", impl=self.impl)
+        if table is not None and self.splice == "replace":  # what is added to x is rounded with it
+            table = table.to(codes.dtype)
+        self.folded = Folded(packed, W_enc, b_pre, W_dec, b_dec, table)
         self._folded_version, self._folded_sample = self._version(), self._sample()
 
     def refresh(self) -> None:
@@ -295,9 +302,7 @@ class CodebookBottleneck(TrainingPath):
         """Training mode drops what was folded, evaluation mode folds. Returns self."""
         super().train(mode)
         if mode:
-            self._folded_version = self._folded_sample = self._sha256 = None
-            for name in FOLDED:
-                setattr(self, f"folded_{name}", None)
+            self._folded_version = self._folded_sample = self._sha256 = self.folded = None
         elif not self.codebook.codes.is_meta:
             self.refresh()
             self._check_folded()

@@ -30,7 +30,7 @@ class Codebook(nn.Module):
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
 
     def pack(self, scan: ops.Scan = "auto") -> ops.PackedCodes:
-        """The codes as the operators take them; shares their memory. ``scan``: as for ``ops.pack_codes``."""
+        """The codes as the operators take them, packed anew. ``scan``: as for ``ops.pack_codes``."""
         return ops.pack_codes(self.codes.detach(), self.similarity, scan=scan)
 
     def similarities(self, z: Tensor, ids: Tensor, impl: ops.Impl = "auto") -> Tensor:

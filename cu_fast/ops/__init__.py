@@ -57,6 +57,7 @@ from cu_fast.ops.packing import (
     Scan,
     ScanPlane,
     Similarity,
+    check_packed,
     choose_scan,
     pack_codes,
     selection_plan,
@@ -150,48 +151,43 @@ def codebook_quantize(
     Raises:
         ValueError: an argument with a wrong shape, device or value.
         TypeError: an argument with a wrong dtype.
-        RuntimeError: z or packed.codes requires grad, or the implementation asked for cannot run.
+        RuntimeError: z requires grad, or the implementation asked for cannot run.
     """
-    C, E = packed.codes.shape
-    check_matrix("z", z, width=E, of="packed.codes")
+    C = check_packed("packed", packed, "z", z)
     check_k(k, C)
-    check_device("packed.codes", packed.codes, "z", z)
     check_mask(mask_table, mask_row, z.shape[0], C, z.device)
-    refuse_grad("codebook_quantize", z=z, codes=packed.codes)
+    refuse_grad("codebook_quantize", z=z)
     op, scan = choose("codebook_quantize", impl, z.device), packed.scan or reference.NO_SCAN
-    scores, ids, hits = op(z, packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row, return_hits, *scan)
+    scores, ids, hits = op(z, packed.digits, packed.factor, packed.bias, k, mask_table, mask_row, return_hits, *scan)
     return Selection(scores, ids, hits if return_hits else None)
 
 
 def sae_encode(
     x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
+    W_enc: PackedCodes,
     b_pre: Tensor | None = None,
     *,
     activation: Activation = "relu",
     k: int | None = None,
     mask_table: Tensor | None = None,
     mask_row: Tensor | None = None,
-    scan: ScanPlane | None = None,
     impl: Impl = "auto",
 ) -> Tensor | Selection:
     """A sparse autoencoder's encoder: dense, or with ``k`` the TopK-SAE's fused selection (arXiv 2406.04093).
 
     Args:
         x: [T, D], fp32, bf16 or fp16.
-        W_enc: [E, D], fp32, bf16 or fp16. With k its rows are the codes, so C is E.
-        b_enc: [E], or None = 0.
+        W_enc: W_enc [E, D] with b_enc, from ``pack_codes(W_enc, "dot", b_enc)``. With k its rows are the codes, so C is E;
+            without, ``scan="none"`` saves memory.
         b_pre: [D], subtracted from x first, or None = 0.
         activation: "relu" or "none".
         k: latents kept per token, 1 <= k <= E; None = all, a dense z.
         mask_table: only with k: int32 [U, ceil(E/32)], or None = nothing deleted; see the module's docstring.
         mask_row: only with k: int32 [T], -1 = nothing deleted; None where mask_table is.
-        scan: only with k: ``pack_codes(W_enc, "dot").scan``, or None. The results do not depend on it.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        Without k: z, fp32 [T, E]. Every entry is a canonical dot product, so that a selection from it does not
+        Without k: z, fp32 [T, E]. Every entry is a score, so that a selection from it does not
         depend on machine or batch; a row with NaN or Inf in x - b_pre is NaN.
         With k: Selection, ordered by the pre-activation; its scores are activation(score), the decode weights.
 
@@ -200,25 +196,20 @@ def sae_encode(
         TypeError: an argument with a wrong dtype.
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
-    check_matrix("W_enc", W_enc)
-    E, D = W_enc.shape
-    check_matrix("x", x, width=D, of="W_enc")
-    check_device("W_enc", W_enc, "x", x)
-    check_vector("b_enc", b_enc, E, "W_enc's rows", x.device)
-    check_vector("b_pre", b_pre, D, "D", x.device)
+    E = check_packed("W_enc", W_enc, "x", x)
+    check_vector("b_pre", b_pre, W_enc.width, "D", x.device)
     check_choice("activation", activation, ACTIVATIONS)
-    refuse_grad("sae_encode", x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre)
+    refuse_grad("sae_encode", x=x, b_pre=b_pre)
+    encoder = W_enc.digits, W_enc.factor, W_enc.bias, b_pre
     relu = activation == "relu"
     if k is None:
         if mask_table is not None or mask_row is not None:
             raise ValueError("mask_table and mask_row need k: a dense encode selects nothing to mask")
-        if scan is not None:
-            raise ValueError("scan needs k: a dense encode selects nothing")
-        return choose("sae_encode", impl, x.device)(x, W_enc, b_enc, b_pre, relu)
+        return choose("sae_encode", impl, x.device)(x, *encoder, relu)
     check_k(k, E)
     check_mask(mask_table, mask_row, x.shape[0], E, x.device)
-    op, plane = choose("sae_encode_topk", impl, x.device), scan or reference.NO_SCAN
-    return Selection(*op(x, W_enc, b_enc, b_pre, k, mask_table, mask_row, relu, *plane), None)
+    op, plane = choose("sae_encode_topk", impl, x.device), W_enc.scan or reference.NO_SCAN
+    return Selection(*op(x, *encoder, k, mask_table, mask_row, relu, *plane), None)
 
 
 def masked_decode(
@@ -279,7 +270,7 @@ def masked_decode(
 
 def codebook_bottleneck(
     x: Tensor,
-    encoder: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    encoder: tuple[PackedCodes, Tensor | None] | None,
     packed: PackedCodes,
     table: Tensor,
     b_dec: Tensor | None = None,
@@ -297,7 +288,8 @@ def codebook_bottleneck(
 
     Args:
         x: [T, D], fp32, bf16 or fp16.
-        encoder: (W_enc [E, D], b_enc [E] or None = 0, b_pre [D] or None = 0); None = x is z, and E is D.
+        encoder: (W_enc [E, D] with b_enc, packed as for :func:`sae_encode`; b_pre [D] or None = 0); None = x is z, and E
+            is D.
         packed: from :func:`pack_codes`.
         table: [C, D], the decoded row of each code, which it adds to y.
         b_dec: [D], or None = 0.
@@ -318,23 +310,21 @@ def codebook_bottleneck(
         TypeError: an argument with a wrong dtype.
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
-    C, E = packed.codes.shape
-    W_enc, b_enc, b_pre = encoder or (None, None, None)
+    W_enc, b_pre = encoder or (None, None)
     if W_enc is None:
-        check_matrix("x", x, width=E, of="packed.codes")
+        C = check_packed("packed", packed, "x", x)
+        encode = None, None, None, None
     else:
-        check_matrix("W_enc", W_enc)
-        check_matrix("x", x, width=W_enc.shape[1], of="W_enc")
-        if W_enc.shape[0] != E:
-            raise ValueError(f"W_enc has shape {shape(W_enc)}; it should have {E} rows, the width of packed.codes")
-        check_device("W_enc", W_enc, "x", x)
-        check_vector("b_enc", b_enc, E, "E", x.device)
-        check_vector("b_pre", b_pre, W_enc.shape[1], "D", x.device)
+        rows = check_packed("W_enc", W_enc, "x", x)
+        if rows != packed.width:
+            raise ValueError(f"W_enc has {rows} rows; it should have {packed.width}, the width of the codes in packed")
+        check_vector("b_pre", b_pre, W_enc.width, "D", x.device)
+        C = check_packed("packed", packed, "x", x, as_wide=False)
+        encode = W_enc.digits, W_enc.factor, W_enc.bias, b_pre
     check_matrix("table", table)
     if table.shape[0] != C:
         raise ValueError(f"table has shape {shape(table)}; it should have {C} rows, one per code")
     check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
-    check_device("packed.codes", packed.codes, "x", x)
     check_device("table", table, "x", x)
     check_k(k, C)
     check_mask(mask_table, mask_row, x.shape[0], C, x.device)
@@ -343,9 +333,9 @@ def codebook_bottleneck(
     check_choice("weight", weight, WEIGHTS)
     if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
         raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
-    refuse_grad("codebook_bottleneck", x=x, W_enc=W_enc, codes=packed.codes, table=table)
+    refuse_grad("codebook_bottleneck", x=x, table=table)
     op, scan = choose("codebook_bottleneck", impl, x.device), packed.scan or reference.NO_SCAN
     return op(
-        x, W_enc, b_enc, b_pre, activation == "relu", packed.codes, packed.inv_norm, packed.bias, k, mask_table, mask_row,
+        x, *encode, activation == "relu", packed.digits, packed.factor, packed.bias, k, mask_table, mask_row,
         mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,
     )  # fmt: skip

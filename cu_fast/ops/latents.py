@@ -23,7 +23,7 @@ from cu_fast.ops.checks import (
     shape,
 )
 from cu_fast.ops.choice import Impl, choose
-from cu_fast.ops.packing import ScanPlane
+from cu_fast.ops.packing import PackedCodes, check_packed
 
 LatentKind = Literal["threshold", "topk"]
 TokenScale = Literal["none", "layer_norm", "constant_norm"]
@@ -34,26 +34,23 @@ class Latents(NamedTuple):
     """Latents of a sparse autoencoder: its own, or those alone that masks change.
 
     Attributes:
-        enc: fp32 [R, Din].
-        bias: fp32 [R].
+        enc: the encoder's rows [R, Din] with their biases, from ``pack_codes(enc, "dot", bias)``. The plane of its scan is
+            read for kind "topk" alone.
         theta: fp32 [R], what a latent's pre-activation has to exceed; at least 0 in effect. Not looked at for "topk".
         dec: fp32 [R, Dout].
         kind: "threshold", or "topk": a latent fires among the k best of all R, where it is positive.
         k: of kind "topk", else None. Of this kind all latents of the autoencoder are given, in its order.
         scale: which factor a token has: "none", "layer_norm" or "constant_norm".
         norm: of scale "constant_norm".
-        scan: of kind "topk": ``pack_codes(enc, "dot").scan``, or None. The results do not depend on it.
     """
 
-    enc: Tensor
-    bias: Tensor
+    enc: PackedCodes
     theta: Tensor
     dec: Tensor
     kind: LatentKind = "threshold"
     k: int | None = None
     scale: TokenScale = "none"
     norm: float = 1.0
-    scan: ScanPlane | None = None
 
 
 class LatentMasks(NamedTuple):
@@ -116,45 +113,44 @@ def delete_latents(
         TypeError: an argument with a wrong dtype.
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
-    enc, bias, theta, dec, kind, k, scale, norm, scan = latents
+    enc, theta, dec, kind, k, scale, norm = latents
     _check_latents(latents, x, residual)
     _check_masks(masks, x.device)
     T = x.shape[0]
     check_row(mask_row, T, masks.latents.shape[0], x.device)
-    refuse_grad("delete_latents", x=x, enc=enc, dec=dec, residual=residual)
+    refuse_grad("delete_latents", x=x, dec=dec, residual=residual)
     op, which = choose("delete_latents", impl, x.device), TOKEN_SCALES.index(scale)
+    rows = enc.digits, enc.factor, enc.bias
     if kind == "threshold":
-        return Deletion(*op(x, residual, enc, bias, theta, dec, which, norm, *masks, mask_row, None, None))
-    check_k(k, enc.shape[0])
+        return Deletion(*op(x, residual, *rows, theta, dec, which, norm, *masks, mask_row, None, None))
+    check_k(k, len(theta))
 
     def floor_of(x: Tensor) -> tuple[Tensor, Tensor]:
         if scale != "none":
             x = x.float() * reference.token_scales(x, which, norm)[0][:, None]
-        scores, ids, _ = ops.sae_encode(x, enc, bias, activation="none", k=k, scan=scan, impl=impl)
+        scores, ids, _ = ops.sae_encode(x, enc, activation="none", k=k, impl=impl)
         return scores[:, -1].contiguous(), ids[:, -1].contiguous()
 
-    fixed = bias, torch.zeros_like(theta), dec, which, norm, *masks
+    fixed = *rows, torch.zeros_like(theta), dec, which, norm, *masks
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return Deletion(*op(x, residual, enc, *fixed, mask_row, *floor_of(x)))
+        return Deletion(*op(x, residual, *fixed, mask_row, *floor_of(x)))
     # On a CPU the rank is looked up for those tokens alone at which a latent of the mask is positive.
-    found = Deletion(*op(x, residual, enc, *fixed, mask_row, None, None))
+    found = Deletion(*op(x, residual, *fixed, mask_row, None, None))
     some = found.hits.nonzero()[:, 0]
     if some.shape[0] == T > 0:
-        return Deletion(*op(x, residual, enc, *fixed, mask_row, *floor_of(x)))
+        return Deletion(*op(x, residual, *fixed, mask_row, *floor_of(x)))
     if some.shape[0]:
         part, kept = x[some], None if residual is None else residual[some]
-        for whole, new in zip(found, op(part, kept, enc, *fixed, mask_row[some], *floor_of(part))):
+        for whole, new in zip(found, op(part, kept, *fixed, mask_row[some], *floor_of(part))):
             whole[some] = new
     return found
 
 
 def _check_latents(latents: Latents, x: Tensor, residual: Tensor | None) -> None:
-    enc, bias, theta, dec, kind, _, scale, norm, _ = latents
-    check_matrix("enc", enc)
-    R, Din = enc.shape
-    if R == 0:
-        raise ValueError("enc has no rows; it should hold at least one latent")
-    check_matrix("x", x, width=Din, of="enc")
+    enc, theta, dec, kind, _, scale, norm = latents
+    R = check_packed("enc", enc, "x", x)
+    if enc.bias is None:
+        raise ValueError("enc has no bias; give pack_codes the latents' biases, zeros where they have none")
     check_matrix("dec", dec)
     if dec.shape[0] != R:
         raise ValueError(f"dec has shape {shape(dec)}; it should have {R} rows, one per latent of enc")
@@ -163,11 +159,9 @@ def _check_latents(latents: Latents, x: Tensor, residual: Tensor | None) -> None
         check_device("residual", residual, "x", x)
         if residual.shape[0] != x.shape[0]:
             raise ValueError(f"residual has {residual.shape[0]} rows; it should have {x.shape[0]}, as x has")
-    check_vector("bias", bias, R, "a latent each", x.device)
     check_vector("theta", theta, R, "a latent each", x.device)
-    check_device("enc", enc, "x", x)
     check_device("dec", dec, "x", x)
-    for name, tensor in (("enc", enc), ("bias", bias), ("theta", theta), ("dec", dec)):
+    for name, tensor in (("theta", theta), ("dec", dec)):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}; it should be float32")
     check_choice("kind", kind, LATENT_KINDS)

@@ -149,7 +149,7 @@ class SAE:
     def activations(self, x: Tensor) -> Tensor:
         """What every latent is, for inspection: this builds [T, C], so keep T small.
 
-        rho x is rounded to fp32; then the canonical dot product, then the bias.
+        rho x is rounded to fp32; then the score, bias included (contract, section 2).
 
         Args:
             x: [T, Din], fp32, bf16 or fp16, on the device of the weights.
@@ -164,11 +164,21 @@ class SAE:
             RuntimeError: x requires grad.
         """
         x = self.scaled(x)
-        pre = ops.sae_encode(x, self.enc, self.bias, activation="none")
+        pre = ops.sae_encode(x, self._packed, activation="none")
         fires = (pre > self.theta) & (pre > 0)
         if self.kind == "topk":
             fires &= self._among_best(x, pre)
         return torch.where(fires | pre.isnan(), pre, 0.0)
+
+    @property
+    def _packed(self) -> ops.PackedCodes:
+        """The encoder as the operators take it, packed again where its tensors were written to since."""
+        now = tuple((row.data_ptr(), -1 if row.is_inference() else row._version) for row in (self.enc, self.bias))
+        known = self.__dict__.get("_last_packed")
+        if known is None or known[0] != now:
+            scan = "auto" if self.kind == "topk" else "none"
+            known = self.__dict__["_last_packed"] = now, ops.pack_codes(self.enc, "dot", self.bias, scan)
+        return known[1]
 
     def decode(self, activations: Tensor, x: Tensor | None = None) -> Tensor:
         """What activations write: sigma(x) times the sum of a_i v_i, for inspection.
@@ -248,7 +258,7 @@ class SAE:
 
     def _among_best(self, x: Tensor, pre: Tensor) -> Tensor:
         """bool [T, C]: which latents are the k best: higher pre first, at equal pre the smaller id."""
-        ids = ops.sae_encode(x, self.enc, self.bias, activation="none", k=self.k).ids.long()
+        ids = ops.sae_encode(x, self._packed, activation="none", k=self.k).ids.long()
         best = torch.zeros(len(pre), self.num_latents + 1, dtype=torch.bool, device=pre.device)
         best.scatter_(1, ids.where(ids >= 0, self.num_latents), True)  # an empty slot goes to a column of its own
         return best[:, :-1]

@@ -59,13 +59,13 @@ class SAESplice(Splice):
                     "the mask's autoencoder keeps its k best latents, and their rank needs all of them; attach the "
                     "autoencoder itself"
                 )
-            self._latents = self._of(self.sae.enc, self.sae.bias, self.sae.theta, self.sae.dec)
-            self._latents = self._latents._replace(scan=ops.pack_codes(self.sae.enc, "dot").scan)
+            self._latents = self._of(*self.sae.rows(), scan="auto")
         else:
             self._latents = self._of(*(torch.zeros(64, *row.shape[1:]) for row in sae.rows()))
 
-    def _of(self, *rows: Tensor) -> ops.Latents:
-        return ops.Latents(*rows, *(self.settings[name] for name in ("kind", "k", "scale", "norm")))
+    def _of(self, enc: Tensor, bias: Tensor, theta: Tensor, dec: Tensor, scan: ops.Scan = "none") -> ops.Latents:
+        settings = (self.settings[name] for name in ("kind", "k", "scale", "norm"))
+        return ops.Latents(ops.pack_codes(enc, "dot", bias, scan), theta, dec, *settings)
 
     def codebook_sha256(self) -> str:
         """The autoencoder's: another one, where its tensors were written to since."""
@@ -108,12 +108,16 @@ class SAESplice(Splice):
             return
         rows = [row[ids[new]] for row in self.sae.rows()] if self.sae else [row[new] for row in mask.rows.rows()]
         start, needed = len(self._row_of), len(self._row_of) + int(new.sum())
-        if needed > len(self._latents.enc):
+        if needed > len(self._latents.theta):
             self._outgrown.append(self._latents)
             size = 1 << (needed - 1).bit_length()
-            grown = [torch.cat([old, old.new_zeros(size - len(old), *old.shape[1:])]) for old in self._latents[:4]]
-            self._latents = self._of(*grown)
-        for whole, row in zip(self._latents[:4], rows):
+            *enc, theta, dec = (
+                torch.cat([old, old.new_zeros(size - len(old), *old.shape[1:])]) for old in _tensors_of(self._latents)
+            )
+            packed = self._latents.enc
+            enc = ops.PackedCodes(*enc, packed.width, packed.similarity)
+            self._latents = self._latents._replace(enc=enc, theta=theta, dec=dec)
+        for whole, row in zip(_tensors_of(self._latents), _tensors_of(self._of(*rows))):
             whole[start:needed] = row.to(whole.device)
         self._row_of |= {latent: start + i for i, latent in enumerate(ids[new].tolist())}
 
@@ -153,11 +157,10 @@ class SAESplice(Splice):
         return found.y.reshape(kept.shape)
 
     def _on(self, device: torch.device) -> ops.Latents:
-        if self._latents.enc.device != device:
+        if self._latents.theta.device != device:
             with self._lock, torch.inference_mode(False):  # rows are written to these tensors later
-                *rows, kind, k, scale, norm, scan = self._latents
-                scan = None if scan is None else ops.ScanPlane(*(part.to(device) for part in scan))
-                self._latents = ops.Latents(*(row.to(device) for row in rows), kind, k, scale, norm, scan)
+                enc, theta, dec, *settings = self._latents
+                self._latents = ops.Latents(enc.to(device), theta.to(device), dec.to(device), *settings)
         return self._latents
 
     def _whole_on(self, device: torch.device) -> SAE:
@@ -229,9 +232,7 @@ class SAESplice(Splice):
     def _best(self, x: Tensor, k: int) -> Tensor:
         latents = self._on(x.device)
         scaled = self.sae.scaled(x)
-        scores, ids, _ = ops.sae_encode(
-            scaled, latents.enc, latents.bias, activation="none", k=k, scan=latents.scan, impl=self.impl
-        )
+        scores, ids, _ = ops.sae_encode(scaled, latents.enc, activation="none", k=k, impl=self.impl)
         return torch.where(scores > 0, ids, -1)
 
     def receipt(self) -> dict[str, Any]:
@@ -239,7 +240,7 @@ class SAESplice(Splice):
 
         Returns:
             impl: "reference", "cpu", "cuda" or "triton".
-            scan: "int8" or "fp32", what latents are ranked by; "none" for latents with a threshold.
+            scan: "int8", or "none": every latent is scored, or latents have a threshold.
             tokens: how many passed under a request that deletes.
             hits: how many latents that fired masks changed.
 
@@ -248,8 +249,8 @@ class SAESplice(Splice):
         """
         self._settle()
         tokens, hits = self.passed.tolist()
-        impl = ops.resolve(self.impl, self._latents.enc.device)
-        scan = "none" if self.settings["kind"] == "threshold" else "fp32" if self._latents.scan is None else "int8"
+        impl = ops.resolve(self.impl, self._latents.theta.device)
+        scan = "none" if self._latents.enc.scan is None else "int8"
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     def erase(self, ids: Tensor) -> Tensor:
@@ -257,6 +258,11 @@ class SAESplice(Splice):
         raise RuntimeError(
             "a splice that keeps the hidden state cannot erase: the model's weights still hold the topic"
         )
+
+
+def _tensors_of(latents: ops.Latents) -> tuple[Tensor, ...]:
+    """What has a row per latent."""
+    return *latents.enc[:3], latents.theta, latents.dec
 
 
 def check_number(latents: int) -> None:

@@ -24,7 +24,7 @@ from cu_fast.cli import app
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {"tokens": (3,), "shapes": ((16, 70, 4),), "seconds": 1e-6, "rounds": 1}
 MANY = {"delete_latents": {"shapes": ((16, 70, 60),)}}  # so many latents that some fire
-EXACT = ("cu_fast", "cu_fast_fp32", "reference", "torch_fp32")
+EXACT = ("cu_fast", "cu_fast_exact", "reference", "torch_fp32")
 FP32 = (*EXACT, "torch_gather", "torch_dense_fp32", "faiss", "codebook_features", "eai_sparsify", "sae_lens")
 
 
@@ -115,7 +115,7 @@ def test_what_is_tied_may_stand_for_one_another_but_a_lost_best_may_not():
     assert truth.match(Answer(torch.tensor([[9, 4, 60, 2]]))) == 0
 
 
-@pytest.mark.parametrize("data", ["gaussian", "outliers", "denormal"])
+@pytest.mark.parametrize("data", ["gaussian", "outliers"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_2_percent_of_the_latents_fire(data, dtype):
     inputs = make_inputs(Cell("delete_latents", 64, 256, 2000, 20, dtype, "one", data))

@@ -242,7 +242,7 @@ def test_the_predictions_are_those_in_the_documentation_and_in_the_plan():
     assert roofline.table() in text, "put what benchmarks/roofline.py prints into docs/gpu.md"
     select = (BENCHMARKS.parent / "csrc/cuda/select.h").read_text().split("#else")[1]
     for name, value in {
-        "kBytes": roofline.MEMORY, "kProducts": roofline.PRODUCTS, "kByteProducts": roofline.BYTE_PRODUCTS,
+        "kBytes": roofline.MEMORY, "kCached": roofline.CACHE, "kByteProducts": roofline.BYTE_PRODUCTS,
         "kChunk": roofline.CHUNK, "kSampleShare": roofline.SAMPLE, "kScanStart": roofline.SCAN_START,
     }.items():  # fmt: skip
         found = re.search(rf"\b{name} =\s*([\d.e]+)", select)
@@ -254,9 +254,9 @@ def test_the_predictions_are_those_in_the_documentation_and_in_the_plan():
 def test_a_prediction_by_hand():
     roofline = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "roofline.py")))
     entries = 2048 * 65_536
-    assert roofline.scans(1, 2048, 65_536, 2) and not roofline.scans(1, 512, 25_000, 2)
-    exact = roofline.scored_exactly(1, 2048, 65_536, 2)
-    assert exact.memory == 2 * entries and exact.microseconds == pytest.approx(2 * entries / 3.35e6)
+    assert roofline.scans(1, 2048, 65_536) and not roofline.scans(1, 512, 25_000)
+    exact = roofline.scored_exactly(1, 2048, 65_536)
+    assert exact.memory == 3 * entries and exact.microseconds == pytest.approx(3 * entries / 3.35e6)
     scan = roofline.scanned(2048, 2048, 65_536)
     assert scan.microseconds == pytest.approx(2048 * entries * 17 / 16 / 600e6)
 

@@ -24,7 +24,7 @@ from cu_fast.bench.cells import Cell
 from cu_fast.bench.clock_gpu import GraphClock
 from cu_fast.bench.tune_grid import Scene
 from cu_fast.kernels import reference
-from cu_fast.kernels.triton import codebook_quantize, delete_latents, launch, masked_decode, sae_encode
+from cu_fast.kernels.triton import codebook_quantize, delete_latents, fixed, launch, masked_decode, sae_encode
 
 
 def quantize(T: int, C: int = 20, k: int = 1, scan: bool = False) -> tuple[Scene]:
@@ -49,9 +49,10 @@ SCENES = {
     "scan_codes": {"few": quantize(1, scan=True)},  # "many" is seen to by `use`: many tokens take long
     "gather_sum": {"wide": decode(1030)},
     "encode_tile": {"one": encode(1)},
+    "fix_rows": {"all": encode(1)},
     "finish": {"large": quantize(1)},
     "add_latents": {"narrow": delete()},
-    **{name: {"all": delete()} for name in ("score_latents", "dose_latents")},
+    **{name: {"all": delete()} for name in ("scale_tokens", "score_latents", "dose_latents")},
     **{name: {"all": quantize(1, scan=True)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
 }
 CROSSING = [*quantize(1, scan=True), *quantize(2, 40, scan=True)]
@@ -69,7 +70,7 @@ started = []
 
 def watch() -> None:
     """Note what is started."""
-    for module in (codebook_quantize, delete_latents, masked_decode, sae_encode):
+    for module in (codebook_quantize, delete_latents, fixed, masked_decode, sae_encode):
 
         def start(kernel, programs, config, begin=module.start, **arguments):
             started.append((kernel.__name__, config))
@@ -147,7 +148,7 @@ def tuned(folder: Path) -> dict:
 
     def start(kernel, programs, config, **arguments):
         if kernel.__name__ == "score_codes" and cut_as(config, favourite) and faults[name](config, arguments):
-            arguments["z"] = arguments["z"] + 1
+            arguments["factor"] = arguments["factor"] + 1
         begin(kernel, programs, config, **arguments)
 
     def too_large(config, arguments):
@@ -168,7 +169,7 @@ def tuned(folder: Path) -> dict:
 def use() -> dict:
     """What a process does that finds a table: its choices, what a selection starts, and whether it is the reference's."""
     rows = {
-        f"{kernel} {name}": repr(launch.choose(kernel, "sm_80", *shape, torch.bfloat16))
+        f"{kernel} {name}": repr(launch.choose(kernel, "sm_80", *shape))
         for kernel, shapes in SHAPES.items()
         for name, shape in shapes.items()
     }
@@ -200,7 +201,7 @@ SHAPES = {
     "finish": {"large": (1, 512, 25_000, 8)},
     "add_latents": {"narrow": (64, 512, 25_000, 8)},
     **{name: {"all": (64, 512, 25_000, 8)} for name in ("score_candidates", "narrow", "scan_threshold", "scan_rows")},
-    **{name: {"all": (64, 512, 25_000, 8)} for name in ("score_latents", "dose_latents")},
+    **{name: {"all": (64, 512, 25_000, 8)} for name in ("fix_rows", "scale_tokens", "score_latents", "dose_latents")},
 }
 
 

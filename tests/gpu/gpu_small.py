@@ -38,15 +38,14 @@ def selections() -> None:
         z, codes = hurtful.matrix(T, E, kind, dtype, 1), hurtful.matrix(C, E, code_kind, dtype, 2)
         table, row = (None, None) if share is None else hurtful.masks(T, C, share, 3)
         options = {"k": k, "mask_table": table, "mask_row": row, "return_hits": share is not None}
-        packed = ops.pack_codes(codes, scan="int8" if scans else "fp32")
+        packed = ops.pack_codes(codes, scan="int8" if scans else "none")
         want = ops.codebook_quantize(z, packed, **options, impl="cpu")
         got = ops.codebook_quantize(on(z), moved(packed), **on(options), impl=IMPL)
         require(identical(got, want), f"codebook_quantize at T={T} E={E} C={C} k={k}")
 
 
 def moved(packed: ops.PackedCodes) -> ops.PackedCodes:
-    plane = None if packed.scan is None else ops.ScanPlane(*on(tuple(packed.scan)))
-    return ops.PackedCodes(on(packed.codes), packed.similarity, on(packed.inv_norm), on(packed.bias), plane)
+    return packed.to(DEVICE)
 
 
 def encoders() -> None:
@@ -55,8 +54,9 @@ def encoders() -> None:
         b_enc, b_pre = (hurtful.matrix(1, width, "gaussian", fp32, 3)[0] for width in (E, D))
         masks = dict(zip(("mask_table", "mask_row"), hurtful.masks(T, E, 0.5, 4)))
         for options in ({}, {"k": 9, **masks}):
-            want = ops.sae_encode(x, W_enc, b_enc, b_pre, **options, impl="cpu")
-            got = ops.sae_encode(*on((x, W_enc, b_enc, b_pre)), **on(options), impl=IMPL)
+            packed = ops.pack_codes(W_enc, "dot", b_enc)
+            want = ops.sae_encode(x, packed, b_pre, **options, impl="cpu")
+            got = ops.sae_encode(on(x), moved(packed), on(b_pre), **on(options), impl=IMPL)
             require(identical(got, want), f"sae_encode at T={T} D={D} E={E}")
 
 
@@ -71,20 +71,21 @@ def decoders() -> None:
 
 
 def bottlenecks() -> None:
-    for T, C, scan in ((1, 900, "fp32"), (260, 16_000, "int8")):
+    for T, C, scan in ((1, 900, "none"), (260, 16_000, "int8")):
         x, W_enc, codes, table = (
             hurtful.matrix(rows, width, "gaussian", bf16, seed)
             for seed, (rows, width) in enumerate(((T, 48), (64, 48), (C, 64), (C, 530)))
         )
         packed, mask = ops.pack_codes(codes, scan=scan), hurtful.masks(T, C, 0.5, 5)
+        encoder = ops.pack_codes(W_enc, "dot")
         for options in ({"mask_mode": "ablate"}, {"mask_mode": "reselect", "weight": "score"}):
             receipt = torch.zeros(2, dtype=torch.int64)
             there = on(receipt)
             want = ops.codebook_bottleneck(
-                x, (W_enc, None, None), packed, table, None, *mask, k=8, receipt=receipt, **options, impl="cpu"
+                x, (encoder, None), packed, table, None, *mask, k=8, receipt=receipt, **options, impl="cpu"
             )
             got = ops.codebook_bottleneck(
-                on(x), on((W_enc, None, None)), moved(packed), on(table), None, *on(mask), k=8, receipt=there, **options,
+                on(x), (moved(encoder), None), moved(packed), on(table), None, *on(mask), k=8, receipt=there, **options,
                 impl=IMPL,
             )  # fmt: skip
             require(identical((got, there), (want, receipt)), f"codebook_bottleneck at T={T}")

@@ -4,7 +4,8 @@
     call("codebook_quantize", on=reference, z=z, codes=codes, k=8)               the reference
     call("masked_decode", on=torch.ops.cu_fast_triton, ids=ids, table=table)     any other that has the operators
 
-mask is (mask_table, mask_row) or None, scan (scan_plane, scan_terms, scan_mean) or None.
+mask is (mask_table, mask_row) or None, scan (scan_plane, scan_terms, scan_mean) or None. Rows of weights are given as they
+are: codes, W_enc and enc stand for their digits and, unless it is given too, their factor, the step.
 """
 
 from __future__ import annotations
@@ -22,17 +23,32 @@ assert native.LIBRARY and triton.HOME  # importing them registers torch.ops.cu_f
 GROUPS = {"mask": ("mask_table", "mask_row"), "scan": ("scan_plane", "scan_terms", "scan_mean")}
 
 
+WEIGHTS = {"codes": "", "W_enc": "W_", "enc": "enc_"}
+
+
 def spread(**given: Any) -> dict[str, Any]:
-    """The same arguments, with those of a group under their own names."""
+    """The same arguments, with those of a group, and digits and factor of weights, under their own names."""
     for group, members in GROUPS.items():
         if (values := given.pop(group, None)) is not None:
             given.update(zip(members, values, strict=True))
+    for weights, prefix in WEIGHTS.items():
+        if (values := given.pop(weights, None)) is not None:
+            digits, step, _ = reference.pack_digits(values)
+            given.setdefault(f"{prefix}digits", digits)
+            if given.get(f"{prefix}factor") is None:
+                given[f"{prefix}factor"] = step
     return given
+
+
+def cosine(codes: Tensor) -> Tensor:
+    """The factors of codes under similarity "cosine"."""
+    return reference.factors(*reference.pack_digits(codes)[1:], "cosine")[0]
 
 
 def arguments(name: str, **given: Any) -> dict[str, Any]:
     """All arguments of an operator, in the order of its schema."""
-    given = spread(**given)
+    if name != "pack_digits":
+        given = spread(**given)
     parameters = inspect.signature(getattr(reference, name)).parameters
     absent = {"bool": False, "Tensor | None": None}
     made = {key: given.pop(key, absent.get(p.annotation, inspect.Parameter.empty)) for key, p in parameters.items()}
@@ -46,9 +62,10 @@ def call(name: str, on: Any = torch.ops.cu_fast, **given: Any) -> Any:
     return getattr(on, name)(**arguments(name, **given))
 
 
-def plane_of(codes: Tensor, inv_norm: Tensor | None = None, on: Any = torch.ops.cu_fast) -> tuple[Tensor, ...]:
-    """What the group scan takes, of these codes."""
-    return tuple(call("pack_scan", on=on, codes=codes, inv_norm=inv_norm))
+def plane_of(codes: Tensor, factor: Tensor | None = None, on: Any = torch.ops.cu_fast) -> tuple[Tensor, ...]:
+    """What the group scan takes, of these codes; factor: None = their steps."""
+    given = {} if factor is None else {"factor": factor}
+    return tuple(call("pack_scan", on=on, codes=codes, E=codes.shape[1], **given))
 
 
 def latent_masks(U: int, M: int, R: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -77,8 +94,8 @@ def every_operator(
         masks = hurtful.masks(T, C, 0.4, seed + 4)
         W_enc = hurtful.matrix(E, E, "gaussian", dtype, seed + 5)
         receipt = torch.zeros(2, dtype=torch.int64)
-    inv_norm = reference.inverse_norm(codes)
-    scaled, plain = (plane_of(codes, inv_norm), plane_of(codes)) if scan else (None, None)
+    factor = cosine(codes)
+    scaled, plain = (plane_of(codes, factor), plane_of(codes)) if scan else (None, None)
     scores, ids, _ = call("codebook_quantize", on=reference, z=z, codes=codes, k=k)
     enc, (mask_latents, mask_change) = (
         hurtful.matrix(C, E, kind, torch.float32, seed + 6),
@@ -87,7 +104,7 @@ def every_operator(
     theta, floor_scores = hurtful.normal(C, seed=seed + 7), hurtful.normal(T, seed=seed + 8)
     given = {
         "codebook_quantize": dict(
-            z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=masks, return_hits=mask, scan=scaled
+            z=z, codes=codes, factor=factor, bias=bias, k=k, mask=masks, return_hits=mask, scan=scaled
         ),
         "sae_encode": dict(x=z, W_enc=codes, b_enc=bias, b_pre=pre, relu=mask),
         "sae_encode_topk": dict(x=z, W_enc=codes, b_enc=bias, b_pre=pre, k=k, mask=masks, relu=mask, scan=plain),
@@ -96,7 +113,7 @@ def every_operator(
             mean=mask,
         ),
         "codebook_bottleneck": dict(
-            x=z, W_enc=W_enc, b_enc=pre, b_pre=pre, relu=mask, codes=codes, inv_norm=inv_norm, bias=bias, k=k,
+            x=z, W_enc=W_enc, b_enc=pre, b_pre=pre, relu=mask, codes=codes, factor=factor, bias=bias, k=k,
             mask=masks, reselect=scan, scan=scaled, table=codes, b_dec=pre, score_weights=mask, mean=not mask,
             receipt=receipt,
         ),
@@ -107,6 +124,7 @@ def every_operator(
             mask_row=(torch.arange(T) % 4 - 1).int().flip(0), floor_scores=floor_scores if mask else None,
             floor_ids=torch.arange(T, dtype=torch.int32) if mask else None,
         ),
-        "pack_scan": dict(codes=codes, inv_norm=inv_norm if mask else None),
+        "pack_digits": dict(codes=codes),
+        "pack_scan": dict(codes=codes, E=E, **({"factor": factor} if mask else {})),
     }  # fmt: skip
     return {name: arguments(name, **one) for name, one in given.items()}

@@ -67,7 +67,8 @@ def deletion(
         given["residual"] = hurtful.strided(other, layout)
     if floor and T:
         scaled = x.float() * reference.token_scales(x, scale, 7.3)[0][:, None]
-        pre = reference.canonical_dot(scaled[:, None], enc[None]) + bias
+        digits, step, _ = reference.pack_digits(enc)
+        pre = reference.sae_encode(scaled, digits, step, bias, None, False)
         given["floor_scores"], given["floor_ids"] = last_kept(pre, max(1, R // 3))
     if faults:
         wrong = torch.tensor([U, -2, INT_MIN, INT_MAX], dtype=torch.int32)

@@ -128,13 +128,13 @@ def selection(seed: int, scanned: bool = False) -> dict[str, Any]:
         "k": k,
         "mask": _masks(r, T, C, seed + 3),
         "hits": r.random() < 0.5,
-        "scan": "int8" if scanned else r.choice(["int8", "fp32"]),
+        "scan": "int8" if scanned else r.choice(["int8", "none"]),
     }
 
 
 def select(z, codes, similarity, bias, k, mask, hits, scan, *, impl: str) -> ops.Selection:
     """codebook_quantize of such an example; the reference takes no plane."""
-    packed = ops.pack_codes(codes, similarity, bias, scan="fp32" if impl == "reference" else scan)
+    packed = ops.pack_codes(codes, similarity, bias, scan="none" if impl == "reference" else scan)
     table, row = mask
     return ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, return_hits=hits, impl=impl)
 
@@ -152,14 +152,14 @@ def encoding(seed: int) -> dict[str, Any]:
         "activation": r.choice(["relu", "none"]),
         "k": None if dense else k,
         "mask": (None, None) if dense else _masks(r, T, E, seed + 4),
-        "scan": None if dense else r.choice(["int8", "fp32"]),
+        "scan": None if dense else r.choice(["int8", "none"]),
     }
 
 
 def encode(x, W_enc, b_enc, b_pre, activation, k, mask, scan, *, impl: str) -> Tensor | ops.Selection:
-    plane = None if k is None or impl == "reference" else ops.pack_codes(W_enc, "dot", scan=scan).scan
-    options = {"activation": activation, "k": k, "mask_table": mask[0], "mask_row": mask[1], "scan": plane}
-    return ops.sae_encode(x, W_enc, b_enc, b_pre, **options, impl=impl)
+    packed = ops.pack_codes(W_enc, "dot", b_enc, "none" if k is None or impl == "reference" else scan)
+    options = {"activation": activation, "k": k, "mask_table": mask[0], "mask_row": mask[1]}
+    return ops.sae_encode(x, packed, b_pre, **options, impl=impl)
 
 
 def decoding(seed: int) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def passage(seed: int) -> dict[str, Any]:
         "b_pre": _vector(r, D, dtype, seed + 3) if encoded else None,
         "codes": _matrix(r, C, E, dtype, seed + 4),
         "similarity": r.choice(SIMILARITIES),
-        "scan": r.choice(["int8", "fp32"]),
+        "scan": r.choice(["int8", "none"]),
         "table": _matrix(r, C, D, dtype, seed + 5, kind),
         "b_dec": _vector(r, D, dtype, seed + 6),
         "mask": _masks(r, T, C, seed + 7),
@@ -209,9 +209,9 @@ def through(
     x, W_enc, b_enc, b_pre, codes, similarity, scan, table, b_dec, mask, *, impl: str, **options
 ) -> tuple[Tensor, Tensor]:
     """y and the receipt, which starts at something."""
-    packed = ops.pack_codes(codes, similarity, scan="fp32" if impl == "reference" else scan)
+    packed = ops.pack_codes(codes, similarity, scan="none" if impl == "reference" else scan)
     receipt = torch.tensor([100, 7], device=x.device)
-    encoder = None if W_enc is None else (W_enc, b_enc, b_pre)
+    encoder = None if W_enc is None else (ops.pack_codes(W_enc, "dot", b_enc, "none"), b_pre)
     y = ops.codebook_bottleneck(x, encoder, packed, table, b_dec, *mask, **options, receipt=receipt, impl=impl)
     return y, receipt
 

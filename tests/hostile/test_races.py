@@ -20,29 +20,30 @@ sys.setswitchinterval(1e-5)
 torch.set_num_threads(1)
 T, E, C, k = 512, 64, 4096, 8
 rng = torch.Generator().manual_seed(0)
-packed = ops.pack_codes(torch.randn(C, E, generator=rng), "cosine", scan="int8")
+codes = torch.randn(C, E, generator=rng)
+packed = ops.pack_codes(codes, "cosine", scan="int8")
 z = torch.randn(T, E, generator=rng)
 weights = torch.rand(T, k, generator=rng)
 ids = torch.randint(C, (T, k), generator=rng, dtype=torch.int32)
 table = torch.randint(-(2**31), 2**31 - 1, (4, C // 32), generator=rng, dtype=torch.int64).int()
 row = torch.randint(4, (T,), generator=rng, dtype=torch.int32)
-given = dict(codes=packed.codes, k=k, mask=(table, row))
-scanned = dict(inv_norm=packed.inv_norm, scan=packed.scan)
+given = dict(digits=packed.digits, factor=packed.factor, k=k, mask=(table, row))
+scanned = dict(scan=packed.scan)
 
 
 def bottleneck(reselect):
-    call("codebook_bottleneck", x=z, table=packed.codes, reselect=reselect, score_weights=True, **scanned, **given)
+    call("codebook_bottleneck", x=z, table=codes, reselect=reselect, score_weights=True, **scanned, **given)
 
 
 CASES = {
-    "masked_decode": lambda: call("masked_decode", ids=ids, weights=weights, table=packed.codes, mask=(table, row)),
+    "masked_decode": lambda: call("masked_decode", ids=ids, weights=weights, table=codes, mask=(table, row)),
     "codebook_quantize": lambda: call("codebook_quantize", z=z, return_hits=True, **scanned, **given),
     "every code scored": lambda: call("codebook_quantize", z=z, return_hits=True, **given),
-    "sae_encode_topk": lambda: call("sae_encode_topk", x=z, W_enc=packed.codes, k=k, mask=(table, row), relu=True),
+    "sae_encode_topk": lambda: call("sae_encode_topk", x=z, W_digits=packed.digits, W_factor=packed.factor, k=k, mask=(table, row), relu=True),
     "ablate": lambda: bottleneck(False),
     "reselect": lambda: bottleneck(True),
-    "gather_sum": lambda: autograd.gather_sum(ids, weights, packed.codes),
-    "gather_dot": lambda: autograd.gather_dot(ids, z, packed.codes),
+    "gather_sum": lambda: autograd.gather_sum(ids, weights, codes),
+    "gather_dot": lambda: autograd.gather_dot(ids, z, codes),
     "scatter_sum": lambda: autograd.scatter_sum(ids, weights, z, C),
 }
 ARGUMENTS = {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from fractions import Fraction
+
 import hurtful
 import memory
 import numpy as np
@@ -12,52 +16,118 @@ from hypothesis import strategies as st
 
 from cu_fast import ops
 from cu_fast.kernels import reference
+from cu_fast.kernels.reference import LARGEST
 
 
-def definition(z, packed, k, deleted):
-    """The contract, word for word, in numpy scalars: one token, no tiles."""
-    f32 = np.float32
+def integers(row: list[float], largest: int, step: Fraction) -> list[int]:
+    """A row divided by a step and rounded, ties to even."""
+    made = [round(Fraction(entry) / step) for entry in row]
+    assert max(map(abs, made)) <= largest
+    return made
+
+
+def power(row: list[float]) -> int:
+    """The largest a up to 125 of which no entry times 2^a exceeds LARGEST; 0 of a row of zeros."""
+    most, a = max(map(abs, row)), 125
+    if most == 0:
+        return 0
+    while Fraction(most) * Fraction(2) ** a > LARGEST:
+        a -= 1
+    return a
+
+
+def rounded(x: Fraction | float) -> float:
+    """To fp32, ties to even; what is below 2^-125 becomes 0."""
+    if not isinstance(x, Fraction):
+        return x  # NaN or Inf
+    if x == 0:
+        return 0.0
+    exponent = max(math.frexp(float(x))[1] - 24, -149)
+    unit = Fraction(2) ** exponent
+    y = round(x / unit) * unit
+    if abs(y) >= 2**128:
+        return math.copysign(math.inf, x)
+    return float(y) if abs(y) >= Fraction(2) ** -125 else 0.0
+
+
+def times(x: float, y: float) -> float:
+    return rounded(Fraction(x) * Fraction(y)) if math.isfinite(x) and math.isfinite(y) else x * y
+
+
+def plus(x: float, y: float) -> float:
+    return rounded(Fraction(x) + Fraction(y)) if math.isfinite(x) and math.isfinite(y) else x + y
+
+
+def definition(z, codes, similarity, k, deleted):
+    """The contract, word for word, in Python's integers and fractions: one token, no tiles, no digits."""
+    z = z.tolist()
+    a = power(z)
+    q = integers(z, LARGEST, Fraction(2) ** -a)
     scores = []
-    for j in range(packed.codes.shape[0]):
-        partial = [f32(0)] * 16
-        with np.errstate(all="ignore"):
-            for e in range(len(z)):
-                partial[e % 16] = f32(partial[e % 16] + f32(f32(z[e]) * f32(packed.codes[j, e])))
-            for half in (8, 4, 2, 1):
-                partial = [f32(partial[i] + partial[i + half]) for i in range(half)]
-            score = partial[0]
-            if packed.inv_norm is not None:
-                score = f32(score * f32(packed.inv_norm[j]))
-            if packed.bias is not None:
-                score = f32(score + f32(packed.bias[j]))
+    for code in codes.tolist():
+        most = max(map(abs, code))
+        step = np.float32(0)
+        if most >= 2.0**-100:
+            step = np.float32(most / LARGEST)
+            while Fraction(float(step)) * LARGEST < Fraction(most):
+                step = np.nextafter(step, np.float32(np.inf))
+            while Fraction(float(np.nextafter(step, np.float32(0)))) * LARGEST >= Fraction(most):
+                step = np.nextafter(step, np.float32(0))
+        step = float(step)
+        # The quotient is a double's.
+        p = [round(Fraction(entry / step)) if step else 0 for entry in code]
+        squares = rounded(Fraction(sum(entry * entry for entry in p)))
+        factor = step
+        if similarity == "cosine":
+            factor = float(np.float32(1) / np.float32(math.sqrt(squares))) if squares else 0.0
+        total = sum(map(operator.mul, q, p))
+        score = times(times(rounded(Fraction(total)), 2.0**-a), factor)
+        if similarity == "l2":
+            score = plus(score, times(-0.5, times(times(squares, step), step)))
         scores.append(score)
-    running = [j for j in range(len(scores)) if np.isfinite(scores[j]) and not deleted[j]]
+    running = [j for j in range(len(scores)) if math.isfinite(scores[j]) and not deleted[j]]
     best = sorted(running, key=lambda j: (-scores[j], j))[:k]
-    return [scores[j] for j in best] + [f32(0)] * (k - len(best)), best + [-1] * (k - len(best))
+    return [scores[j] for j in best] + [0.0] * (k - len(best)), best + [-1] * (k - len(best))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
-@pytest.mark.parametrize("kind", ["gaussian", "tied", "equal", "denormal"])
+@pytest.mark.parametrize("kind", ["gaussian", "tied", "equal", "denormal", "huge", "outliers", "zeros"])
 def test_reference_is_the_definition(similarity, kind):
     T, E, C, k = 3, 21, 40, 7
-    z = hurtful.matrix(T, E, kind, torch.float32, 1)
+    z = hurtful.matrix(T, E, kind, torch.float32, 1).clamp(-3e38, 3e38)
     # Tiny on both sides, every product would vanish.
-    codes = hurtful.matrix(C, E, "gaussian" if kind == "denormal" else kind, torch.float32, 2)
+    codes = hurtful.matrix(C, E, "gaussian" if kind == "denormal" else kind, torch.float32, 2).clamp(-3e38, 3e38)
     packed = ops.pack_codes(codes, similarity)
     table, row = hurtful.masks(T, C, 0.3, 3)
     got = ops.codebook_quantize(z, packed, k=k, mask_table=table, mask_row=row, impl="reference")
     for t in range(T):
         deleted = [row[t] >= 0 and bool((table[row[t], j // 32] >> (j % 32)) & 1) for j in range(C)]
-        scores, ids = definition(z[t], packed, k, deleted)
+        scores, ids = definition(z[t], codes, similarity, k, deleted)
         assert got.ids[t].tolist() == ids
-        assert got.scores[t].tolist() == [float(s) for s in scores]
+        assert got.scores[t].tolist() == scores
+
+
+@pytest.mark.parametrize("cuts", [[1], [7, 64, 65], [250, 499]])
+def test_sums_of_any_split_of_the_width_add_up(cuts):
+    q, p = (integers_of_rows(seed) for seed in (1, 2))
+    whole = reference.integer_dot(q, p)
+    bounds = list(zip([0, *cuts], [*cuts, q.shape[1]]))
+    assert torch.equal(whole, sum(reference.integer_dot(q[:, a:b], p[:, a:b]) for a, b in bounds))
+    assert whole.tolist() == [[sum(map(operator.mul, a, b)) for b in p.tolist()] for a in q.tolist()]
+
+
+def integers_of_rows(seed):
+    """Eight rows of 500 integers; the last two at their limits."""
+    rows = torch.randint(-LARGEST, LARGEST + 1, (8, 500), generator=torch.Generator().manual_seed(seed))
+    rows[6:] = torch.where(rows[6:] < 0, -LARGEST, LARGEST)
+    return rows.int()
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     T=st.integers(0, 40) | st.sampled_from([65, 130, 257]), E=st.integers(1, 70),
     C=st.integers(1, 300) | st.integers(300, 700),
-    k=st.integers(1, 70) | st.integers(1, 9), scan=st.sampled_from(["int8", "fp32"]),
+    k=st.integers(1, 70) | st.integers(1, 9), scan=st.sampled_from(["int8", "none"]),
     similarity=st.sampled_from(["cosine", "dot", "l2", "biased"]), share=hurtful.shares,
     z_kind=hurtful.kinds, code_kind=hurtful.kinds, z_dtype=hurtful.dtypes, code_dtype=hurtful.dtypes,
     layout=hurtful.layouts, seed=hurtful.seeds,
@@ -130,13 +200,14 @@ class TestSelection:
 
 
 def test_offsets_beyond_two_to_the_31():
-    """C * E > 2^31: the last code is found. Zero pages that are never written cost no memory."""
-    C, E = 2**15 + 5, 2**16
-    codes = torch.from_numpy(np.zeros((C, E), dtype=np.int16)).view(torch.bfloat16)
-    codes[-1, -1], codes[C // 2, 0] = 2.0, 1.0
+    """3 C W > 2^31: the last code is found. Zero pages that are never written cost no memory."""
+    C, E = 2**14 + 5, 2**16 - 64
+    digits = torch.from_numpy(np.zeros((C, 3, E), dtype=np.int8))
+    digits[-1, 0, -1], digits[C // 2, 0, 0] = 2, 1
     z = torch.zeros(1, E)
     z[0, 0] = z[0, -1] = 1.0
-    got = ops.codebook_quantize(z, ops.PackedCodes(codes, "dot", None, None), k=3, impl="cpu")
+    factor = torch.full((C,), 2.0**-16)
+    got = ops.codebook_quantize(z, ops.PackedCodes(digits, factor, None, E, "dot"), k=3, impl="cpu")
     assert got.ids.tolist() == [[C - 1, C // 2, 0]] and got.scores.tolist() == [[2, 1, 0]]
 
 
@@ -185,6 +256,8 @@ def test_wrong_arguments_are_named(change, error, words):
         ((torch.ones(4, 2), "euclid"), ValueError, ["similarity", "euclid"]),
         ((torch.ones(4, 2), "cosine", torch.ones(3)), ValueError, ["bias", "[4]"]),
         ((torch.ones(4, 2), "l2", torch.ones(4)), ValueError, ["bias", "l2"]),
+        ((torch.ones(1, 65_536),), ValueError, ["65536 wide", "65535"]),
+        ((torch.ones(4, 2), "dot", None, "fp32"), ValueError, ["scan", "'none'"]),
     ],
 )
 def test_pack_codes_names_wrong_arguments(arguments, error, words):
@@ -204,7 +277,7 @@ def test_no_tokens_by_codes_matrix_is_built():
     import torch
     from cu_fast import ops
     g = torch.Generator().manual_seed(0)
-    z, packed = torch.randn(2048, 8, generator=g), ops.pack_codes(torch.randn(40_000, 8, generator=g), scan="fp32")
+    z, packed = torch.randn(2048, 8, generator=g), ops.pack_codes(torch.randn(40_000, 8, generator=g), scan="none")
     ops.codebook_quantize(z[:64], packed, k=4, impl="cpu")
     """
     matrix = 2048 * 40_000 * 4

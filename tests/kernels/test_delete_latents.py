@@ -213,19 +213,19 @@ def test_faults_make_nan_tokens_alone(impl):
     assert call("delete_latents", on=on, **huge)[0].isnan().all(1).tolist() == [True, False]
 
 
-def test_what_pads_a_row_stays_out():
-    # rho is Inf, and Inf times the zeros that pad a row is NaN: pre would be it too, and the tokens would be faulty.
+def test_a_row_that_overflows_is_nan():
+    # x and sigma are finite, rho x is Inf: what cannot be scored is not taken for what does not fire.
     given = example_of(3, 5, U=1, M=3, R=3) | dict(
         x=torch.full((3, 5), 1e-21), enc=torch.ones(3, 5), scale=2, norm=1e20
     )
     given["mask_latents"] = torch.arange(3, dtype=torch.int32)[None]
-    _, hits, _ = check(given)
-    assert hits.tolist() == [3, 3, 3]
+    y, hits, dose = check(given)
+    assert y.isnan().all() and dose.isnan().all() and not hits.any()
 
 
 def test_denormals_are_kept():
     given = example_of(5, 40, M=20)
-    given |= dict(x=given["x"] * 1e-41, theta=torch.zeros(40), dec=given["dec"] * 1e3)
+    given |= dict(x=given["x"] * 1e-41, bias=hurtful.normal(40), theta=torch.zeros(40), dec=given["dec"] * 1e-41)
     want = call("delete_latents", on=reference, **given)
     assert torch.set_flush_denormal(True)
     try:
@@ -249,11 +249,11 @@ def test_topk_is_that_of_all_latents(T, R, k, ties, seed, scale, impl):
     bias, dec = torch.zeros(R) if ties else hurtful.normal(R, seed=seed + 2), hurtful.normal(R, D, seed=seed + 3)
     mask_latents, change = latent_masks(3, max(1, R // 2), R, seed)
     row = torch.randint(-1, 3, (T,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    latents = ops.Latents(enc, bias, torch.full((R,), torch.nan), dec, "topk", k, scale, 2.0)
+    latents = ops.Latents(ops.pack_codes(enc, "dot", bias), torch.full((R,), torch.nan), dec, "topk", k, scale, 2.0)
     got = ops.delete_latents(x, latents, ops.LatentMasks(mask_latents, change), row, impl=impl)
 
     rho, sigma = reference.token_scales(x, ops.latents.TOKEN_SCALES.index(scale), 2.0)
-    pre = reference.canonical_dot((x * rho[:, None])[:, None], enc[None]) + bias
+    pre = call("sae_encode", on=reference, x=x * rho[:, None], W_enc=enc, b_enc=bias)
     rank = pre.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     fires = (rank < k) & (pre > 0)
     want = x.double().clone()
@@ -275,12 +275,13 @@ def test_topk_is_that_of_all_latents(T, R, k, ties, seed, scale, impl):
     [
         (dict(x=torch.ones(2, 3, 1)), r"x must have shape \[T, Din\]"),
         (dict(x=torch.ones(2, 4, dtype=torch.int32)), "x must be Float, BFloat16 or Half"),
-        (dict(enc=torch.ones(9, 5)), r"enc must have shape \[R, Din\] = \[any, 4\], got Float \[9, 5\]"),
-        (dict(enc=torch.ones(9, 4).half()), "enc must be Float, got Half"),
-        (dict(enc=torch.ones(0, 4), dec=torch.ones(0, 4)), "enc has 0 rows"),
+        (dict(enc=torch.ones(9, 65)), r"enc_digits must have shape \[R, 3, round_up\(Din, 64\)\] = \[any, 3, 64\], got Char \[9, 3, 128\]"),
+        (dict(enc_digits=torch.ones(9, 3, 64)), "enc_digits must be Char, got Float"),
+        (dict(enc_digits=torch.ones(0, 3, 64).char(), dec=torch.ones(0, 4)), "enc_digits has 0 rows"),
+        (dict(enc_factor=torch.ones(8)), r"enc_factor must have shape \[R\] = \[9\]"),
         (dict(dec=torch.ones(8, 4)), r"dec must have shape \[R, Dout\] = \[9, any\]"),
         (dict(dec=torch.ones(9, 4).double()), "dec must be Float, got Double"),
-        (dict(dec=torch.ones(9, 6)), "residual must be given where dec is not as wide as enc"),
+        (dict(dec=torch.ones(9, 6)), "residual must be given where dec is not as wide as x"),
         (dict(residual=torch.ones(2, 5)), r"residual must have shape \[T, Dout\] = \[2, 4\]"),
         (dict(residual=torch.ones(2, 4).double()), "residual must be Float, BFloat16 or Half"),
         (dict(bias=torch.ones(8)), r"bias must have shape \[R\] = \[9\]"),
@@ -317,15 +318,14 @@ def test_wrong_arguments_of_the_operator_are_named(change, message):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (dict(enc=torch.ones(0, 4)), ValueError, ["enc has no rows"]),
-        (dict(enc=torch.ones(9, 4).half()), TypeError, ["enc is torch.float16", "float32"]),
+        (dict(enc=torch.ones(9, 4)), TypeError, ["enc is Tensor", "pack_codes"]),
+        (dict(enc=ops.pack_codes(torch.ones(9, 4), "dot")), ValueError, ["enc has no bias"]),
         (dict(x=torch.ones(2, 5)), ValueError, ["x has shape [2, 5]", "4", "enc"]),
         (dict(dec=torch.ones(8, 4)), ValueError, ["dec has shape [8, 4]", "9 rows"]),
         (dict(dec=torch.ones(9, 5)), ValueError, ["x has shape [2, 4]", "5", "dec"]),
         (dict(dec=torch.ones(9, 4).double()), TypeError, ["dec is torch.float64"]),
         (dict(residual=torch.ones(2, 5)), ValueError, ["residual has shape [2, 5]", "4"]),
         (dict(residual=torch.ones(3, 4)), ValueError, ["residual has 3 rows", "2"]),
-        (dict(bias=torch.ones(8)), ValueError, ["bias", "[9]"]),
         (dict(theta=torch.ones(9).half()), TypeError, ["theta is torch.float16"]),
         (dict(kind="relu"), ValueError, ["kind is 'relu'", "threshold", "topk"]),
         (dict(kind="topk", k=10), ValueError, ["k is 10", "9"]),
@@ -345,8 +345,8 @@ def test_wrong_arguments_of_the_operator_are_named(change, message):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_wrong_arguments_are_named(change, error, words, impl):
     given = dict(
-        x=torch.ones(2, 4), enc=torch.ones(9, 4), bias=torch.zeros(9), theta=torch.zeros(9), dec=torch.ones(9, 4),
-        kind="threshold", k=None, scale="none", norm=1.0, latents=torch.zeros(1, 3).int(), change=torch.zeros(1, 3, 3),
+        x=torch.ones(2, 4), enc=ops.pack_codes(torch.ones(9, 4), "dot", torch.zeros(9)), theta=torch.zeros(9),
+        dec=torch.ones(9, 4), kind="threshold", k=None, scale="none", norm=1.0, latents=torch.zeros(1, 3).int(), change=torch.zeros(1, 3, 3),
         row=torch.zeros(2).int(), residual=None,
     ) | change  # fmt: skip
     latents = ops.Latents(**{name: given[name] for name in ops.Latents._fields if name in given})

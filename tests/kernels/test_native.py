@@ -53,9 +53,39 @@ def digest() -> str:
     return hasher.hexdigest()
 
 
+def sums_are_right(T: int) -> bool:
+    """Whether T rows have the reference's scores where digits and sums reach their limits."""
+    L = reference.LARGEST
+    # The words of 12 bits and the digits of 8 at their ends, of either sign.
+    worst = [L, 2040 * 4096 - 2048, 2040 * 4096 - 2176, 127 * 65536 - 128 * 257, 2047, 2048, 128, 127, 1, 0]
+    pairs = [(q, s * p) for q in worst for p in worst for s in (1, -1)]
+    rows = [(torch.full((W,), q), torch.full((W,), p)) for q, p in pairs for W in (192, 577)]
+    rows += [(torch.full((reference.MOST_WIDTH,), q), torch.full((reference.MOST_WIDTH,), p)) for q, p in pairs[:8]]
+    # Above the middle of two floats; not once it was rounded to a double.
+    middle = torch.tensor([2**22] * 2**14 + [2**17, 1])
+    rows += [(middle, middle), (middle, -middle)]
+    for q, p in rows:
+        x = q.float().expand(T, -1).clone()
+        x[:, :1] = L  # so that q is x
+        digits, factor = reference.digits_of(p.int().expand(5, -1)), torch.ones(5)
+        given = dict(x=x if len(q) != len(middle) else q.float().expand(T, -1), W_digits=digits, W_factor=factor)
+        if not torch.equal(call("sae_encode", **given), call("sae_encode", on=reference, **given)):
+            return False
+    return True
+
+
+def quotients_at_a_half() -> torch.Tensor:
+    """Rows of weights that are (n + 1/2) steps, of steps whose inverse is no fp32 and no fp64 number."""
+    steps = torch.arange(3.0, 256, 2)[:, None]
+    w = (torch.arange(-300, 300) + 0.5) * steps
+    return torch.cat([steps * reference.LARGEST, w], 1)
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs Python code beside this file, with this file and torch imported, in a process of its own."""
-    imports = "import test_native, torch\nfrom calls import call, plane_of\nfrom cu_fast.kernels import native\n"
+    imports = (
+        "import test_native, torch\nfrom calls import call, plane_of\nfrom cu_fast.kernels import native, reference\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", imports + code],
         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300,
@@ -126,9 +156,10 @@ class TestChecks:
         [
             (dict(z=torch.zeros(4)), r"z must have shape \[T, E\] = \[any, any\], got Float \[4\]"),
             (dict(z=torch.zeros(3, 4).int()), r"z must be Float, BFloat16 or Half, got Int \[3, 4\]"),
-            (dict(codes=torch.zeros(40, 5)), r"codes must have shape \[C, E\] = \[any, 4\], got Float \[40, 5\]"),
-            (dict(codes=torch.zeros(40, 4).double()), r"codes must be .*, got Double"),
-            (dict(inv_norm=torch.zeros(39)), r"inv_norm must have shape \[C\] = \[40\], got Float \[39\]"),
+            (dict(codes=torch.zeros(40, 65)), r"digits must have shape .* = \[any, 3, 64\], got Char \[40, 3, 128\]"),
+            (dict(digits=torch.zeros(40, 3, 64).int()), r"digits must be Char, got Int"),
+            (dict(factor=torch.zeros(39)), r"factor must have shape \[C\] = \[40\], got Float \[39\]"),
+            (dict(factor=torch.zeros(40).double()), r"factor must be Float, got Double"),
             (dict(bias=torch.zeros(41)), r"bias must have shape \[C\] = \[40\], got Float \[41\]"),
             (dict(k=0), r"k is 0, must be in \[1, C\] = \[1, 40\]"),
             (dict(k=41), r"k is 41, must be in \[1, C\] = \[1, 40\]"),
@@ -167,8 +198,10 @@ class TestChecks:
             self.decode(**changes)
 
     def test_sae_encode(self):
-        with pytest.raises(RuntimeError, match=r"W_enc must have shape \[E, D\] = \[any, 4\], got Float \[40, 5\]"):
-            call("sae_encode", x=self.z, W_enc=torch.zeros(40, 5))
+        with pytest.raises(
+            RuntimeError, match=r"W_digits must have shape .* = \[any, 3, 64\], got Char \[40, 3, 128\]"
+        ):
+            call("sae_encode", x=self.z, W_enc=torch.zeros(40, 65))
         with pytest.raises(RuntimeError, match=r"b_pre must have shape \[D\] = \[4\], got Float \[3\]"):
             call("sae_encode_topk", x=self.z, W_enc=self.codes, b_pre=torch.zeros(3), k=2)
         with pytest.raises(RuntimeError, match=r"b_enc must have shape \[E\] = \[40\], got Float \[4\]"):
@@ -187,6 +220,31 @@ class TestSameBits:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, expected], done.stderr
 
+    @x86
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_sums_at_their_limits(self, level):
+        code = "print(native.simd_level(), *(test_native.sums_are_right(T) for T in (1, 3, 9, 14)))"
+        done = run(code, CU_FAST_SIMD=level)
+        if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
+            pytest.skip(f"this machine has no {level}")
+        assert done.stdout.split() == [level, *["True"] * 4], done.stderr
+
+    @x86
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_quotients_at_a_half(self, level):
+        w = quotients_at_a_half()
+        step = call("pack_digits", on=reference, codes=w)[1]
+        exact = (step.double() * reference.LARGEST >= w[:, 0].double()) & (step % 1 == 0)
+        assert exact.sum() > 20
+        code = """
+w = test_native.quotients_at_a_half()
+print(native.simd_level(), all(map(torch.equal, call("pack_digits", codes=w), call("pack_digits", on=reference, codes=w))))
+"""
+        done = run(code, CU_FAST_SIMD=level)
+        if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
+            pytest.skip(f"this machine has no {level}")
+        assert done.stdout.split() == [level, "True"], done.stderr
+
     @pytest.mark.parametrize("threads", [2, 5])
     @pytest.mark.parametrize("T", [1, 200])
     def test_threads(self, threads, T):
@@ -202,9 +260,10 @@ class TestSameBits:
         assert all(torch.equal(a, b) for op in given for a, b in zip(one[op], many[op]))
 
     def test_flush_denormal(self):
-        # Every product and sum is a denormal number. Compared as bits: flushed, they would equal zero.
+        # Scores next to the smallest that there are, codes with denormal entries, and a decoder all of whose products and
+        # sums are denormal. Compared as bits: flushed, they would equal zero.
         done = run("""
-z, codes = torch.randn(70, 64) * 1e-41, torch.randn(5000, 64)
+z, codes = torch.randn(70, 64) * 1e-38, torch.randn(5000, 64)
 rows, mixed = torch.randn(9, 64), torch.randn(5000, 64)
 mixed[:2500, :], rows[:, 1:] = torch.tensor([1e-11] + [1e-41] * 63), 1e-4
 ids, weights = torch.randint(0, 5000, (70, 4)).int(), torch.randn(70, 4) * 1e-41
@@ -215,6 +274,9 @@ def results():
     scanned = call("codebook_quantize", z=rows, codes=mixed, k=9, scan=plane)[:2]
     dense = call("sae_encode", x=z, W_enc=codes, relu=True)
     y = call("masked_decode", ids=ids, weights=weights, table=codes)
+    # The reference sets no mode, and its scores need none.
+    plain = call("codebook_quantize", on=reference, z=z, codes=codes, k=9)[:2]
+    assert torch.equal(plain[0], scores) and torch.equal(plain[1], chosen)
     return [t.view(torch.int32) for t in (scores, chosen, dense, y, *scanned, *plane[1:])]
 want = results()
 assert all(t.count_nonzero() > t.numel() // 3 for t in want[:4])
@@ -278,7 +340,7 @@ class TestLoading:
         code = (
             "import torch\nfrom cu_fast import ops\nfrom cu_fast.kernels import native\nassert not native.available()\n"
             "print(native.failure())\n"
-            "print(ops.sae_encode(torch.ones(1, 4), torch.ones(1, 4)).item())\n"
+            "print(ops.sae_encode(torch.ones(1, 4), ops.pack_codes(torch.ones(1, 4), 'dot')).item())\n"
             "try: native.simd_level()\nexcept RuntimeError as error: print(error)"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import hurtful
 import pytest
 import torch
-from calls import call, plane_of
+from calls import call, cosine, plane_of
 from hurtful import normal
 
 from cu_fast import BottleneckConfig, ops
@@ -35,10 +35,10 @@ def same(a, b) -> bool:
     return torch.equal(a[1], b[1]) and hurtful.equal(a[0], b[0]) and torch.equal(a[2], b[2])
 
 
-def check(z, codes, inv_norm=None, **given):
+def check(z, codes, factor=None, **given):
     """Ids, scores and hits of the scan are those of the exact kernel. Returns them."""
-    given = dict(z=z, codes=codes, inv_norm=inv_norm, **given)
-    want, got = select(**given), select(**given, scan=plane_of(codes, inv_norm))
+    given = dict(z=z, codes=codes, factor=factor, **given)
+    want, got = select(**given), select(**given, scan=plane_of(codes, factor))
     for t in (want[1] != got[1]).any(1).nonzero()[:1].flatten().tolist():
         pytest.fail(f"row {t}: ids {got[1][t].tolist()}, should be {want[1][t].tolist()}")
     assert same(want, got)
@@ -96,25 +96,25 @@ class TestHurtfulInputs:
     def test_codes(self, kind, similarity):
         C, E = 1500, 72
         codes = CODES[kind](C, E)
-        packed = ops.pack_codes(codes, similarity, scan="fp32")
+        packed = ops.pack_codes(codes, similarity, scan="none")
         z = torch.cat([rows_of(E), codes[[0, 9, C - 2]]])
         for seed, (k, share) in enumerate([(1, None), (10, 0.5), (64, 0.01), (C // 8, 1.0)]):
             mask = None if share is None else hurtful.masks(len(z), C, share, seed)
-            check(z, codes, packed.inv_norm, bias=packed.bias, k=k, mask=mask)
+            check(z, codes, packed.factor, bias=packed.bias, k=k, mask=mask)
 
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
     @pytest.mark.parametrize("kind", ["gaussian", "tied", "mean", "20 clusters", "outliers"])
     def test_equals_the_reference(self, kind, dtype):
         C, E = 900, 40
         codes, z = CODES[kind](C, E).to(dtype), rows_of(E).to(dtype)
-        mask, inv_norm = hurtful.masks(len(z), C, 0.5, 2), reference.inverse_norm(codes)
-        given = dict(z=z, codes=codes, inv_norm=inv_norm, k=12, mask=mask)
+        mask, factor = hurtful.masks(len(z), C, 0.5, 2), cosine(codes)
+        given = dict(z=z, codes=codes, factor=factor, k=12, mask=mask)
         assert same(check(**given), call("codebook_quantize", on=reference, **given, return_hits=True))
 
     @pytest.mark.parametrize("E", [*range(1, 41), 63, 100])
     def test_widths(self, E):
         codes, z = normal(530, E), rows_of(E, 16)
-        check(z, codes, reference.inverse_norm(codes), k=5)
+        check(z, codes, cosine(codes), k=5)
         check(z, codes.half(), bias=normal(530, seed=1), k=5)
 
     @pytest.mark.parametrize("C", [8, 63, 64, 65, 127, 513, 1000])
@@ -145,18 +145,25 @@ class TestHurtfulInputs:
     @pytest.mark.parametrize("sign", ["negative", "both", "wide"])
     def test_any_inv_norm(self, sign):
         codes = normal(1200, 48) + (2 if sign != "both" else 0)
-        inv_norm = {
-            "negative": -reference.inverse_norm(codes), "both": normal(1200, seed=2),
+        factor = {
+            "negative": -cosine(codes), "both": normal(1200, seed=2),
             "wide": normal(1200, seed=2) * 10.0 ** (torch.arange(1200) % 60 - 30),
         }[sign]  # fmt: skip
-        check(rows_of(48), codes, inv_norm, k=9)
-        check(rows_of(48), codes, inv_norm, bias=normal(1200, seed=3), k=9)
+        check(rows_of(48), codes, factor, k=9)
+        check(rows_of(48), codes, factor, bias=normal(1200, seed=3), k=9)
 
     @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e30, -1e30, 2.0**40, 1e9, -1e9])
     def test_any_bias(self, value):
         codes, bias = normal(1200, 48), normal(1200, seed=3)
         bias[[0, 700, 1199]] = value
         check(rows_of(48), codes, bias=bias, k=9)
+
+    def test_a_bias_too_small_to_count(self):
+        # Codes of zeros score their bias, which is cut: they tie, though the scan would tell the biases apart.
+        codes, bias = torch.zeros(1200, 48), torch.arange(1200) * 1e-41
+        codes[-3:] = -1  # in no group with the first codes: such a code gives its group's bounds room
+        got = check(torch.ones(3, 48), codes, bias=bias, k=9)
+        assert got[1].tolist() == [list(range(9))] * 3 and not got[0].any()
 
     @pytest.mark.parametrize("kind", ["equal", "one cluster", "20 clusters", "zeros"])
     @pytest.mark.parametrize("k", [4, 64])
@@ -166,13 +173,13 @@ class TestHurtfulInputs:
         z = torch.cat([normal(3, E, seed=4), codes[:1]])
         check(z, codes, k=k)
         mask = hurtful.masks(4, C, 0.5, 1)
-        check(z, codes, reference.inverse_norm(codes), k=k, mask=mask)
+        check(z, codes, cosine(codes), k=k, mask=mask)
         check(z, codes, k=k, mask=mask, hits=False)
 
     @pytest.mark.parametrize("C, k", [(512, 64), (512, 65), (512, 512), (8192, 1024), (8192, 1025), (8200, 1024)])
     def test_limits_of_k(self, C, k):
         codes, z = normal(C, 32), rows_of(32, 14)
-        check(z, codes, reference.inverse_norm(codes), k=k, mask=hurtful.masks(14, C, 0.3, 1))
+        check(z, codes, cosine(codes), k=k, mask=hurtful.masks(14, C, 0.3, 1))
 
     @pytest.mark.parametrize("k", [64, 65, 512])
     @pytest.mark.parametrize("T", [65, 128, 256, 257])
@@ -206,7 +213,7 @@ class TestHurtfulInputs:
     def test_the_best_are_deleted(self, k):
         # Deleted codes ride along for the hits: nothing of theirs may rule out a code that is left.
         codes, z = normal(3000, 24), normal(40, 24, seed=1)
-        best = reference.canonical_dot(z[:, None], codes[None]).topk(200).indices
+        best = call("sae_encode", on=reference, x=z, W_enc=codes).topk(200).indices
         bits = torch.zeros(40, 94 * 32, dtype=torch.bool).scatter_(1, best, True)
         table = (bits.reshape(40, 94, 32).long() << torch.arange(32)).sum(2)
         table = torch.where(table >= 2**31, table - 2**32, table).int()
@@ -224,7 +231,7 @@ class TestHurtfulInputs:
             z[:, 77] = 1e6
         for given in (codes, codes + 4 * normal(1, E, seed=2)):
             check(z, given, k=8)
-            check(z, given, reference.inverse_norm(given), bias=normal(C, seed=4), k=8)
+            check(z, given, cosine(given), bias=normal(C, seed=4), k=8)
 
     @pytest.mark.parametrize("layout", ["rows", "columns", "transposed"])
     def test_strides(self, layout):
@@ -331,12 +338,12 @@ def test_no_tokens_and_one_code():
 
 class TestCalling:
     def test_unknown_scan(self):
-        with pytest.raises(ValueError, match="scan is 'int4'; it should be 'auto', 'int8' or 'fp32'"):
+        with pytest.raises(ValueError, match="scan is 'int4'; it should be 'auto', 'int8' or 'none'"):
             ops.pack_codes(normal(600, 40), scan="int4")
 
     @pytest.mark.parametrize(
         "C, E, want",
-        [(512, 32, "int8"), (511, 32, "fp32"), (512, 31, "fp32"), (512, 32768, "int8"), (512, 32769, "fp32")],
+        [(512, 32, "int8"), (511, 32, "none"), (512, 31, "none"), (512, 32768, "int8"), (512, 32769, "none")],
     )
     def test_auto(self, C, E, want):
         assert ops.choose_scan(C, E) == want
@@ -345,7 +352,7 @@ class TestCalling:
             assert (ops.pack_codes(codes).scan is not None) == (want == "int8")
 
     def test_explicit_choices(self):
-        assert ops.pack_codes(normal(600, 40), scan="fp32").scan is None
+        assert ops.pack_codes(normal(600, 40), scan="none").scan is None
         assert ops.pack_codes(normal(3, 2), scan="int8").scan is not None
 
     def test_no_silent_fallback(self):
@@ -358,8 +365,11 @@ class TestCalling:
         assert sum(part.nbytes for part in ops.pack_codes(normal(C, E)).scan) == C * E + terms + 4 * E
 
     def test_too_wide(self):
-        with pytest.raises(RuntimeError, match=r"cu_fast: .*131073 wide; an int8 scan needs at most 131072"):
-            plane_of(torch.zeros(1, 131073))
+        wide = torch.zeros(1, 65_536)
+        with pytest.raises(RuntimeError, match=r"cu_fast: .*codes are 65536 wide, must be at most 65535"):
+            call("pack_digits", codes=wide)
+        with pytest.raises(RuntimeError, match=r"cu_fast: .*digits is of rows of 65536 entries, must be at most 65535"):
+            select(wide, wide)
 
     @pytest.mark.parametrize(
         "change, message",
@@ -393,14 +403,9 @@ class TestCalling:
         spread = tuple(torch.stack([t, t], -1)[..., 0] for t in plane_of(codes))
         assert same(select(normal(5, 40), codes, scan=spread), select(normal(5, 40), codes))
 
-    def test_dense_encode_takes_no_scan(self):
-        W = normal(600, 40)
-        with pytest.raises(ValueError, match="scan needs k"):
-            ops.sae_encode(normal(3, 40), W, scan=ops.pack_codes(W, "dot", scan="int8").scan)
-
     def test_meta(self):
         packed = ops.pack_codes(torch.ones(600, 40, device="meta"))
-        assert packed.scan is None and packed.inv_norm.shape == (600,)
+        assert packed.scan is None and packed.factor.shape == (600,)
         assert ops.codebook_quantize(torch.ones(5, 40, device="meta"), packed, k=3).ids.shape == (5, 3)
         made, real = plane_of(torch.ones(600, 41, device="meta")), plane_of(torch.ones(600, 41))
         assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in real]
@@ -416,16 +421,16 @@ class TestCalling:
         assert all(torch.equal(a, b) for one, other in zip(got, want) for a, b in zip(one, other))
 
     def test_a_bottleneck_reports_it(self):
-        for codes, want in ((512, "int8"), (511, "fp32")):
+        for codes, want in ((512, "int8"), (511, "none")):
             config = BottleneckConfig(d_model=32, code_dim=32, num_codes=codes, k=4, activation="none")
             made = CodebookBottleneck(config).eval()
             made.fold()
             assert made.receipt()["scan"] == want
             made.impl = "reference"
-            assert made.receipt()["scan"] == "fp32"
-            made.impl, made.scan = "auto", "fp32"
+            assert made.receipt()["scan"] == "none"
+            made.impl, made.scan = "auto", "none"
             made.fold()
-            assert made.receipt()["scan"] == "fp32" and made.folded_scan_plane is None
+            assert made.receipt()["scan"] == "none" and made.folded.codes.scan is None
 
 
 @pytest.mark.parametrize(
@@ -434,7 +439,7 @@ class TestCalling:
         (1, 8, 1, True, "int8 scan: 1 x 4 tokens, 1 x 25024 codes, 1 threads"),
         (1, 8, 2, True, "int8 scan: 1 x 4 tokens, 2 x 12544 codes, 2 threads"),
         (512, 8, 2, True, "int8 scan: 2 x 256 tokens, 1 x 25024 codes, 2 threads"),
-        (512, 8, 2, False, "every code scored: 8 x 64 tokens, 1 x 25024 codes, 2 threads"),
+        (512, 8, 2, False, "every code scored: 4 x 128 tokens, 1 x 25024 codes, 2 threads"),
         (64, 1025, 2, True, "every code scored: 2 x 32 tokens, 1 x 25024 codes, 2 threads"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import hurtful
 import pytest
 import torch
-from calls import plane_of
+from calls import call, cosine, plane_of
 from hurtful import normal
 from test_scan import GROUP, INF, NAN, check
 
@@ -24,12 +24,14 @@ packer = torch.ops.cu_fast
 
 
 class Unpacked:
-    """A plane read back in fp64: bytes q [C, E], and its terms by name, each [C]."""
+    """A plane read back in fp64: bytes q [C, E], and its terms by name, each [C]. What it holds are the codes' integers."""
 
-    def __init__(self, codes, inv_norm=None):
-        self.codes, (self.C, self.E) = codes.double(), codes.shape
-        self.inv = torch.ones(self.C).double() if inv_norm is None else inv_norm.double()
-        self.plane, self.terms, mean = plane_of(codes, inv_norm, on=packer)
+    def __init__(self, codes, factor=None):
+        digits, step, _ = reference.pack_digits(codes)
+        self.C, self.E = codes.shape
+        self.codes = reference.integers_of(digits, self.E).double()
+        self.inv = (step if factor is None else factor).double()
+        self.plane, self.terms, mean = plane_of(codes, factor, on=packer)
         self.mean = mean.double()
         groups = (self.C + GROUP - 1) // GROUP
         assert self.plane.shape == (groups, (self.E + 3) // 4, GROUP, 4) and self.plane.dtype == torch.uint8
@@ -41,7 +43,7 @@ class Unpacked:
         self.scale, self.residual, self.size = per_code.transpose(0, 1).reshape(3, -1)
         self.largest = dict(zip(("scale", "residual", "size", "magnitude"), self.terms[:, 3 * GROUP :].double().T))
         self.certified = self.residual[: self.C].isfinite()
-        # Where inv_norm is 0 the step cannot be told from the scale, and nothing depends on it.
+        # Where the factor is 0 the step cannot be told from the scale, and nothing depends on it.
         self.d = self.codes - self.mean
         self.step = self.d.abs().amax(1) / 127
         norms = self.codes.norm(dim=1) + self.mean.norm() + 2 * self.step * self.q.norm(dim=1)
@@ -80,8 +82,8 @@ class TestPlane:
     @pytest.mark.parametrize("C, E", [(200, 33), (64, 64), (5, 1)])
     def test_bounds_hold_and_are_tight(self, C, E, kind, norms):
         codes = PLANES[kind](C, E)
-        inv_norm = {"none": None, "cosine": reference.inverse_norm(codes), "signed": normal(C, seed=5)}[norms]
-        p = Unpacked(codes, inv_norm)
+        factor = {"none": None, "cosine": cosine(codes), "signed": normal(C, seed=5) * 2**-20}[norms]
+        p = Unpacked(codes, factor)
         use, inv = p.certified, p.inv.abs()
         step = p.step[use]
         assert p.q[use].abs().le(127).all()
@@ -114,37 +116,41 @@ class TestPlane:
 
     @pytest.mark.parametrize("share, centred", [(0.0, False), (0.09, False), (0.11, True), (0.9, True)])
     def test_centred_where_the_mean_takes_a_tenth(self, share, centred):
-        codes = normal(500, 24).double()
-        codes -= codes.mean(0)
+        p = normal(500, 24).double()
+        p -= p.mean(0)
         mean = normal(24, seed=1).double()
-        mean *= (share / (1 - share) * codes.square().sum(1).mean()).sqrt() / mean.norm()
-        codes = (codes + mean).float()
-        broken = torch.cat([codes, torch.tensor([NAN, INF, 2.0**41, 2.0**-60])[:, None].expand(4, 24)])
-        for given in (codes, broken):  # codes without a bound have no say
-            packed_mean = plane_of(given, on=packer)[2]
-            want = mean.float() if centred else torch.zeros(24)
-            torch.testing.assert_close(packed_mean, want, rtol=1e-5, atol=1e-6)
-            assert centred or (packed_mean == 0).all()
+        mean *= (share / (1 - share) * p.square().sum(1).mean()).sqrt() / mean.norm()
+        p = ((p + mean) * 1e5).round().int()
+        factor = torch.ones(500) * 2.0**-20
+        broken = torch.cat([p, torch.full((3, 24), 8_000_000, dtype=torch.int32)])
+        faulty = torch.cat([factor, torch.tensor([NAN, INF, 2.0**30])])
+        for given, factors in ((p, factor), (broken, faulty)):  # codes without a bound have no say
+            packed_mean = packer.pack_scan(reference.digits_of(given), factors, 24)[2]
+            want = p.double().mean(0).float() if centred else torch.zeros(24)
+            torch.testing.assert_close(packed_mean, want, rtol=1e-6, atol=0)
 
     def test_codes_without_a_bound(self):
-        cases = [  # of one entry and inv_norm; certified?
-            (1.0, 1.0, True), (0.0, 1.0, True), (0.0, 1e30, True), (1.0, 0.0, True), (1.0, -1.0, True),
-            (NAN, 1.0, False), (INF, 1.0, False), (-INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False),
-            (2.0**40, 1.0, True), (2.0**40 * 1.001, 1.0, False), (2.0**-40, 1.0, True), (2.0**-40 * 0.999, 1.0, False),
-            (1e-42, 1.0, False), (3e38, 1.0, False), (3e38, 1e-38, False), (2.0**20, 2.0**20, True),
-            (2.0**20, 2.0**20 * 1.001, False), (2.0**-20, 2.0**-20, True), (2.0**-20, 2.0**-20 * 0.999, False),
+        cases = [  # an entry's integer, and factor; certified?
+            (1, 1.0, True), (0, 1.0, True), (0, 1e30, True), (1, 0.0, True), (1, -1.0, True),
+            (0, NAN, False), (1, NAN, False), (1, INF, False), (-1, -INF, False),
+            (2**20, 2.0**20, True), (2**20, 2.0**20 * 1.001, False), (2**20, 2.0**-60, True),
+            (2**20, 2.0**-60 * 0.999, False), (reference.LARGEST, 2.0**17, True), (reference.LARGEST, 2.0**18, False),
         ]  # fmt: skip
-        codes = torch.zeros(len(cases), 3)
-        codes[:, 1] = torch.tensor([case[0] for case in cases])
-        inv_norm = torch.tensor([case[1] for case in cases])
-        p = Unpacked(torch.cat([codes, -codes]), inv_norm.repeat(2))  # and so no mean
-        assert p.certified.tolist() == 2 * [case[2] for case in cases]
-        assert (p.residual[: p.C][~p.certified] == INF).all() and p.largest["residual"][0] == INF
-        assert (p.q[~p.certified] == 0).all() and (p.scale[: p.C][~p.certified] == 0).all()
-        assert (p.size[: p.C][~p.certified] == 0).all()
+        p = torch.zeros(len(cases), 3, dtype=torch.int32)
+        p[:, 1] = torch.tensor([case[0] for case in cases])
+        factor = torch.tensor([case[1] for case in cases]).repeat(2)
+        plane, terms, mean = packer.pack_scan(reference.digits_of(torch.cat([p, -p])), factor, 3)  # and so no mean
+        assert not mean.any()
+        scale, residual, size = terms[0, : 3 * GROUP].reshape(3, GROUP)[:, : 2 * len(cases)]
+        certified = residual.isfinite()
+        assert certified.tolist() == 2 * [case[2] for case in cases]
+        assert (residual[~certified] == INF).all() and terms[0, 3 * GROUP + 1] == INF
+        assert (scale[~certified] == 0).all() and (size[~certified] == 0).all()
+        assert (plane[0, 0, : 2 * len(cases)][~certified] == 128).all()
         # A zero code's distance from the mean counts as well.
-        far = Unpacked(torch.tensor([[2.0**20], [2.0**20], [0.0], [0.0]]), torch.tensor([1.0, 1, 1, 2.0**22]))
-        assert far.mean > 0 and far.certified.tolist() == [True, True, True, False]
+        far = reference.digits_of(torch.tensor([[2**20], [2**20], [0], [0]], dtype=torch.int32))
+        _, terms, mean = packer.pack_scan(far, torch.tensor([1.0, 1, 1, 2.0**22]), 1)
+        assert mean > 0 and terms[0, GROUP : GROUP + 4].isfinite().tolist() == [True, True, True, False]
 
     @pytest.mark.parametrize("shift", [0, 3])
     def test_does_not_depend_on_the_threads(self, shift):
@@ -159,24 +165,48 @@ class TestPlane:
 
     def test_codes_are_not_written_to(self):
         codes = normal(100, 10)
-        inv_norm = reference.inverse_norm(codes)
-        before = codes.clone(), inv_norm.clone()
-        plane_of(codes, inv_norm, on=packer)
-        assert torch.equal(codes, before[0]) and torch.equal(inv_norm, before[1])
+        digits, factor, _ = reference.pack_digits(codes)
+        before = codes.clone(), digits.clone(), factor.clone()
+        packer.pack_digits(codes)
+        packer.pack_scan(digits, factor, 10)
+        assert all(map(torch.equal, (codes, digits, factor), before))
 
     def test_strided_codes(self):
         codes = normal(100, 10)
         for layout in ("rows", "columns", "transposed"):
-            planes = (plane_of(some, on=packer) for some in (hurtful.strided(codes, layout), codes))
-            assert all(map(torch.equal, *planes))
+            made = (packer.pack_digits(some) for some in (hurtful.strided(codes, layout), codes))
+            assert all(map(torch.equal, *made))
+
+    @pytest.mark.parametrize("dtype", hurtful.DTYPES)
+    @pytest.mark.parametrize("kind", hurtful.KINDS)
+    @pytest.mark.parametrize("C, E", [(70, 33), (64, 64), (3, 1), (5, 130)])
+    def test_digits_are_the_definition(self, C, E, kind, dtype):
+        codes = hurtful.matrix(C, E, kind, dtype, 3)
+        digits, step, squares = packer.pack_digits(codes)
+        assert digits.shape == (C, 3, (E + 63) // 64 * 64) and not digits[:, :, E:].any()
+        p = reference.integers_of(digits, E)
+        assert torch.equal(digits, reference.digits_of(p)) and p.abs().max() <= reference.LARGEST
+        w = codes.double()
+        faulty, most = ~w.isfinite().all(1), w.abs().amax(1)
+        assert torch.equal(step.isnan(), faulty) and not p[faulty].any()
+        used = ~faulty & (most >= 2.0**-100)
+        assert not p[~used].any() and not step[~used & ~faulty].any()
+        assert torch.equal(p[used], (w[used] / step[used, None].double()).round().int())
+        below = torch.nextafter(step[used], torch.zeros(())).double()
+        assert (step[used].double() * reference.LARGEST >= most[used]).all() and (
+            below * reference.LARGEST < most[used]
+        ).all()
+        exact = [sum(entry * entry for entry in row) for row in p.tolist()]
+        assert squares.tolist() == torch.tensor(exact).float().tolist()
 
 
 # -- the certificate -------------------------------------------------------------------------------------------
 
 
-def emulated(z, codes, inv_norm, bias, byte_range):
+def emulated(z, codes, factor, bias, byte_range):
     """approx and its bound by core/scan.h, in fp64 and without a line of the kernel: [T, C] each."""
-    p, z = Unpacked(codes, inv_norm), z.double()
+    q, grain = reference.fix_rows(z)
+    p, z = Unpacked(codes, factor), q.double() * grain[:, None]
     E, epsilon = p.E, 1.01 * 2**-24 * (p.E // 16 + 40)
     clip = z.abs().amax(1, keepdim=True)
     for _ in range(7):
@@ -212,16 +242,14 @@ class TestCertificate:
         if z_kind == "row outliers":  # elsewhere in each row
             z = z * torch.where(normal(T, E, seed=8) > 2.4, 300.0, 1.0)
         codes = hurtful.matrix(C, E, code_kind, torch.float32, 2)
-        inv_norm = None if norms == "none" else reference.inverse_norm(codes)
+        factor = None if norms == "none" else cosine(codes)
         bias = normal(C, seed=3) * 1e4 if norms == "biased" else None
-        score = reference.canonical_dot(z[:, None], codes[None])
-        score = score if inv_norm is None else score * inv_norm
-        score = score if bias is None else score + bias
-        approx, bound = emulated(z, codes, inv_norm, bias, byte_range)
+        score = call("sae_encode", on=reference, x=z, W_enc=codes, W_factor=factor, b_enc=bias)
+        approx, bound = emulated(z, codes, factor, bias, byte_range)
         error = (approx - score.double()).abs()
         assert (error <= bound).all()
-        inv = torch.ones(C) if inv_norm is None else inv_norm
-        largest = z.norm(dim=1)[:, None].double() * (codes.norm(dim=1) * inv).double()
+        p = Unpacked(codes, factor)
+        largest = z.norm(dim=1)[:, None].double() * p.codes.norm(dim=1) * p.inv
         if code_kind != "outliers":
             assert (bound <= 0.04 * largest + 2e-6 * 4e4 * 10).all()
         if norms != "biased":  # whose rounding is allowed for, but hardly happens
@@ -239,7 +267,7 @@ def rivals(z, first, second, off, order, C=2048):
     a code has to reach.
     """
     places = {"better first": (3, 1400), "better last": (1400, 3), "same group": (1400, 1401)}[order]
-    scores = reference.canonical_dot(z[None], torch.stack([first, second]))
+    scores = call("sae_encode", on=reference, x=z[None], W_enc=torch.stack([first, second]))[0]
     codes, bias = torch.zeros(C, len(z)), (scores[0] - 0.1 * off).repeat(C)
     codes[places[0]], codes[places[1]] = first, second
     bias[places[0]], bias[places[1]] = 0.0, scores[0] - scores[1] - 0.01 * off

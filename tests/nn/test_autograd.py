@@ -348,7 +348,7 @@ def test_a_loss_curve_is_the_references(name, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_is_small():
-    """No [T, C] (67 MB) and no [T, k, E] (17 MB): the gradient of the codes takes 4 MB, the int8 plane 1 MB."""
+    """No [T, C] (67 MB) and no [T, k, E] (17 MB): the gradient of the codes takes 4 MB, their digits 3, the int8 plane 1."""
     script = Path(__file__).parents[2] / "benchmarks" / "train_memory.py"
     arguments = "-T 1024 -D 64 -E 64 -C 16384 -k 64".split()
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)

@@ -84,7 +84,7 @@ def test_the_unfolded_form_agrees_and_is_chosen_by_size(family, monkeypatch):
     folded = family(x, table, row)
     monkeypatch.setattr("cu_fast.nn.bottleneck.FOLD_LIMIT_BYTES", 0)
     family.fold()
-    assert (family.folded_table is None) == (family.config.code_dim < family.config.d_model)
+    assert (family.folded.table is None) == (family.config.code_dim < family.config.d_model)
     torch.testing.assert_close(family(x, table, row), folded, rtol=1e-5, atol=1e-5)
 
 
@@ -95,10 +95,10 @@ def test_ablate_zeroes_and_reselect_replaces():
     first = int(ids[0])
     table[0, first // 32] = torch.tensor(1 << (first % 32), dtype=torch.int64).to(torch.int32)
     row = torch.zeros(1, dtype=torch.int32)
-    bias = made.folded_b_dec
+    bias = made.folded.b_dec
 
     def summed(chosen):
-        return ops.masked_decode(chosen[None], None, made.folded_table, bias)
+        return ops.masked_decode(chosen[None], None, made.folded.table, bias)
 
     assert torch.equal(made(x, table, row), summed(ids[1:8]))
     made.mask_mode = "reselect"
@@ -354,4 +354,4 @@ def test_casting_twice_rounds_nothing_that_was_folded():
     x = torch.randn(3, 32)
     y = bottleneck(x)
     assert torch.equal(bottleneck.to(torch.bfloat16)(x), y)
-    assert bottleneck.folded_inv_norm.dtype == torch.float32
+    assert bottleneck.folded.codes.factor.dtype == torch.float32

@@ -72,9 +72,9 @@ def test_auto_on_a_cpu_is_never_triton(auto, monkeypatch):
 @pytest.mark.parametrize("can_run, packs", [(("cuda",), True), (("triton",), True), (("cpu",), False)])
 def test_a_gpu_has_a_plane_where_some_kernels_can_read_it(auto, monkeypatch, can_run, packs):
     auto("cuda:0", *can_run)
-    monkeypatch.setattr(reference, "pack_scan", lambda codes, inv_norm: ("plane", "terms", "mean"))
-    codes = types.SimpleNamespace(shape=(700, 40), device=torch.device("cuda:0"))
-    assert packing._pack_scan(codes, None, "auto") == (("plane", "terms", "mean") if packs else None)
+    monkeypatch.setattr(reference, "pack_scan", lambda digits, factor, E: ("plane", "terms", "mean"))
+    digits = types.SimpleNamespace(shape=(700, 3, 64), device=torch.device("cuda:0"))
+    assert packing._pack_scan(digits, None, 40, "auto") == (("plane", "terms", "mean") if packs else None)
     if not packs:
         with pytest.raises(RuntimeError, match=r"needs kernels for cuda:0 tensors: 'cuda' cannot .*; 'triton' cannot"):
-            packing._pack_scan(codes, None, "int8")
+            packing._pack_scan(digits, None, 40, "int8")

@@ -137,7 +137,7 @@ def test_files_beside_it_do_not_matter(tmp_path):
 def test_a_topk_is_the_fused_selection(tmp_path):
     sae = load_sae(sparsify(tmp_path).folder)
     x = tokens(D)
-    selection = ops.sae_encode(x, sae.enc, sae.bias, k=K)
+    selection = ops.sae_encode(x, ops.pack_codes(sae.enc, "dot", sae.bias), k=K)
     dense = torch.zeros(len(x), C).scatter(1, selection.ids.long(), selection.scores)
     assert torch.equal(sae.activations(x), dense)
 

@@ -17,7 +17,7 @@ def small(**changes) -> SAE:
 
 
 def test_a_latent_at_its_threshold_does_not_fire():
-    above = torch.nextafter(torch.tensor(2.0), torch.tensor(3.0))
+    above = torch.tensor(2 + 2.0**-21)  # one step of a row's integers
     sae = small(theta=torch.tensor([2.0, 0.0, -5.0]))
     a = sae.activations(torch.stack([torch.tensor([2.0]), above[None], torch.zeros(1), torch.tensor([-1.0])]))
     assert torch.equal(a[:, 0], torch.stack([torch.tensor(0.0), above, torch.tensor(0.0), torch.tensor(0.0)]))

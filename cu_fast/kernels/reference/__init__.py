@@ -8,19 +8,10 @@ too, and ignored.
 T tokens, D model width, E code width, C codes, k codes kept per token, U masks in a table; R latents, at most M of
 them changed by a mask.
 
-Unlike the native kernels, PyTorch follows the process's denormal setting: under ``torch.set_flush_denormal(True)`` tiny
-products differ here.
+Unlike the native kernels, PyTorch follows the process's denormal setting: under ``torch.set_flush_denormal(True)`` what
+``masked_decode`` and ``delete_latents`` add up may differ here. Scores and selections do not.
 """
 
-from cu_fast.kernels.reference.canonical import (
-    LANES,
-    LAYER_NORM_EPS,
-    canonical_dot,
-    inverse_norm,
-    root,
-    squared_norm,
-    token_scales,
-)
 from cu_fast.kernels.reference.codebook import (
     NO_SCAN,
     codebook_bottleneck,
@@ -30,25 +21,47 @@ from cu_fast.kernels.reference.codebook import (
     sae_encode,
     sae_encode_topk,
 )
+from cu_fast.kernels.reference.fixed import (
+    ALIGN,
+    DIGITS,
+    LARGEST,
+    MOST_WIDTH,
+    digits_of,
+    factors,
+    fix_rows,
+    integer_dot,
+    integers_of,
+    scores_of,
+)
 from cu_fast.kernels.reference.latents import MAX_LATENTS, delete_latents
-from cu_fast.kernels.reference.packing import pack_scan
+from cu_fast.kernels.reference.packing import pack_digits, pack_scan
+from cu_fast.kernels.reference.scales import LANES, LAYER_NORM_EPS, root, sum16, token_scales
 
 __all__ = [
+    "ALIGN",
+    "DIGITS",
     "LANES",
+    "LARGEST",
     "LAYER_NORM_EPS",
     "MAX_LATENTS",
+    "MOST_WIDTH",
     "NO_SCAN",
-    "canonical_dot",
     "codebook_bottleneck",
     "codebook_quantize",
     "delete_latents",
-    "inverse_norm",
+    "digits_of",
+    "factors",
+    "fix_rows",
+    "integer_dot",
+    "integers_of",
     "is_deleted",
     "masked_decode",
+    "pack_digits",
     "pack_scan",
     "root",
     "sae_encode",
     "sae_encode_topk",
-    "squared_norm",
+    "scores_of",
+    "sum16",
     "token_scales",
 ]

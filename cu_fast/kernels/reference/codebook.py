@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cu_fast.kernels.reference.canonical import canonical_dot
+from cu_fast.kernels.reference.fixed import fix_rows, integer_dot, integers_of, scores_of
 
 BLOCK_C = 1024  # codes per tile
 NO_SCAN = (None, None, None)
-BLOCK_T = 64  # tokens per tile: bounds the memory of a tile at BLOCK_T * BLOCK_C * LANES floats
+BLOCK_T = 64  # tokens per tile
 
 
 def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
@@ -39,8 +39,8 @@ def _keep_best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def codebook_quantize(
     z: Tensor,
-    codes: Tensor,
-    inv_norm: Tensor | None,
+    digits: Tensor,
+    factor: Tensor,
     bias: Tensor | None,
     k: int,
     mask_table: Tensor | None,
@@ -54,8 +54,8 @@ def codebook_quantize(
 
     Args:
         z: [T, E].
-        codes: [C, E].
-        inv_norm: fp32 [C], or None = 1.
+        digits: int8 [C, 3, W], of the codes (:func:`pack_digits`).
+        factor: fp32 [C].
         bias: fp32 [C], or None = 0.
         k: codes kept per token.
         mask_table: int32 [U, ceil(C/32)], or None = nothing deleted.
@@ -71,21 +71,17 @@ def codebook_quantize(
     """
 
     def quantize(z: Tensor, mask_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        z = z.float()
-        finite_row = torch.isfinite(z).all(1, keepdim=True)
-        z = torch.where(finite_row, z, 0.0)
-        T, C = z.shape[0], codes.shape[0]
+        q, unit = fix_rows(z)
+        finite_row = ~unit.isnan()[:, None]
+        T, C = z.shape[0], digits.shape[0]
         empty = -torch.inf  # a code's score is finite, so -inf marks an empty slot
-        best = z.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
+        best = unit.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
         best_unmasked = best
 
         for c in range(0, C, BLOCK_C):
-            score = canonical_dot(z[:, None], codes[None, c : c + BLOCK_C])
-            if inv_norm is not None:
-                score = score * inv_norm[c : c + BLOCK_C]
-            if bias is not None:
-                score = score + bias[c : c + BLOCK_C]
-            score = score + 0.0  # -0.0 becomes +0.0
+            some = slice(c, c + BLOCK_C)
+            total = integer_dot(q, integers_of(digits[some], z.shape[1]))
+            score = scores_of(total, unit, factor[some], None if bias is None else bias[some])
             score = torch.where(torch.isfinite(score), score, empty)
             ids = torch.arange(c, c + score.shape[1], dtype=torch.int32, device=z.device).expand(T, -1)
             if mask_table is not None:
@@ -116,12 +112,15 @@ def codebook_quantize(
     return scores, ids, hits if return_hits else hits[:0]
 
 
-def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool) -> Tensor:
-    """z = act((x - b_pre) W_enc^T + b_enc), every entry a canonical dot product.
+def sae_encode(
+    x: Tensor, W_digits: Tensor, W_factor: Tensor, b_enc: Tensor | None, b_pre: Tensor | None, relu: bool
+) -> Tensor:
+    """z = act((x - b_pre) W_enc^T + b_enc), every entry a score of W_enc's rows.
 
     Args:
         x: [T, D].
-        W_enc: [E, D].
+        W_digits: int8 [E, 3, W], of the rows of W_enc (:func:`pack_digits`).
+        W_factor: fp32 [E].
         b_enc: [E], or None = 0.
         b_pre: [D], or None = 0.
         relu: act is relu; else the identity.
@@ -130,23 +129,19 @@ def sae_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_pre: Tensor | N
         fp32 [T, E]; a row of x - b_pre with NaN or Inf is NaN.
     """
     x = x.float() if b_pre is None else x.float() - b_pre.float()
-    finite_row = torch.isfinite(x).all(1, keepdim=True)
-    x = torch.where(finite_row, x, 0.0)
-    z = x.new_empty(x.shape[0], W_enc.shape[0])
-    for t in range(0, x.shape[0], BLOCK_T):
-        for e in range(0, W_enc.shape[0], BLOCK_C):
-            tile = canonical_dot(x[t : t + BLOCK_T, None], W_enc[None, e : e + BLOCK_C])
-            z[t : t + BLOCK_T, e : e + BLOCK_C] = tile
-    if b_enc is not None:
-        z = z + b_enc.float()
-    if relu:
-        z = torch.relu(z)
-    return torch.where(finite_row, z, torch.nan)
+    q, unit = fix_rows(x)
+    z = unit.new_empty(x.shape[0], W_digits.shape[0])
+    for e in range(0, W_digits.shape[0], BLOCK_C):
+        some = slice(e, e + BLOCK_C)
+        total = integer_dot(q, integers_of(W_digits[some], x.shape[1]))
+        z[:, some] = scores_of(total, unit, W_factor[some], None if b_enc is None else b_enc[some].float())
+    return torch.relu(z) if relu else z
 
 
 def sae_encode_topk(
     x: Tensor,
-    W_enc: Tensor,
+    W_digits: Tensor,
+    W_factor: Tensor,
     b_enc: Tensor | None,
     b_pre: Tensor | None,
     k: int,
@@ -161,7 +156,8 @@ def sae_encode_topk(
 
     Args:
         x: [T, D].
-        W_enc: [E, D].
+        W_digits: int8 [E, 3, W].
+        W_factor: fp32 [E].
         b_enc: [E], or None = 0.
         b_pre: [D], or None = 0.
         k: latents kept per token.
@@ -177,18 +173,19 @@ def sae_encode_topk(
     """
     x = x.float() if b_pre is None else x.float() - b_pre.float()
     bias = None if b_enc is None else b_enc.float()
-    scores, ids, _ = codebook_quantize(x, W_enc, None, bias, k, mask_table, mask_row, False, *NO_SCAN)
+    scores, ids, _ = codebook_quantize(x, W_digits, W_factor, bias, k, mask_table, mask_row, False, *NO_SCAN)
     return torch.relu(scores) if relu else scores, ids
 
 
 def codebook_bottleneck(
     x: Tensor,
-    W_enc: Tensor | None,
+    W_digits: Tensor | None,
+    W_factor: Tensor | None,
     b_enc: Tensor | None,
     b_pre: Tensor | None,
     relu: bool,
-    codes: Tensor,
-    inv_norm: Tensor | None,
+    digits: Tensor,
+    factor: Tensor,
     bias: Tensor | None,
     k: int,
     mask_table: Tensor | None,
@@ -207,12 +204,13 @@ def codebook_bottleneck(
 
     Args:
         x: [T, D].
-        W_enc: [E, D], or None = x is z, and E is D.
+        W_digits: int8 [E, 3, W], or None = x is z, and E is D.
+        W_factor: fp32 [E]; None where W_digits is.
         b_enc: [E], or None = 0.
         b_pre: [D], or None = 0.
         relu: the encoder's activation is relu; else the identity.
-        codes: [C, E].
-        inv_norm: fp32 [C], or None = 1.
+        digits: int8 [C, 3, W].
+        factor: fp32 [C].
         bias: fp32 [C], or None = 0.
         k: codes kept per token.
         mask_table: int32 [U, ceil(C/32)], or None = nothing deleted.
@@ -232,8 +230,8 @@ def codebook_bottleneck(
     """
     none = (None, None)
     excluded, zeroed = ((mask_table, mask_row), none) if reselect else (none, (mask_table, mask_row))
-    z = x if W_enc is None else sae_encode(x, W_enc, b_enc, b_pre, relu)
-    scores, ids, hits = codebook_quantize(z, codes, inv_norm, bias, k, *excluded, True, *NO_SCAN)
+    z = x if W_digits is None else sae_encode(x, W_digits, W_factor, b_enc, b_pre, relu)
+    scores, ids, hits = codebook_quantize(z, digits, factor, bias, k, *excluded, True, *NO_SCAN)
     if not reselect and mask_table is not None:
         hits = is_deleted(ids, mask_table, mask_row).sum(1, dtype=torch.int32)
     # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cu_fast.kernels.reference.canonical import canonical_dot, root, token_scales
+from cu_fast.kernels.reference.fixed import fix_rows, integer_dot, integers_of, scores_of
+from cu_fast.kernels.reference.scales import root, sum16, token_scales
 
 MAX_LATENTS = 8192  # that one mask changes: a GPU's kernel keeps a number for each in shared memory
 BLOCK_T = 64  # tokens per tile
@@ -15,7 +16,8 @@ BLOCK_M = 16  # latents per tile: bounds the memory of a tile at BLOCK_T * BLOCK
 def delete_latents(
     x: Tensor,
     residual: Tensor | None,
-    enc: Tensor,
+    enc_digits: Tensor,
+    enc_factor: Tensor,
     bias: Tensor,
     theta: Tensor,
     dec: Tensor,
@@ -34,17 +36,18 @@ def delete_latents(
         new_i = gain_i a_i + clamp_i           a_i = pre_i, where it fires
         new_i = idle_i                         a_i = 0, elsewhere, if a latent whose idle is not 0 fires
 
-    rho x is rounded to fp32; then the canonical product, then the bias. The sum runs in the order of the mask's list, in
+    rho x is rounded to fp32; then the score, bias included. The sum runs in the order of the mask's list, in
     fp32, multiply, then add; then sigma; then the residual; one rounding to its dtype. A token of which nothing fires keeps
     the bits of its residual.
 
     A token is NaN where it has a mask and its x, its sigma or a pre is not a number that can be judged (x with NaN or Inf,
-    sigma not finite, pre NaN), where its mask row does not exist, or where its mask lists a latent that does not.
+    sigma not finite, pre NaN, as it is where rho x overflows), where its mask row does not exist, or where its mask lists a latent that does not.
 
     Args:
         x: [T, Din].
         residual: [T, Dout], or None = x, and Dout is Din.
-        enc: fp32 [R, Din], R >= 1.
+        enc_digits: int8 [R, 3, W], of the encoder's rows (:func:`pack_digits`), R >= 1.
+        enc_factor: fp32 [R].
         bias: fp32 [R].
         theta: fp32 [R].
         dec: fp32 [R, Dout].
@@ -58,7 +61,7 @@ def delete_latents(
 
     Returns:
         y [T, Dout] in the residual's dtype; hits int32 [T], how many of the mask's latents fired; dose fp32 [T],
-        ||y - residual|| / ||residual|| before rounding: roots of canonical products, 0 where nothing fired. Of a NaN token
+        ||y - residual|| / ||residual|| before rounding: roots of sum16 of squares, 0 where nothing fired. Of a NaN token
         hits is 0 and dose NaN.
     """
     residual = x if residual is None else residual
@@ -67,7 +70,7 @@ def delete_latents(
         some = slice(t, t + BLOCK_T)
         floor = None if floor_scores is None else (floor_scores[some, None], floor_ids[some, None])
         tiles.append(
-            _delete(x[some], residual[some], enc, bias, theta, dec, scale, norm, mask_latents, mask_change,
+            _delete(x[some], residual[some], enc_digits, enc_factor, bias, theta, dec, scale, norm, mask_latents, mask_change,
                     mask_row[some], floor)
         )  # fmt: skip
     y, hits, dose = (torch.cat(parts) for parts in zip(*tiles))
@@ -77,7 +80,8 @@ def delete_latents(
 def _delete(
     x: Tensor,
     residual: Tensor,
-    enc: Tensor,
+    enc_digits: Tensor,
+    enc_factor: Tensor,
     bias: Tensor,
     theta: Tensor,
     dec: Tensor,
@@ -89,7 +93,7 @@ def _delete(
     floor: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A tile of tokens; floor is (scores [T, 1], ids [T, 1])."""
-    T, U, R = x.shape[0], mask_latents.shape[0], enc.shape[0]
+    T, U, R = x.shape[0], mask_latents.shape[0], enc_digits.shape[0]
     has_mask = mask_row != -1
     known = (mask_row >= 0) & (mask_row < U)
     rho, sigma = token_scales(x, scale, norm)
@@ -104,10 +108,12 @@ def _delete(
     ids = torch.where(listed & ~faulty[:, None], latents, 0).long().clamp(max=R - 1)
     x = torch.where(faulty[:, None], 0.0, x * rho[:, None])
 
+    q, unit = fix_rows(x)
     pre = x.new_zeros(T, latents.shape[1])
     for m in range(0, latents.shape[1], BLOCK_M):
         some = ids[:, m : m + BLOCK_M]
-        pre[:, m : m + BLOCK_M] = canonical_dot(x[:, None], enc[some]) + bias[some]
+        enc = integers_of(enc_digits[some.flatten()], x.shape[1]).unflatten(0, some.shape)
+        pre[:, m : m + BLOCK_M] = scores_of(integer_dot(q, enc), unit, enc_factor[some], bias[some])
     faulty |= (listed & pre.isnan()).any(1)
     fires = (pre > theta[ids]) & (pre > 0)
     if floor is not None:
@@ -124,7 +130,7 @@ def _delete(
     delta = sigma[:, None] * delta
     hits = fires.sum(1, dtype=torch.int32)
     kept = residual.float()
-    dose = root(canonical_dot(delta, delta)) / root(canonical_dot(kept, kept))
+    dose = root(sum16(delta * delta)) / root(sum16(kept * kept))
     y = torch.where((hits > 0)[:, None], (kept + delta).to(residual.dtype), residual)
     y = torch.where(faulty[:, None], torch.nan, y).to(residual.dtype)
     return y, hits, torch.where(faulty, torch.nan, torch.where(hits > 0, dose, 0.0))

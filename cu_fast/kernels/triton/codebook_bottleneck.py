@@ -18,7 +18,7 @@ def codebook_bottleneck(a: Any) -> Tensor:
     mask = {"mask_table": a.mask_table, "mask_row": a.mask_row}
     none = dict.fromkeys(mask)
     excluded, zeroed = (mask, none) if a.reselect else (none, mask)
-    z = a.x if a.W_enc is None else sae_encode(a)
+    z = a.x if a.W_digits is None else sae_encode(a)
     selected = {"z": z, "return_hits": a.reselect, **excluded}
     scores, ids, hits = codebook_quantize(SimpleNamespace(**vars(a) | selected))
     # The score of an empty slot is 0, or NaN where the row was faulty, and so is its weight.

@@ -1,8 +1,8 @@
-"""The selection with Triton: which kernels are started, and its memory. Kernels: select.py, scan.py; plan: launch.py.
+"""The selection with Triton: which kernels are started, and its memory. Kernels: fixed.py, select.py, scan.py; plan: launch.py.
 
-    every code scored   score_codes -> finish                                        few tokens, or no plane
-    certified scan      scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow -> score_candidates
-                        -> score_codes (rows that the scan could not do) -> finish
+    every code scored   fix_rows -> score_codes -> finish                            few tokens, or no plane
+    certified scan      fix_rows -> scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow
+                        -> score_candidates -> score_codes (rows that the scan could not do) -> finish
 
 Tokens go through in chunks, so the memory of a selection does not grow with them. Nothing waits for the device.
 """
@@ -14,33 +14,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cu_fast.kernels import reference
 from cu_fast.kernels.triton import launch
 from cu_fast.kernels.triton import scan as scan_kernels
 from cu_fast.kernels.triton import select as select_kernels
+from cu_fast.kernels.triton.fixed import Rows
 from cu_fast.kernels.triton.launch import choose, rows_contiguous, start, vector
 
 
 class Scores(NamedTuple):
-    """The operands of score(t, j) = canonical(z_t - pre, c_j) inv_norm_j + bias_j.
+    """The operands of score(t, j), of rows z - pre: fixed.py.
 
     Attributes:
         z: [T, E], rows contiguous.
-        codes: [C, E], rows contiguous.
         pre: fp32 [E], or None = 0.
-        inv_norm: fp32 [C], or None = 1.
+        digits: int8 [C, 3, W], contiguous.
+        factor: fp32 [C].
         bias: fp32 [C], or None = 0.
     """
 
     z: Tensor
-    codes: Tensor
     pre: Tensor | None
-    inv_norm: Tensor | None
+    digits: Tensor
+    factor: Tensor
     bias: Tensor | None
 
 
 def codebook_quantize(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.codebook_quantize``: scores fp32 [T, k], ids int32 [T, k], hits int32 [T] or [0]."""
-    scores = Scores(rows_contiguous(a.z), rows_contiguous(a.codes), None, vector(a.inv_norm), vector(a.bias))
+    scores = Scores(rows_contiguous(a.z), None, a.digits.contiguous(), vector(a.factor), vector(a.bias))
     hits = torch.empty(a.z.shape[0] if a.return_hits else 0, dtype=torch.int32, device=a.z.device)
     best, ids = select(scores, a, hits if a.return_hits else None, relu=False)
     return best, ids, hits
@@ -55,8 +57,8 @@ def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Ten
         hits: int32 [T], written to; None = not counted.
         relu: the scores that are returned are relu(score).
     """
-    z, codes, k = scores.z, scores.codes, a.k
-    (T, E), C, device = z.shape, codes.shape[0], z.device
+    z, k = scores.z, a.k
+    (T, E), (C, _, W), device = z.shape, scores.digits.shape, z.device
     plane = None if a.scan_plane is None else (a.scan_plane, a.scan_terms, a.scan_mean)
     best, ids = z.new_empty((T, k), dtype=torch.float32), z.new_empty((T, k), dtype=torch.int32)
     if T == 0:
@@ -66,16 +68,17 @@ def select(scores: Scores, a: Any, hits: Tensor | None, relu: bool) -> tuple[Ten
         mask_table, mask_row = mask_table.contiguous(), mask_row.contiguous()
     with launch.on_device(z):
         arch = launch.arch_of(device)
-        plan = launch.plan(T, E, C, k, codes.dtype, plane is not None, launch.multiprocessors_of(device), arch)
-        tile = choose("score_codes", arch, plan.chunk, E, C, k, codes.dtype)
+        plan = launch.plan(T, E, C, k, plane is not None, launch.multiprocessors_of(device), arch)
+        tile = choose("score_codes", arch, plan.chunk, E, C, k)
         places = plan.parts * tile.block("K") or C
-        work = Work(plan, E, places, device, counts_hits=hits is not None and mask_table is not None)
+        work = Work(plan, W, places, device, counts_hits=hits is not None and mask_table is not None)
         for first in range(0, T, plan.chunk):
             some = slice(first, min(first + plan.chunk, T))
             job = Job(
                 scores._replace(z=z[some]), k, mask_table, None if mask_table is None else mask_row[some],
                 best[some], ids[some], None if hits is None else hits[some], relu, arch,
             )  # fmt: skip
+            work.rows.fix(job.scores.z, scores.pre, job.choose("fix_rows"))
             if plan.scans:
                 scan(job, plan, work, plane)
             every_code(job, plan, work, tile)
@@ -97,15 +100,15 @@ class Job(NamedTuple):
 
     def choose(self, kernel: str) -> launch.Config:
         """The tiles of a kernel for this chunk."""
-        T, (C, E) = self.scores.z.shape[0], self.scores.codes.shape
-        return choose(kernel, self.arch, T, E, C, self.k, self.scores.codes.dtype)
+        z, _, digits, _, _ = self.scores
+        return choose(kernel, self.arch, *z.shape, digits.shape[0], self.k)
 
-    def rows_and_codes(self) -> dict[str, Any]:
+    def operands(self, rows: Rows) -> dict[str, Any]:
         """The operands, as the kernels' arguments name them."""
-        z, codes, pre, inv_norm, bias = self.scores
+        _, _, digits, factor, bias = self.scores
         return {
-            "z": z, "z_stride": z.stride(0), "codes": codes, "code_stride": codes.stride(0), "pre": pre, "E": z.shape[1],
-            "inv_norm": inv_norm, "bias": bias,
+            "row_digits": rows.digits, "units": rows.units, "digits": digits, "factor": factor, "bias": bias,
+            "W": digits.shape[2],
         }  # fmt: skip
 
 
@@ -114,13 +117,13 @@ class Work:
 
     Args:
         plan: how the selection is cut.
-        E: width of a code.
+        W: bytes of a digit.
         places: keys per token that score_codes leaves.
         device: of the memory.
         counts_hits: deleted codes are kept too.
     """
 
-    def __init__(self, plan: launch.Plan, E: int, places: int, device: torch.device, counts_hits: bool) -> None:
+    def __init__(self, plan: launch.Plan, W: int, places: int, device: torch.device, counts_hits: bool) -> None:
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -129,14 +132,13 @@ class Work:
         self.kept = new(chunk, self.stride, dtype=torch.int64)
         self.deleted = new(chunk, self.stride, dtype=torch.int64) if counts_hits else None
         self.poison = new(chunk)
+        self.rows = Rows(chunk, W, device)
         self.exact = self.chosen_count = None
         if not plan.scans:
             return
-        rows, fp32 = launch.TABLE["scan_rows"]["all"], torch.float32
-        step = rows.block("STEP")
-        self.width = -(-E // step) * step
-        self.bytes, self.high = (new(chunk, self.width, dtype=torch.int8) for _ in range(2))
-        self.high_steps, self.has_high = new(chunk, self.width // step), new(chunk)
+        fp32 = torch.float32
+        self.bytes, self.high = (new(chunk, W, dtype=torch.int8) for _ in range(2))
+        self.high_steps, self.has_high = new(chunk, W // reference.ALIGN), new(chunk)
         self.terms = new(8, chunk, dtype=fp32)
         self.exact, self.count, self.chosen_count = (new(chunk) for _ in range(3))
         self.tau = new(chunk, dtype=fp32)
@@ -146,9 +148,10 @@ class Work:
 
 def every_code(job: Job, plan: launch.Plan, work: Work, tile: launch.Config) -> None:
     """score_codes, for all rows or, after a scan, for those that it could not do; then finish."""
-    T, C, U = job.scores.z.shape[0], job.scores.codes.shape[0], 0 if job.mask_table is None else job.mask_table.shape[0]
+    T, C = job.scores.z.shape[0], job.scores.digits.shape[0]
+    U = 0 if job.mask_table is None else job.mask_table.shape[0]
     start(
-        select_kernels.score_codes, -(-T // tile.block("T")) * plan.parts, tile, **job.rows_and_codes(),
+        select_kernels.score_codes, -(-T // tile.block("T")) * plan.parts, tile, **job.operands(work.rows),
         mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), U=U, wanted=work.exact, poison=work.poison,
         kept=work.kept, deleted=work.deleted, T=T, C=C, parts=plan.parts, part_codes=plan.part_codes,
         stride=work.stride,
@@ -162,15 +165,15 @@ def every_code(job: Job, plan: launch.Plan, work: Work, tile: launch.Config) -> 
 
 def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keys of the codes that may be among the k best, and which rows have to be scored against every code."""
-    z, codes, pre, inv_norm, bias = job.scores
-    (T, E), C = z.shape, codes.shape[0]
+    z, _, digits, factor, bias = job.scores
+    (T, E), (C, _, W) = z.shape, digits.shape
     plane, plane_terms, mean = plane
     U = 0 if job.mask_table is None else job.mask_table.shape[0]
     start(
-        scan_kernels.scan_rows, T, job.choose("scan_rows"), z=z, z_stride=z.stride(0), pre=pre, mean=mean,
+        scan_kernels.scan_rows, T, job.choose("scan_rows"), row_digits=work.rows.digits, units=work.rows.units, mean=mean,
         mask_row=job.mask_row, U=U, bytes=work.bytes, high=work.high, high_steps=work.high_steps,
-        has_high=work.has_high, terms=work.terms, exact=work.exact, poison=work.poison, count=work.count, E=E,
-        width=work.width, chunk=plan.chunk, max_outliers=max(E // 64, 4),
+        has_high=work.has_high, terms=work.terms, exact=work.exact, poison=work.poison, count=work.count, E=E, W=W,
+        chunk=plan.chunk, max_outliers=max(E // 64, 4),
         epsilon=1.01 * 2.0**-24 * (E // 16 + 40), grow=1.0 + 2.0**-23 * (E // 16 + 32),
     )  # fmt: skip
     tile = job.choose("scan_codes")
@@ -186,10 +189,10 @@ def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, T
         start(
             scan_kernels.scan_codes, -(-T // tile.block("T")) * visited, tile, bytes=work.bytes, high=work.high,
             high_steps=work.high_steps, has_high=work.has_high, terms=work.terms, exact=work.exact,
-            plane=plane.view(torch.int8), plane_terms=plane_terms, inv_norm=inv_norm, bias=bias,
+            plane=plane.view(torch.int8), plane_terms=plane_terms, factor=factor, bias=bias,
             mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), maxima=maxima if sample else None,
             tau=None if sample else work.tau, count=work.count, ids=work.found, lower=work.lower, upper=work.upper,
-            T=T, C=C, plane_width=-(-E // 4) * 4, width=work.width, chunk=plan.chunk, capacity=plan.candidates,
+            T=T, C=C, plane_width=-(-E // 4) * 4, W=W, chunk=plan.chunk, capacity=plan.candidates,
             tiles=tiles, visited=visited, COUNTS_HITS=work.deleted is not None, SAMPLE=sample,
         )  # fmt: skip
     start(
@@ -197,7 +200,7 @@ def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, T
         upper=work.upper, chosen=work.chosen, chosen_count=work.chosen_count, k=job.k, capacity=plan.candidates,
     )  # fmt: skip
     start(
-        scan_kernels.score_candidates, T * plan.score_parts, job.choose("score_candidates"), **job.rows_and_codes(),
+        scan_kernels.score_candidates, T * plan.score_parts, job.choose("score_candidates"), **job.operands(work.rows),
         chosen=work.chosen, chosen_count=work.chosen_count, kept=work.kept, deleted=work.deleted,
         capacity=plan.candidates, parts=plan.score_parts, stride=work.stride,
     )  # fmt: skip

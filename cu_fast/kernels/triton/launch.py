@@ -2,6 +2,7 @@
 
 Nothing is tuned while a program runs: a choice is a row of TABLE, plus the rules of :func:`choose` and :func:`plan`.
 Every row was compiled for every architecture before it was shipped (tests/kernels/triton_kernels); none was measured.
+BLOCK_E of a kernel that scores divides what digits are padded to, so that it needs no bounds there.
 ``cu-fast tune`` measures rows on a user's GPU and keeps them in a file (tiles.py), which is laid over TABLE at the
 first choice for an architecture.
 """
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cu_fast.kernels import reference
 from cu_fast.kernels.triton import tiles
 from cu_fast.kernels.triton.tiles import Config, Table
 from cu_fast.kernels.triton.tiles import config as _config
@@ -23,6 +25,7 @@ from cu_fast.kernels.triton.tiles import config as _config
 # NVIDIA GPU takes the rows of the newest of these that is not newer than itself, an AMD GPU those of gfx942.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 
+SCORING = ("score_codes", "encode_tile", "score_candidates", "score_latents")  # they multiply digits
 # Keys per token that a program of score_codes keeps in registers: the smallest list that holds k. A larger k goes
 # through memory.
 LISTS = (16, 64, 256)
@@ -37,9 +40,10 @@ class Tuning(NamedTuple):
     sample_share: int = 16  # one tile of codes in 16 gives the first threshold
     scan_start: float = 60.0  # microseconds to launch the scan's kernels
     read_rate: float = 3e6  # bytes per microsecond, from memory; this and the next two are guesses about an H100
-    exact_rate: float = 8e6  # products per microsecond, every code scored
+    exact_rate: float = 30e6  # products of entries per microsecond, every code scored: nine of digits each
     scan_rate: float = 300e6  # products per microsecond, scanned
-    keys: int = 1 << 22  # in memory at a time where k is too large for a list; numbers, of delete_latents
+    # In memory at a time: keys, where k is too large for a list; numbers, of delete_latents; bytes of digits, eight for each.
+    keys: int = 1 << 22
 
 
 TUNING = Tuning()
@@ -61,34 +65,38 @@ class Plan(NamedTuple):
 # Kernel -> key -> tiles; :func:`choose` makes the key. A key with the architecture, "many gfx942", goes before "many".
 # No row was measured.
 TABLE = {
+    "fix_rows": {"all": _config(4, E=1024)},
     "score_codes": {
-        "one": _config(4, T=1, C=64, UNROLL=8),
-        "few": _config(4, T=4, C=64, UNROLL=4),
-        "many": _config(8, T=16, C=64, UNROLL=2),
-        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+        "one": _config(4, 4, T=1, C=32, E=64),
+        "few": _config(4, 3, T=16, C=64, E=64),
+        "many": _config(8, 3, T=32, C=64, E=64),
+        "many gfx942": _config(4, 3, T=16, C=64, E=64),
     },
     "encode_tile": {
-        "one": _config(4, T=1, C=64, UNROLL=8),
-        "few": _config(4, T=4, C=64, UNROLL=4),
-        "many": _config(8, T=16, C=64, UNROLL=2),
-        "many gfx942": _config(8, T=8, C=64, UNROLL=2),
+        "one": _config(4, 4, T=1, C=32, E=64),
+        "few": _config(4, 3, T=16, C=64, E=64),
+        "many": _config(8, 3, T=32, C=128, E=64),
+        "many sm_90": _config(8, 3, T=64, C=64, E=64),
+        "many sm_100": _config(8, 3, T=64, C=64, E=64),
+        "many gfx942": _config(8, 3, T=64, C=64, E=64),
     },
     "finish": {"small": _config(4, N=1024), "large": _config(8, N=4096)},
     "scan_rows": {"all": _config(4, E=1024, STEP=64)},
     "scan_codes": {
         "few": _config(4, 4, T=16, C=128, E=64),
         "many": _config(8, 4, T=64, C=128, E=64),
-        "many sm_100": _config(8, 4, T=32, C=128, E=64),
+        "many sm_100": _config(8, 4, T=32, C=64, E=64),
         "many gfx942": _config(8, 2, T=64, C=128, E=64),
     },
     "scan_threshold": {"all": _config(4, N=2048)},
     "narrow": {"all": _config(8, N=2048)},
-    "score_candidates": {"all": _config(4, C=32, UNROLL=8)},
+    "score_candidates": {"all": _config(4, 3, C=32, E=64)},
     "gather_sum": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
     "dot_slots": {"few": _config(1, C=8, UNROLL=8), "many": _config(4, C=32, UNROLL=8)},
     "sum_pieces": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
     "sum_codes": {"narrow": _config(2, E=256, UNROLL=8), "wide": _config(4, E=1024, UNROLL=8)},
-    "score_latents": {"all": _config(4, C=32, UNROLL=8)},
+    "scale_tokens": {"all": _config(4, E=1024, UNROLL=8)},
+    "score_latents": {"all": _config(4, 3, C=32, E=64)},
     "add_latents": {"narrow": _config(2, D=256, UNROLL=8), "wide": _config(4, D=1024, UNROLL=8)},
     "dose_latents": {"all": _config(1, UNROLL=16)},
 }
@@ -115,6 +123,8 @@ def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
     for name, size in row.blocks:
         if not 0 < size <= 1 << 16 or size & (size - 1):
             return f"{name} is {size}; it should be a power of two, at most 65536"
+        if kernel in SCORING and name == "BLOCK_E" and not 32 <= size <= reference.ALIGN:
+            return f"{name} is {size}; it should be between 32 and {reference.ALIGN}"
         # The kernels of a scan must step alike: with another step one would leave entries out.
         if (name == "STEP" or (kernel, name) == ("scan_codes", "BLOCK_E")) and size != dict(shipped.blocks)[name]:
             return f"{name} is {size}; it should be {dict(shipped.blocks)[name]}, as in the other kernels of the scan"
@@ -124,8 +134,9 @@ def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
         return f"num_stages is {row.num_stages}; it should be between 1 and 8"
     if kernel == "scan_rows" and row.block("E") < row.block("STEP"):
         return f"BLOCK_E is {row.block('E')}; it should be at least STEP, {row.block('STEP')}"
-    if kernel == "scan_codes":
-        least = (row.num_stages - 1) * (row.block("C") + row.block("T")) * row.block("E")
+    if kernel in (*SCORING, "scan_codes"):
+        rows = row.block("C") + max(dict(row.blocks).get("BLOCK_T", 1), 16)
+        least = (row.num_stages - 1) * rows * row.block("E") * (reference.DIGITS if kernel in SCORING else 1)
         if least > SHARED_MEMORY[family(arch)]:
             return f"its bytes on the way take {least} B of shared memory; {SHARED_MEMORY[family(arch)]} are there"
     return None
@@ -148,7 +159,7 @@ def key_of(rows: Iterable[str], name: str, arch: str) -> str:
     return next(key for key in (f"{name} {arch}", f"{name} {family(arch)}", name) if key in rows)
 
 
-def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.dtype) -> Config:
+def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int) -> Config:
     """The tiles of a kernel.
 
     Args:
@@ -158,10 +169,9 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
         E: width of a code; D for gather_sum, encode_tile and the kernels of delete_latents.
         C: codes; E for encode_tile.
         k: codes kept per token.
-        dtype: of the codes, or of the table.
     """
     if kernel in ("score_codes", "encode_tile"):
-        name = "one" if T == 1 else "few" if T <= 4 else "many"
+        name = "one" if T == 1 else "few" if T <= 16 else "many"
     elif kernel == "scan_codes":
         name = "few" if T <= 16 else "many"
     elif kernel == "finish":
@@ -178,7 +188,7 @@ def choose(kernel: str, arch: str, T: int, E: int, C: int, k: int, dtype: torch.
 
 
 def _with_list(row: Config, keep: int) -> Config:
-    T = min(row.block("T"), 8) if keep == LISTS[-1] else row.block("T")  # the registers of more tokens would spill
+    T = min(row.block("T"), 16) if keep == LISTS[-1] else row.block("T")  # the registers of more tokens would spill
     return row._replace(blocks=(("BLOCK_T", T), *row.blocks[1:], ("BLOCK_K", keep)))
 
 
@@ -187,22 +197,27 @@ def tuning_of(arch: str) -> Tuning:
     return TUNING._replace(**in_force(arch).tuning)
 
 
-def scan_is_faster(T: int, entries: int, code_bytes: int, tuning: Tuning) -> bool:
+def fixed_tokens(W: int, arch: str) -> int:
+    """How many tokens are put into fixed point at a time; W: bytes of a digit."""
+    return max(8 * tuning_of(arch).keys // max(reference.DIGITS * W, 1), 1)
+
+
+def scan_is_faster(T: int, entries: int, tuning: Tuning) -> bool:
     """Whether the scan is estimated to be faster than scoring every code.
 
-    The scan reads a byte per entry and multiplies on matrix units, but starts more kernels.
+    The scan reads a byte per entry instead of three digits and multiplies it once instead of nine times, but starts more
+    kernels.
 
     Args:
         T: tokens.
         entries: C E.
-        code_bytes: per entry of the codes.
         tuning: the architecture's rates.
     """
-    exact = max(entries * code_bytes / tuning.read_rate, T * entries / tuning.exact_rate)
+    exact = max(entries * reference.DIGITS / tuning.read_rate, T * entries / tuning.exact_rate)
     return tuning.scan_start + max(entries / tuning.read_rate, T * entries / tuning.scan_rate) < exact
 
 
-def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
+def plan(T: int, E: int, C: int, k: int, has_plane: bool, multiprocessors: int, arch: str) -> Plan:
     """How a selection is cut.
 
     Args:
@@ -210,19 +225,17 @@ def plan(T: int, E: int, C: int, k: int, dtype: torch.dtype, has_plane: bool, mu
         E: width of a code.
         C: codes.
         k: codes kept per token.
-        dtype: of the codes.
         has_plane: there is an int8 plane; whether it is scanned decides :func:`scan_is_faster`.
         multiprocessors: of the device.
         arch: "sm_90", "gfx942", ...
     """
     tuning = tuning_of(arch)
-    code_bytes = 2 if dtype in (torch.float16, torch.bfloat16) else 4
-    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan_is_faster(T, C * E, code_bytes, tuning)
-    tile = choose("score_codes", arch, T, E, C, k, dtype)
+    scans = has_plane and k <= MAX_SCAN_K and 8 * k <= C and scan_is_faster(T, C * E, tuning)
+    tile = choose("score_codes", arch, T, E, C, k)
     if scans:
         chunk = min(T, tuning.chunk)
     elif tile.block("K") > 0:
-        chunk = min(T, 1 << 16)
+        chunk = min(T, fixed_tokens(_ceil(E, reference.ALIGN) * reference.ALIGN, arch))
     else:
         chunk = min(T, max(tuning.keys // C, 1))
     chunk = max(chunk, 1)
@@ -268,7 +281,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def options(config: Config) -> dict[str, Any]:
-    """Options of Triton's compiler. Products and sums are never fused: canonical scores are defined without fusion."""
+    """Options of Triton's compiler. Products and sums are never fused: scores and norms are defined without fusion."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
 
 

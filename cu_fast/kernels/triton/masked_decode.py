@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cu_fast.kernels.triton import launch
-from cu_fast.kernels.triton.canonical import is_deleted, rounded_bf16, widened
 from cu_fast.kernels.triton.launch import choose, rows_contiguous, start, vector
+from cu_fast.kernels.triton.shared import is_deleted, rounded_bf16, widened
 
 
 @triton.jit(do_not_specialize=["C", "U", "k"])
@@ -79,7 +79,7 @@ def masked_decode(a: Any) -> Tensor:
         return y
     bf16 = table.dtype == torch.bfloat16
     with launch.on_device(table):
-        tile = choose("gather_sum", launch.arch_of(table.device), T, D, C, k, table.dtype)
+        tile = choose("gather_sum", launch.arch_of(table.device), T, D, C, k)
         start(
             gather_sum, T * -(-D // tile.block("D")), tile, ids=ids,
             weights=None if a.weights is None else a.weights.contiguous(), table=table, table_stride=table.stride(0),

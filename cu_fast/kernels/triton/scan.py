@@ -1,9 +1,10 @@
 """The certified int8 scan: which codes may be among the k best, read from one byte per entry.
 
-    approx = unit scale_j (<p_t, q_j> + 254 <h_t, q_j>) + mean_dot inv_norm_j + bias_j
+    approx = unit scale_j (<p_t, q_j> + 254 <h_t, q_j>) + mean_dot factor_j + bias_j
     error  = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
 
-The plane and the bound are those of ``csrc/core/scan.h``; sums of bytes are exact on every matrix unit.
+What is scanned are the rows in fixed point, x = q unit (fixed.py), which fp32 holds exactly, against the integers of the
+codes' digits. The plane and the bound are those of ``csrc/core/scan.h``; sums of bytes are exact on every matrix unit.
 
 1. scan_rows         A program per token: bytes p and, for entries far above the rest, high bytes h; terms of the bound.
 2. scan_codes        A program per tile of codes and tokens. In the sample (some tiles): the largest lower bound of each
@@ -14,11 +15,11 @@ The plane and the bound are those of ``csrc/core/scan.h``; sums of bytes are exa
                      no candidate, or, where hits are counted, one that is flagged.
 5. narrow            tau again, of all lower bounds; candidates whose upper bound reaches it are chosen. Rows that are
                      incomplete or cannot be certified are left to score_codes.
-6. score_candidates  Canonical scores of the chosen, as keys for `finish`.
+6. score_candidates  Scores of the chosen, as keys for `finish`.
 
     terms                 [8, chunk] fp32: unit, mean_dot, norm_in, miss, half_l1_out, slop, two not used
-    bytes, high           [chunk, width] int8, p and h; zeros beyond E
-    high_steps, has_high  [chunk, width / STEP] and [chunk] int32, 1: h is not zero there
+    bytes, high           [chunk, W] int8, p and h; zeros beyond E
+    high_steps, has_high  [chunk, W / STEP] and [chunk] int32, 1: h is not zero there
     exact                 [chunk] int32, 1: the row is left to score_codes
     maxima, tau           [chunk, visited BLOCK_C / 4] and [chunk] fp32
     count                 [chunk] int32, candidates found; above capacity, more than were stored
@@ -31,16 +32,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cu_fast.kernels.triton.canonical import (
+from cu_fast.kernels.triton.fixed import cut, integer_dots, scores_of
+from cu_fast.kernels.triton.shared import (
     EMPTY,
-    canonical_dots,
     from_ordered,
     is_deleted,
-    is_finite,
     keys_of,
     mask_rows,
     ordered,
-    widened,
 )
 
 SMALLEST, LARGEST = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)  # bounds of a certified row's largest entry
@@ -51,31 +50,31 @@ WIDEN = tl.constexpr(1.0 + 2.0**-18)  # covers the roundings of the bound itself
 
 
 @triton.jit
-def entries(row, pre, e, E):
-    z = widened(row + e, e < E)
-    if pre is not None:
-        z = z - tl.load(pre + e, mask=e < E, other=0.0)
-    return z
+def entries(row_digits, unit, e, W):
+    """Entries e of a row in fixed point, as fp32."""
+    high = tl.load(row_digits + e, mask=e < W, other=0).to(tl.int32)
+    middle = tl.load(row_digits + W + e, mask=e < W, other=0).to(tl.int32)
+    low = tl.load(row_digits + 2 * W + e, mask=e < W, other=0).to(tl.int32)
+    return ((high << 16) + (middle << 8) + low).to(tl.float32) * unit
 
 
 @triton.jit(do_not_specialize=["U", "chunk", "max_outliers"])
 def scan_rows(
-    z, z_stride, pre, mean, mask_row, U, bytes, high, high_steps, has_high, terms, exact, poison, count,
-    E, width, chunk, max_outliers, epsilon, grow, BLOCK_E: tl.constexpr, STEP: tl.constexpr,
+    row_digits, units, mean, mask_row, U, bytes, high, high_steps, has_high, terms, exact, poison, count,
+    E, W, chunk, max_outliers, epsilon, grow, BLOCK_E: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    row = z + t * z_stride
+    row = row_digits + t * 3 * W
+    given = tl.load(units + t)
+    fault = given != given
+    given = tl.where(fault, 0.0, given)
     lane = tl.arange(0, BLOCK_E)
     most, squares = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
-    faulty = tl.zeros([BLOCK_E], tl.int32)
-    for first in range(0, E, BLOCK_E):
-        x = entries(row, pre, first + lane, E)
-        faulty |= tl.where(is_finite(x), 0, 1)
-        x = tl.where(is_finite(x), x, 0.0)
+    for first in range(0, W, BLOCK_E):
+        x = entries(row, given, first + lane, W)
         most = tl.maximum(most, tl.abs(x))
         squares += x * x
     largest = tl.max(most, 0)
-    fault = tl.max(faulty, 0) != 0
     if mask_row is not None:
         mine = tl.load(mask_row + t)
         fault = fault | (mine < -1) | (mine >= U)
@@ -85,8 +84,8 @@ def scan_rows(
     halving = tl.arange(0, 8)
     limits = largest / (2 << halving).to(tl.float32)
     above = tl.zeros([8], tl.int32)
-    for first in range(0, E, BLOCK_E):
-        x = entries(row, pre, first + lane, E)
+    for first in range(0, W, BLOCK_E):
+        x = entries(row, given, first + lane, W)
         above += tl.sum(tl.where(tl.abs(x)[:, None] > limits[None, :], 1, 0), 0)
     halvings = tl.sum(tl.where((above <= max_outliers) & (halving < HALVINGS), 1, 0), 0)
     clip = largest / (1 << halvings).to(tl.float32)
@@ -96,9 +95,9 @@ def scan_rows(
     misses, squares_in = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
     out, mean_dot = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
     any_high = tl.full([], 0, tl.int32)
-    for first in range(0, width, BLOCK_E):
+    for first in range(0, W, BLOCK_E):
         e = first + lane
-        x = entries(row, pre, e, E)
+        x = entries(row, given, e, W)
         x = tl.where(certified, x, 0.0)
         whole = tl.floor(x * per_unit + 0.5)
         miss = x - unit * whole
@@ -110,11 +109,11 @@ def scan_rows(
         squares_in += tl.where(is_out, 0.0, x * x)
         if mean is not None:
             mean_dot += x * tl.load(mean + e, mask=e < E, other=0.0)
-        tl.store(bytes + t * width + e, p.to(tl.int32).to(tl.int8), mask=e < width)
-        tl.store(high + t * width + e, h.to(tl.int32).to(tl.int8), mask=e < width)
+        tl.store(bytes + t * W + e, p.to(tl.int32).to(tl.int8), mask=e < W)
+        tl.store(high + t * W + e, h.to(tl.int32).to(tl.int8), mask=e < W)
         steps = tl.max(tl.reshape(tl.where(is_out, 1, 0), (BLOCK_E // STEP, STEP)), 1)
         step = first // STEP + tl.arange(0, BLOCK_E // STEP)
-        tl.store(high_steps + t * (width // STEP) + step, steps, mask=step < width // STEP)
+        tl.store(high_steps + t * (W // STEP) + step, steps, mask=step < W // STEP)
         any_high = tl.maximum(any_high, tl.max(steps, 0))
     norm = tl.sqrt_rn(tl.sum(squares, 0)) * grow
     tl.store(terms + t, unit)
@@ -141,8 +140,8 @@ def add_product(sums, codes, rows, first, e, plane_width, has_j, has_t):
 
 @triton.jit(do_not_specialize=["T", "C", "chunk", "capacity", "tiles", "visited"])
 def scan_codes(
-    bytes, high, high_steps, has_high, terms, exact, plane, plane_terms, inv_norm, bias, mask_table, mask_row, words,
-    maxima, tau, count, ids, lower, upper, T, C, plane_width, width, chunk, capacity, tiles, visited,
+    bytes, high, high_steps, has_high, terms, exact, plane, plane_terms, factor, bias, mask_table, mask_row, words,
+    maxima, tau, count, ids, lower, upper, T, C, plane_width, W, chunk, capacity, tiles, visited,
     COUNTS_HITS: tl.constexpr, SAMPLE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -161,14 +160,14 @@ def scan_codes(
     e = tl.arange(0, BLOCK_E)
     group = j // 64
     codes = plane + (group.to(tl.int64) * plane_width * 64 + j % 64 * 4)[:, None] + (e // 4 * 256 + e % 4)[None, :]
-    of_token = t.to(tl.int64)[None, :] * width
+    of_token = t.to(tl.int64)[None, :] * W
     sums = tl.zeros([BLOCK_C, BLOCK_T], tl.int32)
-    for first in range(0, width, BLOCK_E):
+    for first in range(0, W, BLOCK_E):
         sums = add_product(sums, codes, bytes + of_token, first, e, plane_width, has_j, has_t)
     sum = sums.to(tl.float32)
     if tl.max(tl.load(has_high + t, mask=has_t, other=0), 0) > 0:
         sums_high = tl.zeros([BLOCK_C, BLOCK_T], tl.int32)
-        steps = width // BLOCK_E
+        steps = W // BLOCK_E
         for step in range(0, steps):
             here = tl.load(high_steps + t.to(tl.int64) * steps + step, mask=has_t, other=0)
             if tl.max(here, 0) > 0:
@@ -186,12 +185,11 @@ def scan_codes(
     residual = tl.load(of_group + 64 + j % 64, mask=has_j, other=0.0)
     size = tl.load(of_group + 128 + j % 64, mask=has_j, other=0.0)
     magnitude = tl.load(of_group + 195, mask=has_j, other=0.0)
-    factor, shift = tl.where(has_j, 1.0, 1.0), tl.where(has_j, 0.0, 0.0)
-    if inv_norm is not None:
-        factor = tl.load(inv_norm + j, mask=has_j, other=1.0)
+    times, shift = tl.load(factor + j, mask=has_j, other=0.0), tl.where(has_j, 0.0, 0.0)
     if bias is not None:
-        shift = tl.load(bias + j, mask=has_j, other=0.0)
-    approx = unit * scale[:, None] * sum + mean_dot * factor[:, None] + shift[:, None]
+        # Cut as the score is: that of a code of zeros is its bias alone, for which the other terms leave no room.
+        shift = cut(tl.load(bias + j, mask=has_j, other=0.0))
+    approx = unit * scale[:, None] * sum + mean_dot * times[:, None] + shift[:, None]
     error = norm_in * residual[:, None] + miss * size[:, None] + half_l1_out * tl.abs(scale)[:, None]
     error = WIDEN * (error + slop * magnitude[:, None] + (2.0**-20 * tl.abs(shift))[:, None])
     # Where the bound is not finite, or the bias so large that the score may overflow, nothing is known of the score.
@@ -278,21 +276,19 @@ def narrow(count, exact, ids, lower, upper, chosen, chosen_count, k, capacity, B
 
 @triton.jit(do_not_specialize=["C", "capacity", "parts", "stride"])
 def score_candidates(
-    z, z_stride, codes, code_stride, inv_norm, bias, pre, chosen, chosen_count, kept, deleted,
-    E, capacity, parts, stride,
-    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    row_digits, units, digits, factor, bias, chosen, chosen_count, kept, deleted, W, capacity, parts, stride,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) // parts + tl.arange(0, 1)
     token, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     n = tl.load(chosen_count + token)
+    unit = tl.load(units + t)
     for first in range(part * BLOCK_C, n, parts * BLOCK_C):
         at = first + tl.arange(0, BLOCK_C)
         id = tl.load(chosen + token * capacity + at, mask=at < n, other=0)
         j = id & 0x7FFFFFFF
-        dots, _ = canonical_dots(
-            z, z_stride, t, t >= 0, codes, code_stride, j, at < n, pre, E, 1, BLOCK_C, UNROLL
-        )  # fmt: skip
-        keys = keys_of(dots, j, at < n, inv_norm, bias)
+        total = integer_dots(row_digits, t, t >= 0, digits, j, at < n, W, W, 1, BLOCK_C, BLOCK_E)
+        keys = keys_of(scores_of(total, unit, factor, bias, j, at < n), j, at < n)
         place = (token * stride + at)[None, :]
         tl.store(kept + place, tl.where((id < 0)[None, :], EMPTY, keys), mask=(at < n)[None, :])
         if deleted is not None:

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cu_fast.kernels.triton import launch
-from cu_fast.kernels.triton.canonical import rounded_bf16, widened
 from cu_fast.kernels.triton.launch import choose, rows_contiguous, start
+from cu_fast.kernels.triton.shared import rounded_bf16, widened
 
 PIECE = 256  # unlike a tile it decides the order of the sum, and so its bits
 
@@ -111,9 +111,9 @@ def scatter_sum(ids: Tensor, weights: Tensor, g: Tensor, num_codes: int) -> Tens
             pieces=pieces, E=E, PIECE=PIECE,
         )  # fmt: skip
         if count:
-            tile = choose("sum_pieces", arch, T, E, C, k, g.dtype)
+            tile = choose("sum_pieces", arch, T, E, C, k)
             start(sum_pieces, count * -(-E // tile.block("E")), tile, code_of_piece=code_of_piece, C=C, **shared)
-        tile = choose("sum_codes", arch, T, E, C, k, g.dtype)
+        tile = choose("sum_codes", arch, T, E, C, k)
         start(
             sum_codes, C * -(-E // tile.block("E")), tile, y=y.view(torch.int16) if bf16 else y, BF16=bf16, **shared
         )  # fmt: skip

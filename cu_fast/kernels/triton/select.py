@@ -1,16 +1,16 @@
 """The k best codes of each token by scoring every code, and the end of every selection.
 
-    score(t, j) = canonical(z_t - pre, c_j) inv_norm_j + bias_j        best: higher score, then smaller id
+    score(t, j): fixed.py        best: higher score, then smaller id
 
-    kept         [T, stride] int64 keys (canonical.py) of codes that may be selected
+    kept         [T, stride] int64 keys (shared.py) of codes that may be selected
     deleted      [T, stride] int64 keys of deleted codes; None: hits are not counted
     poison       [T] int32, 1: the row is poisoned, nothing is selected and its scores are NaN
 
-1. score_codes   A program takes a tile of tokens and one part of the codes, tile by tile: canonical dots, keys. Per
-                 token it keeps BLOCK_K >= k keys in registers: while the best key of the tile is better than the worst
-                 kept, the two change places. Where k is too large for registers (BLOCK_K = 0) all keys go to memory;
-                 the host then takes few tokens at a time. The mask is a predicate, not a score: a deleted code's key
-                 goes to `deleted`, or nowhere. A row with NaN or Inf, or whose mask row does not exist, is poisoned.
+1. score_codes   A program takes a tile of tokens and one part of the codes, tile by tile: scores, keys. Per token
+                 it keeps BLOCK_K >= k keys in registers: while the best key of the tile is better than the worst kept, the two
+                 change places. Where k is too large for registers (BLOCK_K = 0) all keys go to memory; the host then
+                 takes few tokens at a time. The mask is a predicate, not a score: a deleted code's key goes to
+                 `deleted`, or nowhere. A row with NaN or Inf, or whose mask row does not exist, is poisoned.
 2. finish        A program per token takes the largest of its n keys below the last one taken, k times.
 
 After a scan, score_codes does only the rows that the scan could not do; a tile without any returns at once.
@@ -21,10 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cu_fast.kernels.triton.canonical import (
+from cu_fast.kernels.triton.fixed import integer_dots, scores_of
+from cu_fast.kernels.triton.shared import (
     EMPTY,
     FIRST_KEY,
-    canonical_dots,
     id_of,
     is_deleted,
     keys_of,
@@ -49,9 +49,9 @@ def exchange(best, tile):
 
 @triton.jit(do_not_specialize=["U", "T", "C", "parts", "part_codes", "stride"])
 def score_codes(
-    z, z_stride, codes, code_stride, inv_norm, bias, pre, mask_table, mask_row, words, U,
-    wanted, poison, kept, deleted, T, C, E, parts, part_codes, stride,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
+    row_digits, units, digits, factor, bias, mask_table, mask_row, words, U,
+    wanted, poison, kept, deleted, T, C, W, parts, part_codes, stride,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % parts
     t = tl.program_id(0) // parts * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -62,7 +62,7 @@ def score_codes(
             return
     row, exists = mask_rows(mask_row, t, has_t, U)
     rows = t.to(tl.int64)[:, None] * stride
-    faulty = exists != exists
+    unit = tl.load(units + t, mask=has_t, other=0.0)
     if BLOCK_K > 0:
         places = tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
         best = places.to(tl.int64) + EMPTY  # below every real key, and distinct: exchange needs no tie rule
@@ -72,10 +72,9 @@ def score_codes(
     for first in range(part * part_codes, end, BLOCK_C):
         j = first + tl.arange(0, BLOCK_C)
         has_j = j < end
-        dots, faulty = canonical_dots(
-            z, z_stride, t, has_t, codes, code_stride, j, has_j, pre, E, BLOCK_T, BLOCK_C, UNROLL
-        )
-        keys = tl.where(has_t[:, None], keys_of(dots, j, has_j, inv_norm, bias), EMPTY)
+        total = integer_dots(row_digits, t, has_t, digits, j, has_j, W, W, BLOCK_T, BLOCK_C, BLOCK_E)
+        keys = keys_of(scores_of(total, unit, factor, bias, j, has_j), j, has_j)
+        keys = tl.where(has_t[:, None], keys, EMPTY)
         keys_deleted = keys
         if mask_table is not None:
             pairs = has_t[:, None] & has_j[None, :]
@@ -96,7 +95,7 @@ def score_codes(
         tl.store(kept + at, best, mask=has_t[:, None])
         if deleted is not None:
             tl.store(deleted + at, best_deleted, mask=has_t[:, None])
-    tl.store(poison + t, tl.where(faulty | (exists == 0), 1, 0), mask=has_t)
+    tl.store(poison + t, tl.where((unit != unit) | (exists == 0), 1, 0), mask=has_t)
 
 
 @triton.jit

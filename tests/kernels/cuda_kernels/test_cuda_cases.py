@@ -7,9 +7,9 @@ import hurtful
 import numpy as np
 import pytest
 import torch
-from calls import call, plane_of
+from calls import call, cosine
 from hurtful import normal
-from test_cuda_kernels import INF, NAN, bottleneck, deleted, emulated, pytestmark, same, select
+from test_cuda_kernels import INF, NAN, bottleneck, deleted, emulated, plane_of, pytestmark, same, select
 
 from cu_fast.kernels import reference
 
@@ -142,6 +142,15 @@ def test_the_order_of_threads_does_not_matter(plane):
     assert all(same(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("T", [4, 16, 80])
+def test_tiles_of_a_part_follow_each_other(T):
+    """A block scores tile after tile: no warp may begin the next while another reads the keys of the last."""
+    z, codes = normal(T, 20), normal(500, 20, seed=1)
+    want = call("codebook_quantize", on=reference, z=z, codes=codes, k=60)
+    for seed in range(6):
+        assert same(select(z, codes, k=60, hits=False, multiprocessors=1, seed=seed)[:2], want[:2])
+
+
 @pytest.mark.parametrize("T", [0, 1, 5, 137])
 @pytest.mark.parametrize("C, k", [(1, 1), (2, 2), (63, 63), (129, 129), (300, 37), (700, 1)])
 @pytest.mark.parametrize("deleted", [False, True])
@@ -193,15 +202,16 @@ def test_offsets_beyond_two_to_the_31(plane, width):
 
 def test_inputs_are_not_written_to(plane):
     z, W_enc, codes, table = normal(9, 24), normal(40, 24, seed=1), normal(700, 40, seed=2), normal(700, 24, seed=3)
-    mask, inv_norm = hurtful.masks(9, 700, 0.4, 5), reference.inverse_norm(codes)
+    mask, factor = hurtful.masks(9, 700, 0.4, 5), cosine(codes)
+    digits, W = reference.pack_digits(codes)[0], reference.pack_digits(W_enc)[:2]
     b_enc, b_pre, bias, b_dec = normal(40), normal(24), normal(700), normal(24)
-    scaled, plain = plane(codes, inv_norm), plane(table)
+    scaled, plain = plane(codes, factor), plane(table)
     ids, weights = torch.randint(0, 700, (9, 4)).int(), normal(9, 4)
     planes = (*(scaled or ()), *(plain or ()))
-    given = [z, W_enc, codes, table, *mask, b_enc, b_pre, bias, b_dec, inv_norm, *planes, ids, weights]
+    given = [z, *W, digits, factor, table, *mask, b_enc, b_pre, bias, b_dec, *planes, ids, weights]
     before = [t.clone() for t in given]
-    bottleneck(
-        z, codes, table, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=True, inv_norm=inv_norm, bias=bias, k=8, mask=mask,
+    emulated(
+        "codebook_bottleneck", x=z, digits=digits, table=table, W_digits=W[0], W_factor=W[1], b_enc=b_enc, b_pre=b_pre, relu=True, factor=factor, bias=bias, k=8, mask=mask,
         reselect=True, scan=scaled, b_dec=b_dec, score_weights=True, mean=True,
     )  # fmt: skip
     emulated("sae_encode_topk", x=z, W_enc=table, b_enc=bias, b_pre=b_pre, k=8, mask=mask, relu=True, scan=plain)

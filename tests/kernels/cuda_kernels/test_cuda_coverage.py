@@ -10,9 +10,9 @@ import emulation
 import hurtful
 import pytest
 import torch
-from calls import call, every_operator, plane_of
+from calls import call, cosine, every_operator
 from hurtful import normal
-from test_cuda_kernels import bottleneck, deleted, emulated, kernels, pytestmark, same, select
+from test_cuda_kernels import bottleneck, deleted, emulated, kernels, plane_of, pytestmark, same, select
 from tiers import heavy
 
 from cu_fast.kernels import reference
@@ -35,7 +35,7 @@ def test_every_kernel_that_ships_has_run():
     for name, given in every_operator(3, 40, 300, 4, scan=False).items():
         if name in HOME:  # packing has no kernel: it is the reference, on a GPU
             emulated(name, **given)
-    for T in (1, 3, 30):
+    for T in (1, 3, 30, 70):
         emulated("sae_encode", x=normal(T, 24), W_enc=normal(40, 24), relu=True)
         select(normal(T, 40), codes)
         deleted(deletions.deletion(T, 24, 40, 9))
@@ -76,9 +76,9 @@ class TestEnds:
             hurtful.masks(T, C, 0.3, 2),
         )
         z[0, -1] = 300.0
-        inv_norm, bias = reference.inverse_norm(codes), normal(C)
-        scaled, plain = (plane_of(codes, inv_norm), plane_of(codes)) if scans else (None, None)
-        given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=mask, scan=scaled)
+        factor, bias = cosine(codes), normal(C)
+        scaled, plain = (plane_of(codes, factor), plane_of(codes)) if scans else (None, None)
+        given = dict(z=z, codes=codes, factor=factor, bias=bias, k=k, mask=mask, scan=scaled)
         assert same(select(**given), call("codebook_quantize", on=reference, **given, return_hits=True))
         x = layout(normal(T, E).to(dtype))
         given = dict(x=x, W_enc=codes, b_enc=bias, b_pre=normal(E), k=k, mask=mask, relu=True, scan=plain)

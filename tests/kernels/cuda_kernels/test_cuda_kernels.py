@@ -10,17 +10,15 @@ import emulation
 import hurtful
 import pytest
 import torch
-from calls import arguments, call, plane_of, spread
+from calls import arguments, call, cosine, spread
+from calls import plane_of as plane_by
 from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cu_fast.kernels import native, reference
+from cu_fast.kernels import reference
 
-pytestmark = [
-    *emulation.needed,
-    pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library, which packs planes, was not built"),
-]
+pytestmark = emulation.needed
 NAN, INF = torch.nan, torch.inf
 
 
@@ -51,6 +49,10 @@ def kernels() -> set[str]:
         values = [a.split(" = ")[1].replace("cu_fast::", "") for a in arguments.removeprefix("with ").split(";") if a]
         names.add(f"{name}<{', '.join(values)}>" if values else name)
     return names
+
+
+def plane_of(codes, factor=None):
+    return plane_by(codes, factor, on=reference)
 
 
 def select(z, codes, k=4, hits=True, **given):
@@ -102,18 +104,16 @@ def test_codebook_quantize(
     k = min(k, C)
     z = hurtful.strided(hurtful.matrix(T, E, z_kind, z_dtype, seed), layout)
     codes = hurtful.strided(hurtful.matrix(C, E, code_kind, code_dtype, seed + 1), layout)
-    bias = inv_norm = None
+    other = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
+    kind = similarity if similarity in ("dot", "l2") else "cosine"
+    factor, bias = reference.factors(*reference.pack_digits(codes)[1:], kind)
     if similarity == "biased":
-        bias = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
-    if similarity in ("cosine", "biased"):
-        inv_norm = reference.inverse_norm(codes)
-    elif similarity == "l2":
-        bias = -0.5 * reference.canonical_dot(codes, codes)
+        bias = other
     elif similarity == "signed":
-        inv_norm = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
+        factor = other
     mask = None if share is None else hurtful.masks(T, C, share, seed + 3)
-    plane = plane_of(codes, inv_norm) if scans else None
-    given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=k, mask=mask, return_hits=hits, scan=plane)
+    plane = plane_of(codes, factor) if scans else None
+    given = dict(z=z, codes=codes, factor=factor, bias=bias, k=k, mask=mask, return_hits=hits, scan=plane)
     got = emulated("codebook_quantize", **given, seed=seed, multiprocessors=multiprocessors)
     assert same(got, call("codebook_quantize", on=reference, **given))
 
@@ -185,15 +185,15 @@ def test_codebook_bottleneck(
         b_enc = hurtful.matrix(1, E, "gaussian", dtype, seed + 2)[0] if biases & 1 else None
         b_pre = hurtful.matrix(1, D, "gaussian", dtype, seed + 3)[0] if biases & 2 else None
     codes = hurtful.matrix(C, E, code_kind, dtype, seed + 4)
-    inv_norm = reference.inverse_norm(codes) if norms else None
+    factor = cosine(codes) if norms else reference.pack_digits(codes)[1]
     bias = hurtful.matrix(1, C, "gaussian", torch.float32, seed + 5)[0] if biases & 4 else None
     table = hurtful.strided(hurtful.matrix(C, D, "gaussian", dtype, seed + 6), layout)
     b_dec = hurtful.matrix(1, D, "gaussian", dtype, seed + 7)[0] if biases & 8 else None
     mask = None if share is None else hurtful.masks(T, C, share, seed + 8)
-    plane = plane_of(codes, inv_norm) if scans else None
+    plane = plane_of(codes, factor) if scans else None
     receipts = [torch.tensor([100, 7]) if counts else None for _ in range(2)]
     given = dict(
-        x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=relu, codes=codes, inv_norm=inv_norm, bias=bias, k=min(k, C),
+        x=x, W_enc=W_enc, b_enc=b_enc, b_pre=b_pre, relu=relu, codes=codes, factor=factor, bias=bias, k=min(k, C),
         mask=mask, reselect=reselect, scan=plane, table=table, b_dec=b_dec, score_weights=score_weights, mean=mean,
     )  # fmt: skip
     want = call("codebook_bottleneck", on=reference, **given, receipt=receipts[0])
@@ -234,7 +234,7 @@ def test_delete_latents_many(M, scale, multiprocessors):
     given["mask_row"] = torch.tensor([0, 0, 1, -1, 0, 0, 0, 0, -1, 2, 0], dtype=torch.int32)
     _, hits, dose = deleted(given, multiprocessors=multiprocessors)
     assert hits.max() > M // 8 and dose.isfinite().all()
-    assert ("delete_latents<4, 512, 512, 16>" in kernels()) == (M <= 512 and multiprocessors == 3)
+    assert ("delete_latents<4, 512, 512>" in kernels()) == (M <= 512 and multiprocessors == 3)
 
 
 @pytest.mark.parametrize("row", [3, -2, deletions.INT_MIN, deletions.INT_MAX])
@@ -273,12 +273,64 @@ def test_delete_latents_of_a_token_alone():
 
 
 @pytest.mark.parametrize("dtype", hurtful.DTYPES)
-@pytest.mark.parametrize("T", [1, 3, 6])
-@pytest.mark.parametrize("E", [950, 970, 1030, 2100, 2049])
-def test_wide(T, E, dtype):
-    """More entries than a block holds of a row at a time."""
+@pytest.mark.parametrize("T", [1, 3, 6, 70])
+@pytest.mark.parametrize("E", [1, 3, 63, 64, 65, 512, 1030, 4100])
+def test_widths(T, E, dtype):
+    """Fewer entries than a step, whole steps, and more than a block holds of a row at a time."""
     z, codes = normal(T, E).to(dtype), normal(70, E, seed=1).to(dtype)
     given = dict(x=z, W_enc=codes)
     assert torch.equal(emulated("sae_encode", **given), call("sae_encode", on=reference, **given))
     want = call("codebook_quantize", on=reference, z=z, codes=codes, k=8, return_hits=True)
     assert same(select(z, codes, k=8), want) and same(select(z, codes, k=8, scan=plane_of(codes)), want)
+
+
+def extreme(T, E, C, signs):
+    """Rows of z and digits of codes with every digit at its limit, of one sign, or each of a random one."""
+    highest = torch.tensor([127, -126])  # -127 and the others would be more than a row reaches
+    g = torch.Generator().manual_seed(T + E)
+    rows, codes = (torch.randint(0, 2 if signs == "random" else 1, (n, E), generator=g) for n in (T, C))
+    digits = torch.zeros(C, 3, (E + 63) // 64 * 64, dtype=torch.int8)
+    digits[:, 0, :E] = highest[codes]
+    digits[:, 1:, :E] = -128
+    q = (highest[rows] << 16) - (128 << 8) - 128
+    z = q.float()
+    assert torch.equal(reference.fix_rows(z)[0], q.int())
+    return z, digits
+
+
+@pytest.mark.parametrize("signs", ["one", "random"])
+@pytest.mark.parametrize("T", [1, 3, 5, 70])
+@pytest.mark.parametrize("E", [100, 43648, 43649, 65535])
+def test_digits_at_their_limits(T, E, signs):
+    """No sum of a level leaves its int32: the emulation refuses it. Beyond 43,648 entries a tensor core's might."""
+    C = 20 if E > 100 else 70
+    z, digits = extreme(T, E, C, signs)
+    given = dict(digits=digits, factor=1e-7 * normal(C, seed=1))
+    kernels()
+    got = emulated("sae_encode", x=z, W_digits=digits, W_factor=given["factor"])
+    assert ("sae_encode_tile<TensorTile" in str(kernels())) == (T > 4 and E <= 43648)
+    assert torch.equal(got, call("sae_encode", on=reference, x=z, W_digits=digits, W_factor=given["factor"]))
+    want = call("codebook_quantize", on=reference, z=z, **given, k=8, return_hits=True)
+    assert same(emulated("codebook_quantize", z=z, **given, k=8, return_hits=True), want)
+    given |= dict(zip(("scan_plane", "scan_terms", "scan_mean"), reference.pack_scan(*given.values(), E)))
+    if 8 * 2 <= C:
+        want = call("codebook_quantize", on=reference, z=z, **given, k=2, return_hits=True)
+        assert same(emulated("codebook_quantize", z=z, **given, k=2, return_hits=True), want)
+
+
+@pytest.mark.parametrize("T", [1, 3, 5, 70])
+def test_rows_and_codes_of_every_size(T):
+    """Rows from 1e-44 to 3e38, zeros, NaN and Inf; codes too, and factors that make denormals of scores."""
+    z, codes = normal(T, 40), normal(96, 40, seed=1)
+    sizes = torch.tensor([1e-44, 1e-38, 2e-38, 1e-30, 1e-12, 1, 1e12, 1e30, 2.9e38, 0, NAN, INF])
+    z = z / z.abs().amax(1, keepdim=True) * sizes.roll(T)[torch.arange(T) % 12, None]
+    codes = codes / codes.abs().amax(1, keepdim=True) * sizes[torch.arange(96) % 12, None]
+    for kind in ("dot", "cosine", "l2"):
+        digits, step, squares = reference.pack_digits(codes)
+        factor, bias = reference.factors(step, squares, kind)
+        given = dict(W_digits=digits, W_factor=factor, b_enc=bias, relu=False)
+        assert hurtful.equal(emulated("sae_encode", x=z, **given), call("sae_encode", on=reference, x=z, **given))
+        given = dict(z=z, digits=digits, factor=factor, bias=bias, k=20, mask=hurtful.masks(T, 96, 0.3, 2))
+        for k, scan in ((20, None), (12, plane_of(codes, factor))):
+            given |= dict(k=k, scan=scan, return_hits=True)
+            assert same(emulated("codebook_quantize", **given), call("codebook_quantize", on=reference, **given))

@@ -1,4 +1,4 @@
-"""The scan of the CUDA kernels, run on a CPU by the emulation: its bounds, held against canonical scores.
+"""The scan of the CUDA kernels, run on a CPU by the emulation: its bounds, held against exact scores.
 
 What comes out of it is compared in test_cuda_kernels.py; which way rows go, in test_cuda_ways.py.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hurtful
 import torch
-from calls import plane_of
+from calls import cosine
 from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cuda_kernels import INF, NAN, emulated, pytestmark
+from test_cuda_kernels import INF, NAN, emulated, plane_of, pytestmark
 
 from cu_fast.kernels import reference
 
@@ -28,12 +28,14 @@ def deleted_of(mask, T, C):
 
 
 class Scan:
-    """What a scan leaves of one chunk, by the names of ScanWork, beside the canonical scores (NaN: not finite)."""
+    """What a scan leaves of one chunk, by the names of ScanWork, beside the scores (NaN: not finite)."""
 
-    def __init__(self, z, codes, pre=None, inv_norm=None, bias=None, k=4, mask=None, counts_hits=False, **how):
-        self.plane = plane_of(codes, inv_norm)
+    def __init__(self, z, codes, pre=None, factor=None, bias=None, k=4, mask=None, counts_hits=False, **how):
+        digits, step, _ = reference.pack_digits(codes)
+        factor = step if factor is None else factor
+        self.plane = plane_of(codes, factor)
         state = emulated(
-            "scan_state", z=z, codes=codes, pre=pre, inv_norm=inv_norm, bias=bias, k=k, mask=mask or (None, None),
+            "scan_state", z=z, codes=codes, pre=pre, factor=factor, bias=bias, k=k, mask=mask or (None, None),
             counts_hits=counts_hits, scan=self.plane, **how,
         )  # fmt: skip
         self.exact, self.count, self.tau, self.id, self.lower, self.upper, self.scored, self.maxima = state[:8]
@@ -41,11 +43,11 @@ class Scan:
         self.unit, self.mean_dot, self.norm_in, self.miss, self.half_l1_out, self.slop = terms[:, :6].double().T
         self.start, self.high_start = terms[:, 6:].contiguous().view(torch.int32).T
         self.low, self.high = self.rows(low), self.rows(high)
-        self.z = z.float() if pre is None else z.float() - pre
-        score = reference.canonical_dot(self.z[:, None], codes[None])
-        score = score if inv_norm is None else score * inv_norm
-        score = score if bias is None else score + bias
-        self.score = torch.where(score.isfinite(), score + 0.0, NAN)
+        q, unit = reference.fix_rows(z.float() if pre is None else z.float() - pre)
+        self.z = q * unit.double()[:, None]  # what is scanned
+        total = reference.integer_dot(q, reference.integers_of(digits, z.shape[1]))
+        score = reference.scores_of(total, unit, factor, bias)
+        self.score = torch.where(score.isfinite(), score, NAN)
         self.k, (self.T, self.C), self.counts_hits = k, score.shape, counts_hits
         self.deleted = deleted_of(mask, self.T, self.C)
         self.alive = ~self.deleted & ~self.score.isnan()
@@ -90,7 +92,7 @@ class Scan:
             found = torch.zeros(self.C, dtype=torch.bool).index_fill(0, ids, True)
             reaches = ~self.score[t].isnan() & (self.score[t] >= kth) & (self.counts_hits | self.alive[t])
             assert (reaches <= found).all()
-            # What has been scored was scored canonically; that are k of the best known, if there are so many.
+            # What has been scored was scored exactly; that are k of the best known, if there are so many.
             known = ~scored.isnan()
             assert torch.equal(scored[known], score[known])
             if (lower > -INF).sum() >= self.k:
@@ -157,12 +159,12 @@ def test_bounds_hold_and_nothing_is_missing(
     codes = hurtful.strided(hurtful.matrix(C, E, code_kind, code_dtype, seed + 1), layout)
     other = hurtful.matrix(C, 1, other_kind, torch.float32, seed + 2)[:, 0]
     pre = normal(E, seed=seed) if centred else None
-    inv_norm = {"none": None, "signed": other}.get(epilogue, reference.inverse_norm(codes))
+    factor = {"none": None, "signed": other}.get(epilogue, cosine(codes))
     mask = None if share is None else hurtful.masks(T, C, share, seed + 3)
     counts_hits = counts_hits and share is not None
     bias = other if epilogue == "biased" else None
     options = dict(bias=bias, k=min(k, C // 8), mask=mask, counts_hits=counts_hits, seed=seed)
-    scan = Scan(z, codes, pre=pre, inv_norm=inv_norm, **options)
+    scan = Scan(z, codes, pre=pre, factor=factor, **options)
     scan.check()
     scan.check_terms()
 

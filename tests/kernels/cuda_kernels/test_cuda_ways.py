@@ -5,9 +5,9 @@ from __future__ import annotations
 import hurtful
 import pytest
 import torch
-from calls import call, plane_of
+from calls import call
 from hurtful import normal
-from test_cuda_kernels import INF, NAN, bottleneck, emulated, kernels, pytestmark, same, select
+from test_cuda_kernels import INF, NAN, bottleneck, emulated, kernels, plane_of, pytestmark, same, select
 from test_cuda_scan import CHUNK, PLACES, Scan
 
 from cu_fast.kernels import reference
@@ -111,6 +111,13 @@ class TestWays:
         assert scan.check()["certified" if C < PLACES else "overflowed"] == 3 and (scan.upper[:, :C] == 0).all()
         assert agrees(z, codes, 9)[1].tolist() == 3 * [list(range(9))]
 
+    def test_biases_that_are_cut(self):
+        # A code of zeros scores its bias alone, which is 0 if it is too small: then ids decide, in bounds too.
+        z, codes, bias = normal(3, 32), torch.zeros(700, 32), 1e-41 * torch.arange(700.0)
+        assert Scan(z, codes, bias=bias, k=9).check()["exact"] == 0
+        got = select(z, codes, k=9, bias=bias, scan=plane_of(codes))
+        assert got[1].tolist() == 3 * [list(range(9))] and (got[0] == 0).all()
+
     @pytest.mark.parametrize(
         "T, kernel, stage",  # of so many steps of 32 entries
         [
@@ -131,7 +138,7 @@ class TestWays:
         assert len(ran) == 2 and all(name.startswith(kernel) for name in ran)
 
     def test_widest(self):
-        E = 131072
+        E = 65535
         z, codes = normal(1, E), normal(16, E, seed=1)
         z[0, [5, E - 1]] = 200.0
         scan = Scan(z, codes, k=2)

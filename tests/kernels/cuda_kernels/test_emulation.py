@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 
 import emulation
 import numpy as np
@@ -124,22 +125,63 @@ def fragments(a, b, d):
 
 
 @pytest.mark.parametrize("kind", ["random", "extremes", "wrap"])
-def test_multiply_bytes(seeded, kind):
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_multiply_bytes(seeded, kind, is_signed):
     machine, random = seeded
     a = random.integers(0, 256, (16, 32), dtype=np.uint8)
     b = random.integers(-128, 128, (32, 8), dtype=np.int8)
     d = random.integers(-(2**20), 2**20, (16, 8), dtype=np.int32)
     if kind != "random":
-        a = random.choice(np.array([0, 255], np.uint8), (16, 32))
+        a = random.choice(np.array([128, 127] if is_signed else [0, 255], np.uint8), (16, 32))
         b = random.choice(np.array([-128, 127], np.int8), (32, 8))
     if kind == "wrap":
         d = random.choice(np.array([-(2**31), 2**31 - 1], np.int32), (16, 8))
-    wanted = d.astype(np.int64) + 3 * (a.astype(np.int64) @ b.astype(np.int64))
+    wide_a = a.view(np.int8 if is_signed else np.uint8).astype(np.int64)
+    wanted = d.astype(np.int64) + 3 * (wide_a @ b.astype(np.int64))
     wrapped = ((wanted + 2**31) % 2**32 - 2**31).astype(np.int32)
     assert (kind == "wrap") == bool((wrapped != wanted).any())
     registers_a, registers_b, registers_d = fragments(a, b, d)
-    out = machine.multiply_bytes(registers_a, registers_b, registers_d, 3)
+    if is_signed and kind == "wrap":
+        with pytest.raises(RuntimeError, match="multiply_signed with a sum beyond int32"):
+            machine.multiply_bytes(registers_a, registers_b, registers_d, 3, True)
+        return
+    out = machine.multiply_bytes(registers_a, registers_b, registers_d, 3, is_signed)
     assert np.array_equal(out, fragments(a, b, wrapped)[2])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_load_matrices(seeded, count):
+    """As the PTX ISA gives ldmatrix, m8n8 of b16; of 16 rows of 32 bytes it makes the first factor of a product."""
+    machine, random = seeded
+    source = random.integers(0, 2**32, (32, 4), dtype=np.uint32)
+    rows = random.permutation(32).astype(np.int32)
+    out = machine.load_matrices(source, rows, count)
+    lane = np.arange(32)
+    for i in range(4):
+        assert np.array_equal(out[:, i], source[rows[8 * i + lane // 4], lane % 4] if i < count else 0 * out[:, i])
+    if count == 4:
+        a = random.integers(0, 256, (16, 32), dtype=np.uint8)
+        rows = (lane % 16 * 2 + lane // 16).astype(np.int32)
+        registers = fragments(a, np.zeros((32, 8), np.int8), np.zeros((16, 8), np.int32))[0]
+        assert np.array_equal(machine.load_matrices(a.reshape(32, 16).view("<u4"), rows, 4), registers)
+
+
+def test_integers(machine):
+    random = np.random.default_rng(0)
+    x = random.integers(-(2**62), 2**62, 128) >> random.integers(0, 62, 128)
+    x[:8] = 2**24 + 1, 2**24 + 3, -(2**24) - 1, 2**54 + 2**30, 2**54 + 2**30 + 1, 2**54 + 3 * 2**30, 0, -1
+    a, b = random.integers(0, 2**32, (2, 128), dtype=np.uint32)
+    a[0], b[0], b[1] = 0x80808080, 0x80808080, 0x7F7F7F7F
+    rounded, sums = machine.integers(x, a, b)
+    assert rounded.tolist() == [exactly_rounded(int(value)) for value in x]
+    wide = (part.view(np.int8).reshape(128, 4).astype(np.int64) for part in (a, b))
+    assert np.array_equal(sums, np.arange(128) + np.multiply(*wide).sum(1))
+
+
+def exactly_rounded(x):
+    """An integer as the nearest fp32 number, ties to even: Python's own rounding of a fraction."""
+    drop = max(abs(x).bit_length() - 24, 0)
+    return float(round(Fraction(x, 2**drop)) * 2**drop)
 
 
 def test_a_missing_barrier_gives_a_wrong_answer(machine):
@@ -209,6 +251,9 @@ MISUSES = {
     "copy not waited for": r"thread 37 .*ended and had not waited for copy_async",
     "copy not closed": r"thread 37 .*ended and had not waited for copy_async .nor closed its group",
     "copy source written": r"thread 37 .*copy_async from memory that was written before",
+    "matrix misaligned": r"thread 37 .*load_matrices from a misaligned address.*multiple of 16",
+    "matrix outside": r"thread 37 .*load_matrices from an address outside of the block's shared memory",
+    "signed overflow": r"multiply_signed with a sum beyond int32",
     "shared limit": r"thread 37 .*wants 50240 bytes of shared memory.*a block has 49152",
     "shared overrun": r"block \(1, 2\): wrote outside of its objects in shared memory",
     "shared underrun": r"block \(1, 2\): wrote outside of its objects in shared memory",

@@ -10,9 +10,8 @@ import hurtful
 import numpy as np
 import pytest
 import torch
-from calls import call, plane_of, spread
+from calls import call, cosine, plane_of, spread
 
-from cu_fast import ops
 from cu_fast.kernels import reference
 
 pytestmark = emulation.needed
@@ -183,10 +182,10 @@ def problem(seed, T, E, C):
     z = torch.randn(T, E, generator=g)
     # Some rows have outliers: steps with high bytes.
     z[:: 1 + seed % 4, torch.randperm(E, generator=g)[: max(1, E // 60)]] *= 300
-    packed = ops.pack_codes(torch.randn(C, E, generator=g), scan="fp32")
+    codes = torch.randn(C, E, generator=g)
+    factor = cosine(codes)
     bias = torch.randn(C, generator=g) if seed % 2 else None
-    plane = plane_of(packed.codes, packed.inv_norm)
-    return dict(z=z, codes=packed.codes, inv_norm=packed.inv_norm, bias=bias, scan=plane)
+    return dict(z=z, codes=codes, factor=factor, bias=bias, scan=plane_of(codes, factor, on=reference))
 
 
 CASES = [  # seed, T, E, C, k, multiprocessors

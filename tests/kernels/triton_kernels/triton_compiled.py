@@ -59,6 +59,10 @@ DELETIONS = [
 ]  # fmt: skip
 
 
+def digits(C: int, E: int) -> torch.Tensor:
+    return torch.empty(C, 3, -(-E // 64) * 64, dtype=torch.int8)
+
+
 def written_down(arch: str, every: bool) -> list[tuple]:
     """(kernel, config, arguments) of all launches; equal ones once."""
     launches = {}
@@ -69,24 +73,24 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         )
 
     launch.arch_of, launch.multiprocessors_of = (lambda device: arch), (lambda device: 132)
-    for name in {*HOME.values(), "gather_dot", "scatter_sum"}:
+    for name in {*HOME.values(), "fixed", "gather_dot", "scatter_sum"}:
         importlib.import_module(f"cu_fast.kernels.triton.{name}").start = start
     for T, E, C, k, dtype, scan, rich in EVERY if every else MAIN:
         launch.TUNING = launch.Tuning(scan_start=-1 if scan else 1e9)
-        z, codes = torch.empty(T, E, dtype=dtype), torch.empty(C, E, dtype=dtype)
+        z, codes = torch.empty(T, E, dtype=dtype), digits(C, E)
         masks = (torch.empty(3, (C + 31) // 32, dtype=torch.int32), torch.empty(T, dtype=torch.int32))
         groups = (C + 63) // 64
         plane = (torch.empty(groups, (E + 3) // 4, 64, 4, dtype=torch.uint8), torch.empty(groups, 196), torch.empty(E))
         given = dict(on=torch.ops.cu_fast_triton, k=k, scan=plane if scan else None)
         if rich:
-            norms = dict(inv_norm=torch.empty(C), bias=torch.empty(C))
-            call("codebook_quantize", z=z, codes=codes, **norms, mask=masks, return_hits=True, **given)
+            numbers = dict(factor=torch.empty(C), bias=torch.empty(C))
+            call("codebook_quantize", z=z, digits=codes, **numbers, mask=masks, return_hits=True, **given)
         else:
-            biases = dict(b_enc=torch.empty(C), b_pre=torch.empty(E))
-            call("sae_encode_topk", x=z, W_enc=codes, **biases, relu=True, **given)
+            numbers = dict(W_factor=torch.empty(C), b_enc=torch.empty(C), b_pre=torch.empty(E))
+            call("sae_encode_topk", x=z, W_digits=codes, **numbers, relu=True, **given)
     for T, dtype in ((1, bf16), (4, fp32), (64, bf16)) if every else ((64, bf16),):
-        x, W_enc = torch.empty(T, 512, dtype=dtype), torch.empty(1000, 512, dtype=dtype)
-        given = dict(x=x, W_enc=W_enc, b_enc=torch.empty(1000), b_pre=torch.empty(512), relu=True)
+        numbers = dict(W_factor=torch.empty(1000), b_enc=torch.empty(1000), b_pre=torch.empty(512))
+        given = dict(x=torch.empty(T, 512, dtype=dtype), W_digits=digits(1000, 512), **numbers, relu=True)
         call("sae_encode", on=torch.ops.cu_fast_triton, **given)
     for D, dtype, mean in ((4096, bf16, False), (512, fp32, True), (515, fp16, True))[: 3 if every else 2]:
         given = dict(
@@ -96,10 +100,10 @@ def written_down(arch: str, every: bool) -> list[tuple]:
         )  # fmt: skip
         call("masked_decode", on=torch.ops.cu_fast_triton, **given)
     for T, Din, Dout, M, dtype, scale, floor in DELETIONS if every else DELETIONS[:2]:
-        numbers = {name: torch.empty(1000) for name in ("bias", "theta")}
+        numbers = {name: torch.empty(1000) for name in ("enc_factor", "bias", "theta")}
         floors = dict(floor_scores=torch.empty(T), floor_ids=torch.empty(T, dtype=torch.int32)) if floor else {}
         call(
-            "delete_latents", on=torch.ops.cu_fast_triton, x=torch.empty(T, Din, dtype=dtype), enc=torch.empty(1000, Din),
+            "delete_latents", on=torch.ops.cu_fast_triton, x=torch.empty(T, Din, dtype=dtype), enc_digits=digits(1000, Din),
             residual=torch.empty(T, Dout, dtype=dtype), dec=torch.empty(1000, Dout), scale=scale, norm=2.0, **numbers,
             mask_latents=torch.empty(3, M, dtype=torch.int32), mask_change=torch.empty(3, M, 3),
             mask_row=torch.empty(T, dtype=torch.int32), **floors,
@@ -186,6 +190,8 @@ def compiled(arch: str, kernel, config, arguments) -> dict:
         "config": repr(config),
         "sample": arguments.get("SAMPLE") is True,
         "mean": arguments.get("mean") is True,
+        "tokens": dict(config.blocks).get("BLOCK_T", 1),
+        "from_integers": sorted(set(re.findall(r"sitofp (?:<.* x )?(i\d+)\b.* to (?:<.* x )?(\w+)", made.asm["llir"]))),
         "seconds": round(seconds, 2),
         "shared": made.metadata.shared,
         **(of_nvidia(made) if nvidia else of_amd(made)),

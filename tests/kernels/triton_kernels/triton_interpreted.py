@@ -19,7 +19,7 @@ import deletions
 import gpu_examples
 import hurtful
 import torch
-from calls import call, plane_of
+from calls import call, cosine, plane_of
 
 from cu_fast.kernels import reference
 
@@ -63,9 +63,11 @@ SELECTIONS = {
     "many tokens": Quantize(18, 40, 150, 5, fp16, "faulty", "tied", share=0.5, score="dot"),
     "list of 256": Quantize(2, 24, 300, 100, share=0.3, hits=True, score="bias"),
     "keys in memory": Quantize(3, 20, 330, 270, share=0.1, hits=True, tuning={"keys": 660}),
+    "some tokens at a time": Quantize(9, 33, 60, 7, bf16, share=0.3, hits=True, tuning={"keys": 100}),
     "every code": Quantize(5, 33, 40, 40, bf16, score="l2", share=0.5, hits=True),
     "everything deleted": Quantize(5, 16, 70, 4, share=1.0, hits=True),
     "no tokens": Quantize(0, 16, 70, 4, share=0.5, hits=True),
+    "codes with NaN and Inf": Quantize(6, 33, 80, 60, codes="faulty", z="mixed", share=0.3, hits=True, score="bias"),
     "equal scores": Quantize(5, 17, 200, 20, codes="equal"),
     "zeros": Quantize(5, 17, 100, 20, z="zeros", score="dot"),
     "zeros of both signs": Quantize(5, 17, 100, 20, z="zeros", score="signed"),
@@ -92,6 +94,7 @@ SELECTIONS = {
     ),
     "scan, faulty rows": Quantize(20, 40, 300, 5, z="faulty", scan=True, left="some"),
     "scan, codes without a bound": Quantize(6, 40, 400, 5, codes="mixed", scan=True, score="signed"),
+    "scan, codes with NaN and Inf": Quantize(6, 33, 400, 12, codes="faulty", scan=True, share=0.3, hits=True),
     "scan, huge bias": Quantize(6, 40, 300, 5, scan=True, score="huge bias"),
     "scan, ties": Quantize(
         6, 33, 400, 12, codes="tied", z="tied", scan=True, high=False, share=0.3, hits=True, score="dot"
@@ -139,21 +142,21 @@ def selection(case: Quantize) -> None:
     codes = hurtful.matrix(case.C, case.E, case.codes, case.dtype, 2)
     z, codes = hurtful.strided(z, case.layout), hurtful.strided(codes, case.layout)
     noise = hurtful.matrix(1, case.C, "gaussian", fp32, 3)[0]
-    inv_norm = bias = None
+    factor = bias = None
     if case.score in ("cosine", "bias"):
-        inv_norm = reference.inverse_norm(codes)
+        factor = cosine(codes)
     if case.score in ("bias", "huge bias"):
         bias = noise
     if case.score == "huge bias":
         bias[::50] *= 2.0**41
         bias[7] = torch.inf
     if case.score == "l2":
-        bias = -0.5 * reference.canonical_dot(codes, codes)
+        bias = reference.factors(*reference.pack_digits(codes)[1:], "l2")[1]
     if case.score == "signed":
-        inv_norm = noise
-    given = dict(z=z, codes=codes, inv_norm=inv_norm, bias=bias, k=case.k, return_hits=case.hits)
+        factor = cosine(codes) * noise
+    given = dict(z=z, codes=codes, factor=factor, bias=bias, k=case.k, return_hits=case.hits)
     given["mask"] = None if case.share is None else hurtful.masks(case.T, case.C, case.share, 4)
-    given["scan"] = plane_of(codes, inv_norm, on=reference) if case.scan else None
+    given["scan"] = plane_of(codes, factor, on=reference) if case.scan else None
     launch.TUNING = launch.Tuning(scan_start=-1)._replace(**(case.tuning or {}))
     with Watch(codebook_quantize) as watch:
         got = by_triton("codebook_quantize", **given)
@@ -216,7 +219,12 @@ def needs_its_bound(term: str) -> None:
     same(by_triton("codebook_quantize", **given), by_reference("codebook_quantize", **given))
 
 
-def encode(T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, layout: str) -> None:
+def encode(
+    T: int, D: int, E: int, dtype: torch.dtype, kind: str, biases: bool, relu: bool, layout: str, **tuning: int
+) -> None:
+    from cu_fast.kernels.triton import launch
+
+    launch.TUNING = launch.Tuning(**tuning)
     x, W_enc = hurtful.matrix(T, D, kind, dtype, 1), hurtful.matrix(E, D, "gaussian", dtype, 2)
     x, W_enc = hurtful.strided(x, layout), hurtful.strided(W_enc, layout)
     b_enc, b_pre = (hurtful.matrix(1, n, "gaussian", dtype, 3)[0] if biases else None for n in (E, D))
@@ -330,12 +338,13 @@ def through_ops(mask_mode: str, encode: bool) -> None:
 
     T, D, E, C, k = 6, 20, 16, 70, 5
     x, codes = hurtful.matrix(T, D if encode else E, "mixed", fp32, 1), hurtful.matrix(C, E, "tied", fp32, 2)
-    encoder = (hurtful.matrix(E, D, "gaussian", fp32, 3), None, None) if encode else None
+    W_enc = hurtful.matrix(E, D, "gaussian", fp32, 3)
     table, masks = hurtful.matrix(C, D, "gaussian", bf16, 4), hurtful.masks(T, C, 0.4, 5)
     for given in (masks, (None, None)):
-        arguments, results = (x, encoder, codes, table, given, torch.zeros(2, dtype=torch.int64)), []
+        arguments, results = (x, W_enc, codes, table, given, torch.zeros(2, dtype=torch.int64)), []
         for impl, tensors in (("triton", on(arguments)), ("reference", arguments)):
-            x, encoder, codes, table, mask, receipt = tensors
+            x, W_enc, codes, table, mask, receipt = tensors
+            encoder = (ops.pack_codes(W_enc, "dot"), None) if encode else None
             options = dict(k=k, mask_mode=mask_mode, weight="score", receipt=receipt, impl=impl)
             y = ops.codebook_bottleneck(x, encoder, ops.pack_codes(codes), table, None, *mask, **options)
             results.append((y, receipt))
@@ -409,15 +418,25 @@ def deletion(case: Delete) -> None:
     assert want[2].isnan().any() or not case.faults
 
 
+def infinite(value: float, scale: int, with_an_empty_list: bool) -> None:
+    """A token with Inf is NaN wherever it has a mask; one that its factor makes infinite, where its mask lists a latent."""
+    given = deletions.deletion(8, 4, 5, 9, U=2, scale=scale)
+    given["x"][::2] = value
+    given["mask_latents"][1], given["mask_row"] = -1, torch.tensor([0, 0, 1, 1, -1, -1, 0, 1], dtype=torch.int32)
+    want = by_reference("delete_latents", **given)
+    same(by_triton("delete_latents", **given), want)
+    assert want[2].isnan().tolist() == [True, False, with_an_empty_list, False, False, False, True, False]
+
+
 def deletion_through_ops(kind: str, scale: str) -> None:
     """impl="triton" of the public operator; the rank of "topk" is Triton's too."""
     from cu_fast import ops
 
     given = deletions.deletion(12, 40, 33, 50, M=20, dtype=bf16, residual=bf16)
-    names = ("enc", "bias", "theta", "dec")
     results = []
     for impl, at in (("triton", on(given)), ("reference", given)):
-        latents = ops.Latents(*(at[name] for name in names), kind=kind, k=9 if kind == "topk" else None, scale=scale)
+        enc, k = ops.pack_codes(at["enc"], "dot", at["bias"]), 9 if kind == "topk" else None
+        latents = ops.Latents(enc, at["theta"], at["dec"], kind=kind, k=k, scale=scale)
         masks = ops.LatentMasks(at["mask_latents"], at["mask_change"])
         results.append(ops.delete_latents(at["x"], latents, masks, at["mask_row"], residual=at["residual"], impl=impl))
     same(*results)
@@ -436,6 +455,7 @@ CASES = {
     "sae_encode: one token": (encode, 1, 70, 100, fp32, "gaussian", True, True, "plain"),
     "sae_encode: few tokens": (encode, 3, 33, 65, bf16, "faulty", True, True, "plain"),
     "sae_encode: many tokens": (encode, 17, 40, 100, fp16, "mixed", True, False, "rows"),
+    "sae_encode: in chunks": (functools.partial(encode, keys=100), 9, 40, 30, bf16, "mixed", True, True, "rows"),
     "sae_encode: no biases": (encode, 17, 40, 30, fp32, "faulty", False, True, "columns"),
     "sae_encode_topk: one token": (encode_topk, 1, fp32, "gaussian", True, True, False),
     "sae_encode_topk: many tokens": (encode_topk, 17, bf16, "faulty", True, False, False),
@@ -444,6 +464,10 @@ CASES = {
     **{f"masked_decode: {name}": (decode, case) for name, case in DECODES.items()},
     "masked_decode: ties of bf16": (ties_of_bf16,),
     **{f"delete_latents: {name}": (deletion, case) for name, case in DELETIONS.items()},
+    "delete_latents: Inf": (infinite, torch.inf, 0, True),
+    "delete_latents: Inf, layer norm": (infinite, torch.inf, 1, True),
+    "delete_latents: Inf, constant norm": (infinite, torch.inf, 2, True),
+    "delete_latents: scaled beyond fp32": (infinite, 1e36, 1, False),  # its standard deviation is 0
     "delete_latents: impl": (deletion_through_ops, "threshold", "layer_norm"),
     "delete_latents: impl, topk": (deletion_through_ops, "topk", "constant_norm"),
     "codebook_bottleneck: ablate": (through_ops, "ablate", True),

@@ -1,10 +1,11 @@
-"""What the Triton kernels share: canonical scores, the total order as one integer, which codes are deleted.
+"""What the Triton kernels share: sums over one row, the total order as one integer, which codes are deleted.
 
-    dot(t, j) = 16 partial sums; partial l adds z[e] c[e] for e = l, l + 16, ... in order;
+    dot(x, j) = 16 partial sums; partial l adds x[e] c[e] for e = l, l + 16, ... in order;
                 then a tree: l with l + 8, l + 4, l + 2, l + 1
 
 The product is rounded, then the sum: every kernel is compiled with enable_fp_fusion=False. The tree is made of splits,
-whose order is written down here, and not of tl.sum, whose order is Triton's choice.
+whose order is written down here, and not of tl.sum, whose order is Triton's choice. Norms of tokens are such sums, and
+the dots of training; scores are not (fixed.py).
 
     key = [ score as a signed number that grows with it : 32 | 2^31 - 1 - id : 32 ], int64
 
@@ -34,38 +35,26 @@ def widened(pointers, inside):
 
 
 @triton.jit
-def tree_sum(partial, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_T, BLOCK_C, 16] -> [BLOCK_T, BLOCK_C]: l with l + 8, then l + 4, l + 2, l + 1."""
-    low, high = tl.split(tl.permute(tl.reshape(partial, (BLOCK_T, BLOCK_C, 2, 8)), (0, 1, 3, 2)))
-    low, high = tl.split(tl.permute(tl.reshape(low + high, (BLOCK_T, BLOCK_C, 2, 4)), (0, 1, 3, 2)))
-    low, high = tl.split(tl.permute(tl.reshape(low + high, (BLOCK_T, BLOCK_C, 2, 2)), (0, 1, 3, 2)))
+def tree_sum(partial, N: tl.constexpr):
+    """[N, 16] -> [N]: l with l + 8, then l + 4, l + 2, l + 1."""
+    low, high = tl.split(tl.permute(tl.reshape(partial, (N, 2, 8)), (0, 2, 1)))
+    low, high = tl.split(tl.permute(tl.reshape(low + high, (N, 2, 4)), (0, 2, 1)))
+    low, high = tl.split(tl.permute(tl.reshape(low + high, (N, 2, 2)), (0, 2, 1)))
     low, high = tl.split(low + high)
     return low + high
 
 
 @triton.jit
-def canonical_dots(
-    z, z_stride, t, has_t, codes, code_stride, j, has_j, pre, E,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Dots [BLOCK_T, BLOCK_C] of rows t [BLOCK_T] of z - pre and codes j [BLOCK_C], and which rows hold NaN or Inf."""
-    lane = tl.arange(0, 16)[None, None, :]
-    z_rows = z + t.to(tl.int64)[:, None, None] * z_stride
-    code_rows = codes + j.to(tl.int64)[None, :, None] * code_stride
-    has_z, has_code = has_t[:, None, None], has_j[None, :, None]
-    partial = tl.zeros([BLOCK_T, BLOCK_C, 16], tl.float32)
-    faulty = tl.zeros([BLOCK_T, 1, 16], tl.int32)
+def dots16(row, codes, code_stride, j, has_j, E, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr):
+    """Dots [BLOCK_C] of a row and codes j [BLOCK_C]."""
+    lane = tl.arange(0, 16)[None, :]
+    code_rows = codes + j.to(tl.int64)[:, None] * code_stride
+    partial = tl.zeros([BLOCK_C, 16], tl.float32)
     for first in range(0, E, 16 * UNROLL):
         for step in tl.static_range(UNROLL):
             e = first + step * 16 + lane
-            row = widened(z_rows + e, has_z & (e < E))
-            if pre is not None:
-                row = row - tl.load(pre + e, mask=e < E, other=0.0)
-            code = widened(code_rows + e, has_code & (e < E))
-            faulty |= tl.where(is_finite(row), 0, 1)
-            partial += row * code
-    faulty = tl.max(tl.reshape(faulty, (BLOCK_T, 16)), 1)
-    return tree_sum(partial, BLOCK_T, BLOCK_C), faulty != 0
+            partial += widened(row + e, e < E) * widened(code_rows + e, has_j[:, None] & (e < E))
+    return tree_sum(partial, BLOCK_C)
 
 
 @triton.jit
@@ -81,14 +70,8 @@ def from_ordered(x):
 
 
 @triton.jit
-def keys_of(dots, j, has_j, inv_norm, bias):
-    """Keys of codes j [BLOCK_C] from their dots [BLOCK_T, BLOCK_C]; EMPTY where a score is not finite."""
-    scores = dots
-    if inv_norm is not None:
-        scores = scores * tl.load(inv_norm + j, mask=has_j, other=0.0)[None, :]
-    if bias is not None:
-        scores = scores + tl.load(bias + j, mask=has_j, other=0.0)[None, :]
-    scores = tl.where(scores == 0, 0.0, scores)  # -0.0 becomes +0.0
+def keys_of(scores, j, has_j):
+    """Keys of codes j [BLOCK_C] from their scores [BLOCK_T, BLOCK_C]; EMPTY where a score is not finite."""
     keys = (ordered(scores).to(tl.int64) << 32) | (0x7FFFFFFF - j).to(tl.int64)[None, :]
     return tl.where(has_j[None, :] & is_finite(scores), keys, EMPTY)
 

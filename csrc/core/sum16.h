@@ -1,7 +1,8 @@
-// The canonical dot product: a defined number, the same bits on every machine with IEEE fp32.
+// Sums over one row in a defined order, as the scales of tokens need them: the same bits on every machine with
+// IEEE fp32.
 //
-//   partial[l] = 0 + z[l] c[l] + z[l+16] c[l+16] + ...   l = 0..15; product rounded, then sum: never fused
-//   dot        = the 16 partials added as a tree: l with l+8, then l+4, l+2, l+1
+//   partial[l] = 0 + x[l] + x[l+16] + ...   l = 0..15; where x is a product, that is rounded first: never fused
+//   sum16      = the 16 partials added as a tree: l with l+8, then l+4, l+2, l+1
 //
 // A length that is no multiple of 16 is padded with zeros. -ffp-contract=off keeps the compiler from fusing.
 

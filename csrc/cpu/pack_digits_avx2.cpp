@@ -1,0 +1,11 @@
+// pack_digits for AVX2; the algorithm: pack_digits-inl.h.
+
+#include "cpu/baseline.h"
+#include "cpu/vec_avx2.h"
+
+CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
+namespace cu_fast::avx2 {
+#include "cpu/rows-inl.h"
+#include "cpu/pack_digits-inl.h"
+}  // namespace cu_fast::avx2
+CU_FAST_TARGET_END

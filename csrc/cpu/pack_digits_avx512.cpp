@@ -1,0 +1,11 @@
+// pack_digits for AVX-512; the algorithm: pack_digits-inl.h.
+
+#include "cpu/baseline.h"
+#include "cpu/vec_avx512.h"
+
+CU_FAST_TARGET_BEGIN(CU_FAST_AVX512)
+namespace cu_fast::avx512 {
+#include "cpu/rows-inl.h"
+#include "cpu/pack_digits-inl.h"
+}  // namespace cu_fast::avx512
+CU_FAST_TARGET_END
