@@ -7,7 +7,8 @@
 //   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
 //   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
-// 1. start       Rows of z become integers, and those bytes (scan-inl.h). A row that cannot be certified goes to the exact scan.
+// 1. start       Rows of z become integers, and those bytes (scan-inl.h). A row that cannot be certified goes to
+//                the exact scan.
 // 2. read_codes  Each group of 64 codes against all rows. A code whose upper bound reaches tau becomes a
 //                candidate of the row; a deleted code only if hits are counted.
 // 3. tighten     tau = the k-th largest lower bound. If that drops too few candidates, some are scored, and

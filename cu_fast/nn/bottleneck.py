@@ -41,19 +41,19 @@ class Folded(NamedTuple):
 
     Attributes:
         codes: the codebook's.
+        table: [C, D], what each code decodes to; None where that would be too large.
         W_enc: encoder over the scale, with b_enc; None without an autoencoder, like the next three.
         b_pre: fp32 [D], times the scale.
-        W_dec: decoder times the scale, with b_dec.
+        W_dec: decoder times the scale, without its bias.
         b_dec: fp32 [D], times the scale.
-        table: [C, D], what each code decodes to; None where that would be too large.
     """
 
     codes: ops.PackedCodes
-    W_enc: ops.PackedCodes | None
-    b_pre: Tensor | None
-    W_dec: ops.PackedCodes | None
-    b_dec: Tensor | None
     table: Tensor | None
+    W_enc: ops.PackedCodes | None = None
+    b_pre: Tensor | None = None
+    W_dec: ops.PackedCodes | None = None
+    b_dec: Tensor | None = None
 
 
 class CodebookBottleneck(TrainingPath):
@@ -159,7 +159,7 @@ class CodebookBottleneck(TrainingPath):
         ids = torch.where(deleted, ids, -1)
         if self.folded.table is None:
             q = ops.masked_decode(ids, change, self.codebook.codes.detach().float(), impl=self.impl)
-            delta = ops.sae_encode(q, self.folded.W_dec._replace(bias=None), activation="none", impl=self.impl)
+            delta = ops.sae_encode(q, self.folded.W_dec, activation="none", impl=self.impl)
         else:
             delta = ops.masked_decode(ids, change, self.folded.table, impl=self.impl)
         hits, faulty = deleted.sum(1), change.isnan().any(1)
@@ -184,7 +184,8 @@ class CodebookBottleneck(TrainingPath):
         q = ops.masked_decode(
             ids, weights, self.codebook.codes.detach(), reduce=reduce, impl=self.impl, **({} if reselect else masked)
         )
-        return ops.sae_encode(q, self.folded.W_dec, activation="none", impl=self.impl)
+        W_dec = self.folded.W_dec._replace(bias=self.folded.b_dec)
+        return ops.sae_encode(q, W_dec, activation="none", impl=self.impl)
 
     def _encoder(self) -> tuple[ops.PackedCodes, Tensor] | None:
         return None if self.autoencoder is None else (self.folded.W_enc, self.folded.b_pre)
@@ -235,9 +236,8 @@ class CodebookBottleneck(TrainingPath):
         self._settle()
         tokens, hits = self.passed.tolist()
         impl = ops.resolve(self.impl, self.codebook.codes.device)
-        scan = (
-            "int8" if impl != "reference" and self.folded is not None and self.folded.codes.scan is not None else "none"
-        )
+        scans = impl != "reference" and self.folded is not None and self.folded.codes.scan is not None
+        scan = "int8" if scans else "none"
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
 
     # -- folding ---------------------------------------------------------------------------------------------
@@ -250,19 +250,21 @@ class CodebookBottleneck(TrainingPath):
         was written to. Under ``torch.compile`` call it yourself after writing to a parameter in evaluation mode.
         """
         codes, sae, rms = self.codebook.codes.detach(), self.autoencoder, self.rms
-        packed, W_enc, b_pre, W_dec, b_dec, table = self.codebook.pack(self.scan), None, None, None, None, None
+        packed = self.codebook.pack(self.scan)
         if sae is None:
-            table = codes.float() * rms
+            table, autoencoder = codes.float() * rms, ()
         else:
+            table = None
             W_enc = ops.pack_codes(sae.W_enc.detach().float() / rms, "dot", sae.b_enc.detach(), scan="none")
             b_pre, b_dec = sae.b_pre.float() * rms, sae.b_dec.float() * rms
-            W_dec = ops.pack_codes(sae.W_dec.detach().float() * rms, "dot", b_dec, scan="none")
+            W_dec = ops.pack_codes(sae.W_dec.detach().float() * rms, "dot", scan="none")
             table_bytes = codes.shape[0] * self.config.d_model * codes.element_size()
             if table_bytes <= max(FOLD_LIMIT_BYTES, codes.numel() * codes.element_size()):
-                table = ops.sae_encode(codes, W_dec._replace(bias=None), activation="none", impl=self.impl)
+                table = ops.sae_encode(codes, W_dec, activation="none", impl=self.impl)
+            autoencoder = W_enc, b_pre, W_dec, b_dec
         if table is not None and self.splice == "replace":  # what is added to x is rounded with it
             table = table.to(codes.dtype)
-        self.folded = Folded(packed, W_enc, b_pre, W_dec, b_dec, table)
+        self.folded = Folded(packed, table, *autoencoder)
         self._folded_version, self._folded_sample = self._version(), self._sample()
 
     def refresh(self) -> None:

@@ -104,7 +104,7 @@ def pack_codes(
     pack = torch.ops.cu_fast if _packs_natively(codes.device) else reference
     digits, step, squares = pack.pack_digits(codes)
     factor, own = reference.factors(step, squares, similarity)
-    bias = own if bias is None else bias.float().contiguous()
+    bias = own if bias is None else bias.to(torch.float32, copy=True).contiguous()
     return PackedCodes(digits, factor, bias, E, similarity, _pack_scan(digits, factor, E, scan))
 
 

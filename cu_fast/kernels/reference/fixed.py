@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cu_fast.kernels.reference.scales import root
+
 DIGITS = 3
 LARGEST = 127 * (2**16 + 2**8 + 1)  # what three balanced digits of 8 bits reach
 MOST_SHIFT = 125  # so that 2^-shift is a normal number, and every denormal entry of x becomes 0
@@ -112,7 +114,6 @@ def factors(step: Tensor, squares: Tensor, similarity: str) -> tuple[Tensor, Ten
         factor fp32 [C], NaN for a code with NaN or Inf; bias fp32 [C], or None = 0.
     """
     if similarity == "cosine":
-        # The root of a double, rounded again: torch's own of fp32 may be a unit in the last place off on a CPU.
-        inverse = torch.where(squares == 0, 0.0, 1.0 / torch.sqrt(squares.double()).float())
+        inverse = torch.where(squares == 0, 0.0, 1.0 / root(squares))
         return torch.where(step.isnan(), step, inverse), None
     return step, _cut(-0.5 * ((squares * step) * step)) if similarity == "l2" else None

@@ -41,7 +41,8 @@ def delete_latents(
     the bits of its residual.
 
     A token is NaN where it has a mask and its x, its sigma or a pre is not a number that can be judged (x with NaN or Inf,
-    sigma not finite, pre NaN, as it is where rho x overflows), where its mask row does not exist, or where its mask lists a latent that does not.
+    sigma not finite, pre NaN, as it is where rho x overflows), where its mask row does not exist, or where its mask lists a
+    latent that does not.
 
     Args:
         x: [T, Din].
