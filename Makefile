@@ -17,7 +17,9 @@ demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
 
 # A worker per core, with one thread each. What takes tens of seconds runs beside them (tests/helpers/background.py).
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
+# A worker that dies ends the run, which names its test: xdist may wait for ever for one that it has replaced.
+WORKERS := --dist loadfile --max-worker-restart=0 --durations=15
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(WORKERS)
 
 test: $(VENV)/installed
 	$(PYTEST)
@@ -29,7 +31,7 @@ test-all: $(VENV)/installed
 
 # The plug-in for vLLM, in vLLM itself.
 test-vllm: $(VLLM_VENV)/installed
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 tests/vllm_plugin tests/real/test_pretrained_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -n 2 $(WORKERS) tests/vllm_plugin tests/real/test_pretrained_vllm.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

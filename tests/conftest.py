@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ os.environ["CU_FAST_TRITON_TABLE"] = "shipped"  # not what was once measured on 
 
 import background
 import pytest
+import tiers
 import tiny_training
 import torch
 
@@ -21,6 +23,12 @@ import cu_fast
 from cu_fast.hf.checkpoint import save_model
 
 OUTPUTS = pytest.StashKey[str]()
+if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it
+    from hypothesis import settings
+
+    # A check of a change tries the same examples each time; new ones are looked for by `make test-all`.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("default" if tiers.TEST_ALL else "same")
 
 
 def pytest_configure(config):

@@ -390,12 +390,12 @@ delete_latents(DeleteLatentsParams p) {
       sync_block();  // the previous entries have been read
 #pragma unroll 2     // more tokens at a time would not fit the registers
       for (int t = 0; t < kTokens; ++t) {
-        const bool scorable = shared.unit[t] == shared.unit[t];
-        float4 four = scorable ? x(t, column) : make_float4(0, 0, 0, 0);
+        float4 four = make_float4(0, 0, 0, 0);
+        if (shared.unit[t] ==
+            shared.unit[t]) {  // else rho may be Inf or NaN, and the product of a zero is NaN
+          four = x(t, column);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          // A zero beyond the width stays one, whatever rho is.
-          entry(four, c) = column + c < p.Din ? multiply(entry(four, c), shared.rho[t]) : 0.0f;
+          for (int c = 0; c < 4; ++c) entry(four, c) = multiply(entry(four, c), shared.rho[t]);
         }
         uint32_t words[kDigits];
         cut_four(four, shared.power[t], words);

@@ -5,6 +5,8 @@ pytestmark = emulation.needed            # skips where there is no compiler or n
 ops = emulation.load()                   # torch.ops.cu_fast_emulated, built when the sources have changed
 ops.set_seed(3)                          # the random order of threads
 emulation.run_under_address_sanitizer([__file__])   # a subprocess in which load() finds ASan's build
+
+Undefined behaviour ends the process, pytest's worker too; what it was is printed where pytest -s leaves stderr alone.
 """
 
 from __future__ import annotations

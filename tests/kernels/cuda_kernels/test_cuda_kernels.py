@@ -252,6 +252,16 @@ def test_delete_latents_poisons_one_token(row, multiprocessors):
     assert hits[~faulty].any()
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+def test_delete_latents_by_no_scale(scale):
+    """The norm overflows, or is NaN: rho is 0 or NaN, and the block that scores other tokens makes no digits with it."""
+    given = deletions.deletion(9, 40, 33, 30, scale=scale)
+    given["mask_row"][:] = 0
+    given["x"][2], given["x"][5, ::2], given["x"][7, 3] = 3e38, -1e36, NAN
+    dose = deleted(given, multiprocessors=1)[2]
+    assert torch.equal(dose.isnan(), torch.tensor([t in (2, 5, 7) for t in range(9)]))
+
+
 @pytest.mark.parametrize("Dout", [33, 34, 35, 36])
 def test_delete_latents_by_an_infinite_number(Dout):
     """What the last four columns hold beyond the width is not a part of the dose: 0 * Inf would be NaN."""
