@@ -14,6 +14,7 @@ from typing import NamedTuple
 MEMORY, CACHE = 3.35e6, 5.5e6
 BYTE_PRODUCTS, DOT_PRODUCTS, PRODUCTS = 600e6, 57e6, 16.7e6
 DIGITS = 3  # of an entry, of codes and of rows alike
+ROW_DIGITS = 2  # of a row in the scan
 CACHE_BYTES = 50e6
 # select.h: tokens at a time, the share of codes in the sample, microseconds that the scan's kernels take to start.
 CHUNK, SAMPLE, SCAN_START = 256, 16, 10.0
@@ -55,9 +56,9 @@ def scored_exactly(T: int, E: int, C: int) -> Cost:
 def scanned(T: int, E: int, C: int) -> Cost:
     """scan_codes, both launches: each chunk of tokens reads the plane, from memory unless it fits the cache."""
     entries, chunks = C * E * (1 + 1 / SAMPLE), math.ceil(T / CHUNK)
-    tiles = math.ceil(min(T, CHUNK) / 128) * chunks
+    tiles = math.ceil(min(T, CHUNK) / 64) * chunks
     reads = 1 if C * E <= CACHE_BYTES else chunks
-    return Cost(reads * entries, tiles * entries, T * entries / BYTE_PRODUCTS)
+    return Cost(reads * entries, tiles * entries, T * entries * ROW_DIGITS / BYTE_PRODUCTS)
 
 
 def candidates_scored(T: int, E: int, C: int, k: int) -> Cost:
@@ -78,7 +79,7 @@ def scans(T: int, E: int, C: int) -> bool:
     """Whether the scan is chosen: select_scans in select.h, for codes that have a plane and a k that it takes."""
     tiles = math.ceil(T / tile_tokens(T))
     exact = max(C * E * DIGITS / MEMORY, tiles * C * E * DIGITS / CACHE, T * C * E * DIGITS**2 / BYTE_PRODUCTS)
-    return SCAN_START + max(C * E / MEMORY, T * C * E / BYTE_PRODUCTS) < exact
+    return SCAN_START + max(C * E / MEMORY, T * C * E * ROW_DIGITS / BYTE_PRODUCTS) < exact
 
 
 def predict(what: str, T: int, E: int, C: int, k: int) -> dict[str, Cost | float]:

@@ -4,24 +4,25 @@
 //
 //   what           shape                         where it stays
 //   plane, terms   core/scan.h                   streamed once per block of kScanTokens tokens
+//   sample         [kScanTokens, 64 groups]      scratch: approximations of every 16th group, for the guess
 //   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
 //   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
-// 1. start       Rows of z become integers, and those bytes (scan-inl.h). A row that cannot be certified goes to
-//                the exact scan.
-// 2. read_codes  Each group of 64 codes against all rows. A code whose upper bound reaches tau becomes a
+// 1. start       Rows of z become integers, and those bytes (scan-inl.h).
+// 2. guess       tau = an approximation that ranks so high in a sample of the groups that k codes should be above it.
+// 3. read_codes  Each group of 64 codes against all rows. A code whose upper bound reaches tau becomes a
 //                candidate of the row; a deleted code only if hits are counted.
-// 3. tighten     tau = the k-th largest lower bound. If that drops too few candidates, some are scored, and
+// 4. tighten     tau = the k-th largest lower bound. If that drops too few candidates, some are scored, and
 //                tau = the k-th best exact score. A full buffer is scored too: no candidate is dropped
 //                unseen. A row that scores too many that way (all codes equal, a few tight clusters) goes to
 //                the exact scan.
-// 4. finish      Scores what is left, likeliest first, then runs the exact scan for the rows that need it.
+// 5. score       Scores what is left, likeliest first.
+// 6. run         The guess held if k exact scores reach it: then no code below it is selected. Rows that it misled
+//                are read again without one; the exact scan does those that gave up.
 //
 // Included inside the namespace and the target region of one instruction set, after codebook_quantize-inl.h.
 
 namespace {
-
-constexpr float kNone = -std::numeric_limits<float>::infinity();  // no bound: below every score
 
 // Covers the rounding errors of computing the bound.
 constexpr float kWiden = 1.0f + 0x1p-18f;
@@ -29,10 +30,12 @@ constexpr float kWiden = 1.0f + 0x1p-18f;
 // Bytes of codes that all rows score before any row goes on: 1 MiB, which stays in an L2 cache.
 constexpr int64_t kSpanBytes = 1024 * 1024;
 
-// A row that has scored more than 1 / kGiveUp of the codes before finish() goes to the exact scan. The exact
-// scan scores four rows against four codes at a time and takes about 4 times as long as the scan; scoring all
-// codes one by one takes about 14 times as long.
-constexpr int64_t kGiveUp = 16;
+// A row that has scored more than 1 / kGiveUp of the codes before score() goes to the exact scan, which scores four
+// rows against four codes at a time and takes as long as scoring a seventh of the codes one by one.
+constexpr int64_t kGiveUp = 8;
+
+// One group in so many is the sample of the guess, which fewer groups than kLeastGroups do not repay.
+constexpr int64_t kSampleShare = 16, kLeastGroups = 192;
 
 // The certified scan of one block.
 class Scan {
@@ -42,75 +45,25 @@ class Scan {
         block_(block),
         scratch_(scratch),
         sizes_(params),
-        bias_rounding_(0x1p-20f * params.largest_bias) {}
+        first_group_(block.c_begin / kScanGroup),
+        groups_(scan_groups(block.c_end) - first_group_) {}
 
-  // Converts the tokens that can be certified to rows, and notes the others for the exact scan. A token with
-  // NaN or Inf is in neither: its heaps are marked, and nothing is left to do.
-  void start() {
-    for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
-      Row& row = rows_[n_];
-      row.token = token;
-      row.fixed = reinterpret_cast<int16_t*>(scratch_ + sizes_.fixed()) + n_ * sizes_.width * 3;
-      row.bytes = reinterpret_cast<int8_t*>(scratch_ + sizes_.bytes()) + n_ * sizes_.width;
-      row.outliers = reinterpret_cast<ScanOutlier*>(scratch_ + sizes_.outlier()) + n_ * sizes_.outliers;
-      row.upper = scratch_ + sizes_.upper() + n_ * sizes_.capacity;
-      row.lower = scratch_ + sizes_.lower() + n_ * sizes_.capacity;
-      row.id = reinterpret_cast<int32_t*>(scratch_ + sizes_.id()) + n_ * sizes_.capacity;
-      row.lower_all = sizes_.counts_hits ? scratch_ + sizes_.lower_all() + n_ * sizes_.capacity : nullptr;
-      row.n = row.scored = 0;
-      row.gives_up = false;
-      row.trigger = 4 * kScanGroup;
-      row.tau = row.tau_all = kNone;
-      float* const z = scratch_ + sizes_.z();
-      const float largest = widen_row(p.score.z, token, p.score.pre, p.score.E, z);
-      const bool finite = largest == largest;
-      start_heaps(candidates_of(p, block_, token), !finite);
-      if (!finite) continue;
-      row.fixed_unit = fix_row(z, sizes_.width, largest);
-      Pair::cut(z, sizes_.width, row.fixed);
-      const Vec unit = Vec::broadcast(row.fixed_unit);
-      for (int64_t e = 0; e < sizes_.width; e += kLanes) (Vec::load(z + e) * unit).store(z + e);  // exact
-      if (quantize_row(p, z, row)) {
-        ++n_;
-      } else {
-        exact_[exact_n_++] = token;
-      }
-    }
-  }
-
-  // Reads the plane once, for all rows.
-  void read_codes() {
-    const int64_t steps = scan_width(p.score.E) / 4;
-    alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
-    for (int64_t g = block_.c_begin / kScanGroup; g * kScanGroup < block_.c_end; ++g) {
-      const uint8_t* const codes = p.scan.group(g, p.score.E);
-      for (int64_t t = 0, taken; t < n_; t += taken) {
-        taken = scan_rows(rows_ + t, n_ - t, codes, steps, sums);
-        for (int64_t r = 0; r < taken; ++r) {
-          Row& row = rows_[t + r];
-          if (row.gives_up) continue;
-          const bool sparse = row.outlier_count > 0;
-          if (sparse) outlier_dots(row, codes, high);
-          pass(row, g, sums + r * kScanGroup, sparse ? high : nullptr);
-          if (row.n >= row.trigger) tighten(row);
-        }
-      }
-    }
-  }
-
-  // Scores the remaining candidates, first those whose lower bound is among the k largest. All rows visit the
-  // codes in step, so that a code is read from memory once for all of them.
-  void finish() {
-    for (Row* row = rows_; row < rows_ + n_; ++row) {
-      find_best(*row);
-      drop_hopeless(*row);
-    }
-    visit_candidates([](Row& row, int64_t i) {
-      if (row.lower[i] < row.best) return false;
-      row.upper[i] = kNone;  // scored: the second pass skips it
-      return true;
+  void run() {
+    start();
+    const std::span<Row> all = rows_;
+    if (groups_ >= kLeastGroups) guess();
+    read_codes();
+    score();
+    // Again are those that the guess misled; behind them are already those that were left out.
+    const auto again = std::partition(rows_.begin(), rows_.end(), [&](const Row& row) {
+      return row.gives_up || candidates_of(p, block_, row.token).kept.threshold() >= row.guess;
     });
-    visit_candidates([](Row& row, int64_t i) { return !(row.upper[i] < row.tau); });
+    rows_ = {again, all.end()};
+    for (Row& row : rows_) {
+      start_heaps(candidates_of(p, block_, row.token), false);
+      restart(row, kNone);
+    }
+    if (!rows_.empty()) read_codes(), score();
     for (int64_t first = 0; first < exact_n_; first += kBlockTokens) {
       const int64_t last = std::min(exact_n_, first + kBlockTokens);
       const Block block{first, last, block_.c_begin, block_.c_end, block_.part, exact_};
@@ -119,18 +72,150 @@ class Scan {
   }
 
  private:
+  // Converts the tokens to rows. One with NaN or Inf becomes none: its heaps are marked, and nothing is left to do.
+  void start() {
+    int64_t n = 0;
+    for (int64_t token = block_.t_begin; token < block_.t_end; ++token) {
+      Row& row = storage_[n];
+      row.token = token;
+      row.fixed = reinterpret_cast<int16_t*>(scratch_ + sizes_.fixed()) + n * sizes_.width * 3;
+      row.bytes = reinterpret_cast<int8_t*>(scratch_ + sizes_.bytes()) + n * sizes_.width;
+      row.outliers = reinterpret_cast<ScanOutlier*>(scratch_ + sizes_.outlier()) + n * sizes_.outliers;
+      row.upper = scratch_ + sizes_.upper() + n * sizes_.capacity;
+      row.lower = scratch_ + sizes_.lower() + n * sizes_.capacity;
+      row.id = reinterpret_cast<int32_t*>(scratch_ + sizes_.id()) + n * sizes_.capacity;
+      row.lower_all = sizes_.counts_hits ? scratch_ + sizes_.lower_all() + n * sizes_.capacity : nullptr;
+      row.sample = scratch_ + sizes_.sample() + n * kSampleCodes;
+      restart(row, kNone);
+      float* const z = scratch_ + sizes_.z();
+      const float largest = widen_row(p.score.z, token, p.score.pre, p.score.E, z);
+      const bool finite = largest == largest;
+      start_heaps(candidates_of(p, block_, token), !finite);
+      if (!finite) continue;
+      row.unit = fix_row(z, sizes_.width, largest);
+      Pair::cut(z, sizes_.width, row.fixed);
+      quantize_row(p, z, row);
+      ++n;
+    }
+    rows_ = {storage_, static_cast<size_t>(n)};
+  }
+
+  // Forgets a row's candidates. `guess` is a threshold that has to be proven; kNone: there is none.
+  static void restart(Row& row, float guess) {
+    row.n = row.scored = 0;
+    row.gives_up = false;
+    row.trigger = 4 * kScanGroup;
+    row.guess = row.tau = row.tau_all = guess;
+  }
+
+  // The group that sample i is taken from.
+  int64_t sampled(int64_t i) const { return first_group_ + i * groups_ / samples_; }
+
+  // Guesses tau per row. m of the k best should be in the sample; their number varies by sqrt(m).
+  void guess() {
+    samples_ = std::min((groups_ + kSampleShare - 1) / kSampleShare, kSampleCodes / kScanGroup);
+    for (int64_t i = 0; i < samples_; ++i) {
+      multiply(sampled(i), [&](Row& row, const int32_t* sums, const int32_t* high) {
+        approximate(p, row, sampled(i), sums, high, row.sample + i * kScanGroup);
+      });
+    }
+    const float m = static_cast<float>(p.k * samples_) / static_cast<float>(groups_);
+    rank_ = static_cast<int64_t>(std::ceil(m + 3 * std::sqrt(m) + 1));
+    for (Row& row : rows_) {
+      const uint32_t* const mask = p.mask.bits(row.token);
+      std::copy_n(row.sample, samples_ * kScanGroup, row.upper);
+      for (int64_t i = 0; mask != nullptr && i < samples_; ++i) {
+        for (uint64_t left = deleted_of_group(mask, sampled(i), p.score.C); left != 0; left &= left - 1) {
+          row.upper[i * kScanGroup + std::countr_zero(left)] = kNone;
+        }
+      }
+      restart(row, kth_lower(row.upper, samples_ * kScanGroup, kNone, rank_));
+    }
+  }
+
+  // Leaves out the rows whose guess is likely too high: an eighth of the groups should hold more than twice as many codes
+  // above it as the sample, whose own do not count.
+  void leave_out_doubtful() {
+    const auto end = std::partition(rows_.begin(), rows_.end(), [&](const Row& row) {
+      const int64_t others = std::count_if(row.id, row.id + row.n, [&](int32_t id) {
+        const int64_t g = id / kScanGroup - first_group_;
+        return sampled((g * samples_ + groups_ - 1) / groups_) != first_group_ + g;
+      });
+      return row.gives_up || row.guess == kNone || others + row.scored >= rank_ / 2;
+    });
+    rows_ = {rows_.begin(), end};
+  }
+
+  // Multiplies all rows with a group, and calls take(row, sums, high) for each; high is null if it has no outliers.
+  template <class Take>
+  void multiply(int64_t g, const Take& take) {
+    const int64_t steps = scan_width(p.score.E) / 4;
+    const uint8_t* const codes = p.scan.group(g, p.score.E);
+    alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
+    const int64_t n = std::ssize(rows_);
+    for (int64_t t = 0, taken; t < n; t += taken) {
+      taken = scan_rows(&rows_[t], n - t, codes, steps, sums);
+      for (int64_t r = 0; r < taken; ++r) {
+        Row& row = rows_[t + r];
+        if (row.gives_up) continue;
+        const bool sparse = row.outlier_count > 0;
+        if (sparse) outlier_dots(row, codes, high);
+        take(row, sums + r * kScanGroup, sparse ? high : nullptr);
+      }
+    }
+  }
+
+  // Passes each group by all rows.
+  void read_codes() {
+    const auto pass_approximated = [&](Row& row, int64_t g, const float* approx) {
+      pass(row, g, approx);
+      if (row.n >= row.trigger) tighten(row);
+    };
+    for (int64_t i = 0, sample = 0; i < groups_; ++i) {
+      const int64_t g = first_group_ + i;
+      if (i == groups_ / 8 && samples_ > 0) leave_out_doubtful();
+      if (sample < samples_ && g == sampled(sample)) {
+        for (Row& row : rows_) {
+          if (!row.gives_up) pass_approximated(row, g, row.sample + sample * kScanGroup);
+        }
+        ++sample;
+        continue;
+      }
+      multiply(g, [&](Row& row, const int32_t* sums, const int32_t* high) {
+        alignas(64) float approx[kScanGroup];
+        approximate(p, row, g, sums, high, approx);
+        pass_approximated(row, g, approx);
+      });
+    }
+  }
+
+  // Scores the remaining candidates, first those whose lower bound is among the k largest. All rows visit the
+  // codes in step, so that a code is read from memory once for all of them.
+  void score() {
+    for (Row& row : rows_) {
+      find_best(row);
+      drop_hopeless(row);
+    }
+    visit_candidates([](Row& row, int64_t i) {
+      if (row.lower[i] < row.best) return false;
+      row.upper[i] = kNone;  // scored: the second pass skips it
+      return true;
+    });
+    visit_candidates([](Row& row, int64_t i) { return !(row.upper[i] < row.tau); });
+  }
+
   // Scores the candidates for which choose(row, i) is true, in the order of the codes' ids.
   template <class Choose>
   void visit_candidates(Choose choose) {
-    for (Row* row = rows_; row < rows_ + n_; ++row) row->visited = 0;
+    for (Row& row : rows_) row.visited = 0;
     const int64_t span = std::max<int64_t>(kScanGroup, kSpanBytes / (kDigits * sizes_.width));
     for (int64_t end = block_.c_begin + span; end < block_.c_end + span; end += span) {
-      for (Row* row = rows_; row < rows_ + n_; ++row) {
-        int64_t i = row->visited;
-        for (; i < row->n && row->id[i] < end; ++i) {
-          if (choose(*row, i)) add(*row, row->id[i]);
+      for (Row& row : rows_) {
+        int64_t i = row.visited;
+        for (; i < row.n && row.id[i] < end; ++i) {
+          if (choose(row, i)) add(row, row.id[i]);
         }
-        row->visited = i;
+        row.visited = i;
       }
     }
     flush();
@@ -159,7 +244,7 @@ class Scan {
     for (int64_t i = 0; i < n; ++i) {
       Row& row = *batch_row_[i];
       const int32_t id = batch_id_[i];
-      float y = cut(static_cast<float>(sums[i]) * row.fixed_unit * score.factor[id]);
+      float y = cut(static_cast<float>(sums[i]) * row.unit * score.factor[id]);
       if (score.bias != nullptr) y = cut(y + score.bias[id]);
       Candidates candidates = candidates_of(p, block_, row.token);
       if (y >= candidates.kept.threshold()) candidates.offer(y, id);
@@ -185,10 +270,11 @@ class Scan {
   // Raises tau to the k-th largest lower bound. If hits are counted, also tau_all, from all codes, deleted
   // ones included.
   void find_best(Row& row) const {
-    row.best = kth_lower(row.lower, row.n, row.tau);
+    // The guess is no lower bound: fewer than k may reach it, and the k best of them are wanted all the same.
+    row.best = kth_lower(row.lower, row.n, row.tau > row.guess ? row.tau : kNone, p.k);
     row.tau = std::max(row.tau, row.best);
     if (row.lower_all != nullptr) {
-      row.tau_all = std::max({row.tau, row.tau_all, kth_lower(row.lower_all, row.n, row.tau_all)});
+      row.tau_all = std::max({row.tau, row.tau_all, kth_lower(row.lower_all, row.n, row.tau_all, p.k)});
     }
   }
 
@@ -232,59 +318,21 @@ class Scan {
     drop_hopeless(row);
   }
 
-  // A value that at least k of the n bounds reach, by bisection: near the k-th largest. kNone if fewer than k
-  // reach `low`, which is then at least as good.
-  float kth_lower(const float* bounds, int64_t n, float low) const {
-    if (low == kNone) {
-      low = std::numeric_limits<float>::max();
-      for (int64_t i = 0; i < n; ++i) {
-        if (bounds[i] > kNone) low = std::min(low, bounds[i]);
-      }
-    }
-    if (count_at_least(bounds, n, low) < p.k) return kNone;
-    float high = largest_of(bounds, n);
-    for (int step = 0; step < 10; ++step) {
-      const float middle = low + (high - low) * 0.5f;
-      const int64_t reach = count_at_least(bounds, n, middle);
-      (reach >= p.k ? low : high) = middle;
-      if (reach == p.k) break;
-    }
-    return low;
-  }
-
-  // Adds the codes of a group whose upper bound reaches tau to the row's candidates. `high` is null if the
-  // row has no outliers.
-  void pass(Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
+  // Adds the codes of a group whose upper bound reaches tau to the row's candidates. Inlined: a call per group costs one
+  // token 5 %.
+  [[gnu::always_inline]] void pass(Row& row, int64_t g, const float* approx) {
     const float *scale = p.scan.terms_of(g, kScale), *residual = p.scan.terms_of(g, kResidual),
                 *size = p.scan.terms_of(g, kSize);
-    const float rounding = row.slop * p.scan.largest(g, kMagnitude) + bias_rounding_;
+    const float rounding =
+        kScanRounding * (row.norm * p.scan.largest(g, kMagnitude) + p.largest_bias) + kScanTiny;
     const float most = row.norm_in * p.scan.largest(g, kResidual) + row.miss * p.scan.largest(g, kSize) +
                        row.half_l1_out * p.scan.largest(g, kScale) + rounding;
-    const Vec limit = Vec::broadcast(row.tau - kWiden * most), unit = Vec::broadcast(row.unit);
+    const Vec limit = Vec::broadcast(row.tau - kWiden * most);
     const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
-
-    alignas(64) float approx[kScanGroup];
     uint64_t reach = 0;
-    if (high == nullptr && p.scan.mean == nullptr && p.score.bias == nullptr) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kScanGroup; j += kLanes) {
-        const Vec score = Vec::load(sums + j) * Vec::load(scale + j) * unit;
-        score.store(approx + j);
-        reach |= uint64_t{Vec::not_below(score, limit)} << j;
-      }
-    } else {
-      const Vec base = Vec::broadcast(2 * Ints::kRange), mean_dot = Vec::broadcast(row.mean_dot);
-      for (int j = 0; j < n; j += kLanes) {
-        Vec sum = Vec::load(sums + j);
-        if (high != nullptr) sum = sum + base * Vec::load(high + j);
-        Vec score = sum * Vec::load(scale + j) * unit;
-        if (p.scan.mean != nullptr) {
-          score = score + mean_dot * load_first(p.score.factor + first + j, n - j);
-        }
-        if (p.score.bias != nullptr) score = score + load_first(p.score.bias + first + j, n - j).cut();
-        score.store(approx + j);
-        reach |= uint64_t{Vec::not_below(score, limit)} << j;
-      }
+    for (int j = 0; j < kScanGroup; j += kLanes) {
+      reach |= uint64_t{Vec::not_below(Vec::load(approx + j), limit)} << j;
     }
     if (reach == 0) return;
 
@@ -323,9 +371,11 @@ class Scan {
   const Block block_;
   float* const scratch_;
   const ScanScratch sizes_;
-  const float bias_rounding_;
-  Row rows_[kScanTokens];
-  int64_t n_ = 0;
+  const int64_t first_group_, groups_;
+  int64_t samples_ = 0;  // groups whose approximations are kept
+  int64_t rank_ = 0;     // of the guess among them
+  Row storage_[kScanTokens];
+  std::span<Row> rows_;         // of storage_: those that are read
   int64_t exact_[kScanTokens];  // tokens for the exact scan
   int64_t exact_n_ = 0;
   Row* batch_row_[4];
@@ -336,8 +386,5 @@ class Scan {
 }  // namespace
 
 void select_scan(const SelectParams& p, const Block& block, float* scratch) {
-  Scan scan(p, block, scratch);
-  scan.start();
-  scan.read_codes();
-  scan.finish();
+  Scan(p, block, scratch).run();
 }

@@ -1,6 +1,6 @@
 // Packs the scan plane of a codebook (core/scan.h). It runs once per codebook, so it is plain C++.
 //
-//   codes_j = mean + d_j        q_j = round(d_j / step_j)        step_j = largest |d_j| / 127
+//   p_j = mean + d_j        c_j = round(d_j / step_j)        step_j = max(largest |d_j| / 127, 1)
 //
 // 1. The mean of the codes, in double; kept only if it takes away a tenth of their squared norm.
 // 2. Each code minus the mean, scaled and rounded to nearest; norms in double, rounded up to fp32.
@@ -41,12 +41,8 @@ float rounded_up(double x) {
   return std::nextafter(static_cast<float>(x * (1 + 1e-9)), std::numeric_limits<float>::infinity());
 }
 
-// Whether a code's error has a finite bound: its norm, and its norm times |factor|, are zero or in range.
-// NaN and Inf are not.
-bool is_certified(double norm, double factor) {
-  if (!(norm <= kScanLargest) || !std::isfinite(factor)) return false;
-  const auto in_range = [](double x) { return x == 0 || (x >= kScanSmallest && x <= kScanLargest); };
-  return in_range(norm) && in_range(norm * std::abs(factor));
+bool has_bound(float factor) {
+  return factor == 0 || (std::abs(factor) >= kLeastFactor && std::abs(factor) <= kMostFactor);
 }
 
 struct Packing {
@@ -57,17 +53,16 @@ struct Packing {
   float* terms;
   float* mean;  // [E]
 
-  // Adds the certified codes among [begin, end) to sum [E]. Returns the sum of their squared norms, and how
-  // many there are.
+  // Adds the codes among [begin, end) whose error has a bound to sum [E]. Returns the sum of their squared norms, and
+  // how many there are.
   std::pair<double, int64_t> add_codes(int64_t begin, int64_t end, float* code, double* sum) const {
     double squares = 0;
     int64_t n = 0;
     for (int64_t j = begin; j < end; ++j) {
+      if (!has_bound(factor[j])) continue;
       read_code(digits + j * kDigits * digit_width(E), E, code);
-      const double square = squared_norm(code, E);
-      if (!is_certified(std::sqrt(square), factor[j])) continue;
       for (int64_t e = 0; e < E; ++e) sum[e] += code[e];
-      squares += square;
+      squares += squared_norm(code, E);
       ++n;
     }
     return {squares, n};
@@ -84,23 +79,23 @@ struct Packing {
 
     for (int64_t i = 0; i < kScanGroup && g * kScanGroup + i < C; ++i) {
       const int64_t j = g * kScanGroup + i;
-      const double scale = std::abs(factor[j]);
-      read_code(digits + j * kDigits * digit_width(E), E, code);
-      const double norm = std::sqrt(squared_norm(code, E));
-      if (!is_certified(norm, scale) || !(mean_norm * scale <= kScanLargest)) {
+      if (!has_bound(factor[j])) {
         term[kResidual * kScanGroup + i] = largest[kResidual] = std::numeric_limits<float>::infinity();
         continue;
       }
+      const double scale = std::abs(factor[j]);
+      read_code(digits + j * kDigits * digit_width(E), E, code);
+      const double norm = std::sqrt(squared_norm(code, E));
       const auto d = [&](int64_t e) { return mean_norm == 0 ? double{code[e]} : double{code[e]} - mean[e]; };
       double most = 0;
       for (int64_t e = 0; e < E; ++e) most = std::max(most, std::abs(d(e)));
-      const double step = most / 127;
+      const double step = std::max(most / 127, 1.0);
       double residual = 0, size = 0;
-      for (int64_t e = 0; e < E && most > 0; ++e) {
-        const double q = std::nearbyint(d(e) / step), miss = d(e) - step * q;
-        bytes[(e / 4 * kScanGroup + i) * 4 + e % 4] = static_cast<uint8_t>(static_cast<int>(q) + kOffset);
+      for (int64_t e = 0; e < E; ++e) {
+        const double c = std::nearbyint(d(e) / step), miss = d(e) - step * c;
+        bytes[(e / 4 * kScanGroup + i) * 4 + e % 4] = static_cast<uint8_t>(static_cast<int>(c) + kOffset);
         residual += miss * miss;
-        size += q * q;
+        size += c * c;
       }
       size = std::sqrt(size) * step;
       // A negative factor reverses the order: the scale keeps its sign, the bounds use its magnitude.

@@ -1,37 +1,44 @@
 // The arithmetic of the certified scan: rows of z as bytes, and their integer products with the plane.
 //
-//   z_t ~ unit (p_t + base h_t)     sums[t][j] = <p_t, q_j>; for a row with outliers also <h_t, q_j>
+//   q_t ~ step (low_t + base high_t)     sums[t][j] = <low_t, c_j>; for a row with outliers also <high_t, c_j>
 //
 //   what            shape                             where it stays
-//   a row of z      [round_up(E, 64)]                 fp32 in scratch: q times its unit
-//   bytes of z      [kScanTokens, round_up(E, 64)]    L2 cache; kTokens rows of them L1 cache
+//   a row q         [round_up(E, 64)]                 integers, as fp32, in scratch
+//   low bytes       [kScanTokens, round_up(E, 64)]    L2 cache; kTokens rows of them L1 cache
 //   group of codes  [scan_width(E), 64] bytes         streamed; read by all tokens of the block
 //   partial sums    [kTokens, kGroups, 16]            registers
 //
 // 1. quantize_row  Converts a row to bytes, and computes its terms of the error bound (core/scan.h), rounded
-//                  up. The few entries far above the others, which would make the unit coarse for all, get
+//                  up. The few entries far above the others, which would make the step coarse for all, get
 //                  high bytes too.
 // 2. scan_rows     A few rows against a group of 64 codes: byte_dots, the hot loop.
 // 3. outlier_dots  The high bytes of one row against the group: a few steps only.
+// 4. approximate   The sums of one row and group become approximations of scores.
+// 5. kth_lower     A threshold that k of some bounds reach.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec, Ints and
 // Bytes, after rows-inl.h.
 
 namespace {
 
-// One row of z in the scan, and its candidates.
+constexpr float kNone = -std::numeric_limits<float>::infinity();  // no bound: below every score
+
+// One row in the scan, and its candidates.
 struct Row {
   int64_t token;
-  int16_t* fixed;    // the row's integers, as Pair takes them
-  float fixed_unit;  // theirs
-  int8_t* bytes;     // [round_up(E, 64)]
+  int16_t* fixed;  // the row's integers, as Pair takes them
+  float unit;      // theirs: 2^-a
+  int8_t* bytes;   // [round_up(E, 64)]
   ScanOutlier* outliers;
   int64_t outlier_count;
-  int32_t start, outlier_start;  // - kOffset * sum of the bytes: cancels the codes' offset
-  float unit, mean_dot;
-  float norm_in, miss, half_l1_out, slop;  // factors of residual, size, |scale| and magnitude in the error
+  int32_t start, outlier_start;            // - kOffset * sum of the bytes: cancels the codes' offset
+  float step;                              // times the unit
+  float mean_dot;                          // <q, mean>, not times the unit
+  float norm_in, miss, half_l1_out, norm;  // factors of residual, size, |scale| and magnitude in the error
 
-  float tau;             // at most the k-th best score: codes below it are not selected
+  float* sample;         // approximations of the groups of the guess
+  float guess;           // of the k-th best score; kNone: none
+  float tau;             // at most the k-th best score, or the guess: codes below it are not selected
   float best;            // the k-th largest lower bound
   float *upper, *lower;  // lower is kNone for a deleted code, so that it cannot raise tau
   // Only when hits are counted: lower bounds and threshold over all codes, deleted ones included. A deleted
@@ -40,20 +47,20 @@ struct Row {
   float tau_all;
   int32_t* id;
   int64_t n, trigger;  // candidates, in the order of their ids; `trigger` of them start tighten()
-  int64_t scored;      // candidates scored before finish(), to free places in the buffer
+  int64_t scored;      // candidates scored before score(), to free places in the buffer
   bool gives_up;       // scored exceeded the limit (kGiveUp): the row goes to the exact scan
   int64_t visited;     // candidates that visit_candidates has passed
 };
 
-// The clip: the largest |z| that low bytes represent. It is the row's largest |z|, halved as long as at most
+// The clip: the largest |q| that low bytes represent. It is the row's largest |q|, halved as long as at most
 // max_outliers entries are above it.
-float clip_of(const float* z, int64_t E, float largest) {
+float clip_of(const float* q, int64_t E, float largest) {
   float clip = largest;
   for (int halvings = 0; halvings < kMaxHalvings; ++halvings) {
     const Vec half = Vec::broadcast(clip / 2);
     int64_t above = 0;
     for (int64_t e = 0; e < E; e += kLanes) {
-      above += kLanes - std::popcount(Vec::at_least(half, Vec::load(z + e).magnitude()));
+      above += kLanes - std::popcount(Vec::at_least(half, Vec::load(q + e).magnitude()));
     }
     if (above > max_outliers(E)) break;
     clip /= 2;
@@ -61,15 +68,15 @@ float clip_of(const float* z, int64_t E, float largest) {
   return clip;
 }
 
-// Splits those of 16 entries (integers, in `lanes`) that do not fit a byte. The low byte stays in `lanes`,
+// Splits those of 16 entries (in steps, in `lanes`) that do not fit a byte. The low byte stays in `lanes`,
 // the high byte goes to the row's list of outliers.
-void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float* l1_out) {
+void split_outliers(Row& row, int64_t first, const float* q, float* lanes, float* l1_out) {
   constexpr int kBase = 2 * Ints::kRange;
   for (int l = 0; l < kLanes; ++l) {
     if (std::fabs(lanes[l]) <= Ints::kRange) continue;
     const float high = std::nearbyint(lanes[l] / kBase);
     lanes[l] -= kBase * high;
-    *l1_out += std::fabs(z[l]);
+    *l1_out += std::fabs(q[l]);
     const int32_t step = static_cast<int32_t>((first + l) / 4);
     if (row.outlier_count == 0 || row.outliers[row.outlier_count - 1].step != step) {
       row.outliers[row.outlier_count++] = {step, {}};
@@ -79,38 +86,44 @@ void split_outliers(Row& row, int64_t first, const float* z, float* lanes, float
   }
 }
 
-// Computes the bytes and the error terms of a row z [round_up(E, 64)]. False if it cannot be certified.
-bool quantize_row(const SelectParams& p, const float* z_row, Row& row) {
+// <q, mean>, which kScanRounding takes for exact.
+double dot_mean(const float* q, const float* mean, int64_t E) {
+  double lanes[kLanes] = {}, sum = 0;
+  for (int64_t e = 0; e < E; ++e) lanes[e % kLanes] += double{q[e]} * mean[e];
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// Computes the bytes and the error terms of a row q [round_up(E, 64)] of this unit.
+void quantize_row(const SelectParams& p, const float* q_row, Row& row) {
   const int64_t E = round_up(p.score.E, kLanes);
   Vec most = Vec::broadcast(0), squares = Vec::broadcast(0);
   for (int64_t e = 0; e < E; e += kLanes) {
-    const Vec z = Vec::load(z_row + e);
-    most = Vec::larger(most, z.magnitude());
-    squares = squares + z * z;
+    const Vec q = Vec::load(q_row + e);
+    most = Vec::larger(most, q.magnitude());
+    squares = squares + q * q;
   }
-  const float largest = largest_lane(most);
-  if (!(largest >= kScanSmallest && largest <= kScanLargest)) return false;
 
   float lanes[kLanes];
-  const float clip = clip_of(z_row, E, largest);
-  const Vec per_unit = Vec::broadcast(Ints::kRange / clip);
-  row.unit = clip / Ints::kRange;
+  constexpr float kRange = Ints::kRange;
+  const float clip = std::max(clip_of(q_row, E, largest_lane(most)), kRange);  // step >= 1
+  const Vec per_step = Vec::broadcast(kRange / clip), step = Vec::broadcast(clip / kRange),
+            range = Vec::broadcast(kRange);
   row.outlier_count = row.start = row.outlier_start = 0;
-  const Vec unit = Vec::broadcast(row.unit), range = Vec::broadcast(Ints::kRange);
   Vec misses = Vec::broadcast(0), squares_in = Vec::broadcast(0);
   float l1_out = 0;
   for (int64_t e = 0; e < E; e += kLanes) {
-    const Vec z = Vec::load(z_row + e);
-    Vec whole = (z * per_unit).nearest();
-    const Vec miss = z - unit * whole;
+    const Vec q = Vec::load(q_row + e);
+    Vec whole = (q * per_step).nearest();
+    const Vec miss = q - step * whole;
     misses = misses + miss * miss;
-    Vec in = z;
+    Vec in = q;
     const uint32_t fit = Vec::at_least(range, whole.magnitude());
     if (fit != (1u << kLanes) - 1) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] = fit >> l & 1 ? z_row[e + l] : 0.0f;
+      for (int l = 0; l < kLanes; ++l) lanes[l] = fit >> l & 1 ? q_row[e + l] : 0.0f;
       in = Vec::load(lanes);
       whole.store(lanes);
-      split_outliers(row, e, z_row + e, lanes, &l1_out);
+      split_outliers(row, e, q_row + e, lanes, &l1_out);
       whole = Vec::load(lanes);
     }
     squares_in = squares_in + in * in;
@@ -123,21 +136,14 @@ bool quantize_row(const SelectParams& p, const float* z_row, Row& row) {
   // A sum of squares is off by at most one rounding per addend of a lane.
   const float grow = 1.0f + 0x1p-23f * static_cast<float>(E / kLanes + 16);
   const float norm = std::sqrt(tree_sum_of(squares)) * grow;
-  const float rounding = 0x1p-22f * norm;  // of unit * whole, and of z minus it
-  row.miss = std::sqrt(tree_sum_of(misses)) * grow + rounding;
-  // Above 0: its product with infinity is not NaN.
-  row.norm_in = std::max(std::sqrt(tree_sum_of(squares_in)) * grow, 0x1p-60f);
-  row.half_l1_out = 0.5f * l1_out * grow;
-  row.slop = norm * scan_epsilon(p.score.E);
+  const float rounding = 0x1p-22f * norm;  // of step * whole, and of q minus it
+  row.step = clip / kRange * row.unit;
+  row.norm = norm_of(norm * row.unit);
+  row.norm_in = std::sqrt(tree_sum_of(squares_in)) * grow * row.unit;
+  row.miss = std::max(std::sqrt(tree_sum_of(misses)) * grow + rounding, 1.0f) * row.unit;
+  row.half_l1_out = 0.5f * l1_out * grow * row.unit;
   row.mean_dot = 0;
-  if (p.scan.mean != nullptr) {
-    Vec sum = Vec::broadcast(0);
-    for (int64_t e = 0; e < p.score.E; e += kLanes) {
-      sum = sum + Vec::load(z_row + e) * load_first(p.scan.mean + e, p.score.E - e);
-    }
-    row.mean_dot = tree_sum_of(sum);
-  }
-  return true;
+  if (p.scan.mean != nullptr) row.mean_dot = static_cast<float>(dot_mean(q_row, p.scan.mean, p.score.E));
 }
 
 // The hot loop: kTokens rows against 64 codes, 16 kGroups codes at a time.
@@ -204,6 +210,32 @@ inline int64_t scan_rows(const Row* rows, int64_t n, const uint8_t* codes, int64
   return run.template operator()<1>();
 }
 
+// Approximations of a group's scores, of codes beyond C too. `high` is null if the row has no outliers.
+void approximate(const SelectParams& p, const Row& row, int64_t g, const int32_t* sums, const int32_t* high,
+                 float* approx) {
+  const float* const scale = p.scan.terms_of(g, kScale);
+  const Vec step = Vec::broadcast(row.step);
+  if (high == nullptr && p.scan.mean == nullptr && p.score.bias == nullptr) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kScanGroup; j += kLanes) {
+      (Vec::load(sums + j) * Vec::load(scale + j) * step).store(approx + j);
+    }
+    return;
+  }
+  const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
+  const Vec base = Vec::broadcast(2 * Ints::kRange), mean_dot = Vec::broadcast(row.mean_dot),
+            unit = Vec::broadcast(row.unit);
+  for (int j = 0; j < n; j += kLanes) {
+    Vec sum = Vec::load(sums + j);
+    if (high != nullptr) sum = sum + base * Vec::load(high + j);
+    Vec score = sum * Vec::load(scale + j) * step;
+    if (p.scan.mean != nullptr)
+      score = score + mean_dot * load_first(p.score.factor + first + j, n - j) * unit;
+    if (p.score.bias != nullptr) score = score + load_first(p.score.bias + first + j, n - j).cut();
+    score.store(approx + j);
+  }
+}
+
 // How many of the n bounds are at least x.
 int64_t count_at_least(const float* bounds, int64_t n, float x) {
   const Vec limit = Vec::broadcast(x);
@@ -226,6 +258,27 @@ float largest_of(const float* bounds, int64_t n) {
   float largest = *std::max_element(lanes, lanes + kLanes);
   for (; i < n; ++i) largest = bounds[i] > largest ? bounds[i] : largest;
   return largest;
+}
+
+// A value that at least k of the n bounds reach, near the k-th largest: by steps down from the largest that double,
+// then by bisection. kNone if fewer than k reach `low`, which is then at least as good.
+float kth_lower(const float* bounds, int64_t n, float low, int64_t k) {
+  low = std::max(low, std::numeric_limits<float>::lowest());
+  if (count_at_least(bounds, n, low) < k) return kNone;
+  const float largest = largest_of(bounds, n);
+  float high = largest;
+  for (float step = std::fabs(largest) / 64; largest - step > low; step = 2 * step + 0x1p-126f) {
+    const bool reached = count_at_least(bounds, n, largest - step) >= k;
+    (reached ? low : high) = largest - step;
+    if (reached) break;
+  }
+  for (int i = 0; i < 8; ++i) {
+    const float middle = low + (high - low) * 0.5f;
+    const int64_t reach = count_at_least(bounds, n, middle);
+    (reach >= k ? low : high) = middle;
+    if (reach == k) break;
+  }
+  return low;
 }
 
 }  // namespace

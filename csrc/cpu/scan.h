@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "core/params.h"
 #include "core/scan.h"
@@ -11,7 +12,7 @@
 
 namespace cu_fast {
 
-// The high bytes of entries [4 step, 4 step + 4) of a row of z.
+// The high bytes of entries [4 step, 4 step + 4) of a row.
 struct ScanOutlier {
   int32_t step;
   int8_t bytes[4];
@@ -26,6 +27,9 @@ inline int64_t candidate_capacity(int64_t k) {
 // Tokens per block: all of them use each read of the plane, and of the codes that are scored.
 inline constexpr int64_t kScanTokens = 256;
 
+// Codes of the sample, at most. All approximations of a row fit its buffer of candidates.
+inline constexpr int64_t kSampleCodes = 32 * kScanGroup;
+
 // The scratch of one worker: where each array starts, in floats. Arrays have `rows` rows.
 struct ScanScratch {
   int64_t rows, width, outliers, capacity;
@@ -38,12 +42,13 @@ struct ScanScratch {
         capacity(candidate_capacity(p.k)),
         counts_hits(p.deleted != nullptr) {}
 
-  // Offsets of one row of z, widened, of z as integers, bytes of z, outliers, bounds and ids.
+  // Offsets of one row of z, widened, of z as integers, bytes of z, outliers, the sample, bounds and ids.
   int64_t z() const { return 0; }
   int64_t fixed() const { return z() + width; }
   int64_t bytes() const { return fixed() + rows * width * 3 / 2; }
   int64_t outlier() const { return bytes() + rows * width / 4; }
-  int64_t upper() const { return outlier() + rows * outliers * 2; }
+  int64_t sample() const { return outlier() + rows * outliers * 2; }
+  int64_t upper() const { return sample() + rows * kSampleCodes; }
   int64_t lower() const { return upper() + rows * capacity; }
   int64_t lower_all() const { return lower() + rows * capacity; }
   int64_t id() const { return lower_all() + (counts_hits ? rows * capacity : 0); }
@@ -56,11 +61,12 @@ struct SelectGrid {
   Grid grid;
 };
 
-// Scans if there is a plane, the bias leaves the bounds finite, and k is small enough, and C large enough, to
+// Scans if there is a plane, the bias is finite, and k is small enough, and C large enough, to
 // justify the buffers of candidates.
 inline SelectGrid plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int64_t threads, bool has_plane,
                                  float largest_bias) {
-  const bool scans = has_plane && largest_bias <= kScanLargest && k <= kMaxScanK && 8 * k <= C;
+  const bool scans =
+      has_plane && largest_bias <= std::numeric_limits<float>::max() && k <= kMaxScanK && 8 * k <= C;
   return {scans, plan_grid(T, C, E, threads, scans ? kScanTokens : kBlockTokens)};
 }
 

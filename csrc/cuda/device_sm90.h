@@ -86,6 +86,14 @@ CU_FAST_DEVICE uint64_t describe_tile(const void* shared, int along_k, int along
 CU_FAST_DEVICE void fence_multiplies() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
+// Before the first multiply and after the last wait: the compiler does not know that multiplies in flight still write
+// to d, and must not move a copy of it across.
+CU_FAST_DEVICE void fence_sums(int32_t (&d)[16][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    asm volatile("" : "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])::"memory");
+  }
+}
 // Closes the group of the multiplies since the last commit.
 CU_FAST_DEVICE void commit_multiplies() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

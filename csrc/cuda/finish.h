@@ -43,10 +43,15 @@ CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t st
   best.merge();
 }
 
-// Whether the scan could not do this token, so that select_exact does it: a row without a certificate, or
-// with more candidates than places.
+// Whether the scan could not do this token: its row or its mask is faulty, or it has more candidates than places.
+CU_FAST_DEVICE bool scan_failed(const SelectJob& job, int64_t token) {
+  const float unit = job.work.terms[token].unit;
+  return unit != unit || job.work.count[token] > SelectTuning::kCandidates;
+}
+
+// Whether select_exact does this token, after score_candidates: the scan failed, or its guess is not proven.
 CU_FAST_DEVICE bool needs_exact(const SelectJob& job, int64_t token) {
-  return job.work.exact[token] != 0 || job.work.count[token] > SelectTuning::kCandidates;
+  return scan_failed(job, token) || job.work.reached[token] < job.work.tau[token];
 }
 
 // `token` counts from the start of the chunk.

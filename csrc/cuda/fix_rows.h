@@ -45,22 +45,6 @@ CU_FAST_DEVICE void cut_four(float4 z, float power, uint32_t (&words)[kDigits]) 
   }
 }
 
-// The integers of four neighbours, in floats, which hold them exactly.
-CU_FAST_DEVICE float4 fixed_four(const int8_t* row, int64_t width, int64_t column) {
-  uint32_t words[kDigits];
-#pragma unroll
-  for (int i = 0; i < kDigits; ++i) words[i] = *reinterpret_cast<const uint32_t*>(row + i * width + column);
-  float4 four;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    int32_t q = 0;
-#pragma unroll
-    for (int i = 0; i < kDigits; ++i) q = 256 * q + static_cast<int8_t>(words[i] >> (8 * c));
-    entry(four, c) = static_cast<float>(q);
-  }
-  return four;
-}
-
 // Writes the digits and the unit of a token, and returns the unit to all threads: NaN of a row with NaN or Inf,
 // whose digits are zeros. The digits are visible to the block after the next sync_block.
 CU_FAST_DEVICE float fix_row(const ScoreParams& p, const FixedRows& rows, int64_t token,

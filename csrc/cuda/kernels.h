@@ -20,7 +20,7 @@ void launch_select_parts(const SelectJob& job, Stream stream);
 void launch_scan(const SelectJob& job, Stream stream);
 void launch_scan_rows(const SelectJob& job, Stream stream);
 void launch_scan_codes(const SelectJob& job, bool sample, Stream stream);
-// Called by launch_scan_codes for more than 64 tokens, on compute capability 9.0, if the library holds code
+// Called by launch_scan_codes for more than 32 tokens, on compute capability 9.0, if the library holds code
 // for 90a.
 void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream);
 // Runs all chunks, and writes p.scores, p.ids and p.hits.

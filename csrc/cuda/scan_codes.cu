@@ -1,15 +1,15 @@
 // Scores every code against every token in int8, on the tensor cores, for bounds on the scores and candidates
 // for the k best. What is done with the sums: scan_codes.h. Many tokens on Hopper: scan_codes_sm90.cu.
 //
-//   sum(t, j) = <p_t, q_j>
+//   I_i(t, j) = <d_i of row t, c_j>       i = 0, 1
 //
 //   what   shape                           where it stays
 //   plane  [G, E / 4, 64, 4] uint8         global -> registers, kAhead steps ahead
-//   bytes  [kTokens / 8, K, 2, 8, 4] u32   shared, kSteps steps at a time, kStages stages in flight
-//   sums   [2, kTokens / 8, 4] per thread  registers
+//   bytes  [kTokens / 4, K, 2, 8, 4] u32   shared, kSteps steps at a time, kStages stages in flight
+//   sums   [2, kTokens / 4, 4] per thread  registers
 //
 // 1. A warp takes 32 codes, a block 256, and all kTokens tokens of a tile. Codes are the 16 rows of
-//    multiply_bytes, tokens its 8 columns.
+//    multiply_bytes, two digits of four tokens its 8 columns.
 // 2. Codes are loaded kAhead steps ahead, into registers. Bytes of z come through cp.async, once for the
 //    block.
 
@@ -26,20 +26,19 @@ constexpr int kStages = 4;
 
 template <int kTokens>
 struct StageOf {
-  // A stage is 8 KiB: a step is 256 bytes per 8 tokens.
-  static constexpr int kSteps = kTokens >= 128 ? 2 : 256 / kTokens;
-  alignas(16) uint32_t bytes[kTokens / 8][kSteps][64];
+  // A stage is 8 KiB: a step is 256 bytes per four tokens.
+  static constexpr int kSteps = 128 / kTokens;
+  alignas(16) uint32_t bytes[kTokens / 4][kSteps][64];
 };
 
 template <int kTokens, bool kSample>
-CU_FAST_KERNEL(kThreads, kTokens >= 64 ? 1 : 2)
+CU_FAST_KERNEL(kThreads, kTokens >= 32 ? 1 : 2)
 scan_codes(SelectJob job) {
   using Stage = StageOf<kTokens>;
-  constexpr int kColumns = kTokens / 8;
-  constexpr int kAhead = kTokens >= 64 ? 2 : 4;  // few tokens: memory-bound; many: registers are scarce
+  constexpr int kColumns = kTokens / 4;
+  constexpr int kAhead = kTokens >= 32 ? 2 : 4;  // few tokens: memory-bound; many: registers are scarce
   struct Shared {
     Stage stage[kStages];
-    uint32_t high_steps[kHighWords];
   };
   start_kernel();
   Shared& shared = shared_memory<Shared>();
@@ -50,7 +49,6 @@ scan_codes(SelectJob job) {
   const int steps = static_cast<int>((p.score.E + 31) / 32);
   const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
   const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
-  gather_high_steps(job, t0, kTokens, shared.high_steps);
 
   for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
     // The sample's tiles are spread over the codes: neighbours may be alike.
@@ -61,9 +59,9 @@ scan_codes(SelectJob job) {
       for (int i = thread_index(); i < kPieces; i += kThreads) {
         const int column = i / (Stage::kSteps * 16), rest = i % (Stage::kSteps * 16);
         const int step = begin + rest / 16;
-        // work.bytes has columns of 8 tokens, and none after the last token.
-        const bool valid = step < steps && t0 + 8 * column < p.score.T;
-        const int64_t from = (int64_t{t0 / 8 + column} * steps + step) * 64 + rest % 16 * 4;
+        // work.bytes has columns of four tokens, and none after the last token.
+        const bool valid = step < steps && t0 + 4 * column < p.score.T;
+        const int64_t from = (int64_t{t0 / 4 + column} * steps + step) * 64 + rest % 16 * 4;
         copy_async(reinterpret_cast<char*>(stage.bytes[column]) + rest * 16, work.bytes + (valid ? from : 0),
                    valid);
       }
@@ -77,7 +75,7 @@ scan_codes(SelectJob job) {
       ahead[i][0] = codes.load(8 * i + q);
       ahead[i][1] = codes.load(8 * i + 4 + q);
     }
-    sync_block();  // the last tile's stages have been read, and high_steps is visible
+    sync_block();  // the last tile's stages have been read
     for (int i = 0; i < kStages - 1; ++i) copy_stage(i * Stage::kSteps);
     for (int begin = 0; begin < steps; begin += kAhead) {
 #pragma unroll
@@ -102,7 +100,7 @@ scan_codes(SelectJob job) {
       }
     }
     wait_copies<0>();
-    end_tile<kSample>(job, shared.high_steps, codes, t0, visit, visited, sums);
+    end_tile<kSample>(job, codes, t0, visit, visited, sums);
   }
 }
 
@@ -135,11 +133,11 @@ bool has_hopper() {
 
 void launch_scan_codes(const SelectJob& job, bool sample, Stream stream) {
   const int64_t T = job.p.score.T;
+  if (T <= 4) return launch_tiles<4>(job, sample, stream);
   if (T <= 8) return launch_tiles<8>(job, sample, stream);
-  if (T <= 16) return launch_tiles<16>(job, sample, stream);
-  if (T <= 64) return launch_tiles<64>(job, sample, stream);
+  if (T <= 32) return launch_tiles<32>(job, sample, stream);
   if (has_hopper()) return launch_scan_codes_sm90(job, sample, stream);
-  launch_tiles<128>(job, sample, stream);
+  launch_tiles<64>(job, sample, stream);
 }
 
 }  // namespace cu_fast

@@ -1,19 +1,18 @@
 // What the two scans of the codes (scan_codes.cu, scan_codes_sm90.cu) share: how a warp reads its codes, and
 // what it does with their sums.
 //
-//   sum(t, j) = <p_t, q_j> + 254 <h_t, q_j>      approx = unit scale_j sum + mean_dot factor_j + bias_j
-//   error     = norm_in residual_j + miss size_j + half_l1_out |scale_j| + slop magnitude + 2^-20 |bias_j|
+//   approx = (256 I_0 + I_1) scale_j (256 unit) + mean_dot factor_j unit + bias_j
+//   error  = norm residual_j + miss size_j + kScanRounding (norm magnitude + |bias_j|) + kScanTiny
 //
 //   what   shape                       where it stays
 //   plane  [G, E / 4, 64, 4] uint8     global -> registers, not through L1: one warp reads it
-//   sums   [2, columns, 4] per thread  registers; a column is 8 tokens
+//   sums   [2, columns, 4] per thread  registers; I_0 and I_1 side by side. A column is four tokens
 //
 // 1. A warp takes 32 codes, in two products of 16 rows. Rows and k may be permuted freely. In lane 4 g + q,
 //    codes 4 g and 4 g + 1 are rows g and g + 8 of the first product, 4 g + 2 and 4 g + 3 of the second;
 //    words q and q + 4 of a step are its k. So one 16-byte load of a thread is one word of four neighbouring
 //    codes, and eight lanes load a whole 128-byte line.
-// 2. Outliers: the few steps in which some token of the tile has high bytes are multiplied again.
-// 3. In the sample (some tiles only) a thread writes the largest lower bound of four codes, for
+// 2. In the sample (some tiles only) a thread writes the largest approximation of four codes, for
 //    scan_threshold. Otherwise a code whose upper bound reaches tau becomes a candidate. A warp takes places
 //    for all its candidates of a token with one atomic. A candidate without a place still counts: the row is
 //    incomplete.
@@ -29,7 +28,6 @@
 namespace cu_fast {
 
 inline constexpr float kWiden = 1.0f + 0x1p-18f;  // covers the rounding errors of computing the bound
-inline constexpr int kHighWords = (kMaxScanWidth / 32 + 31) / 32;
 
 // The codes of this thread's warp in a tile.
 struct WarpCodes {
@@ -82,36 +80,28 @@ CU_FAST_DEVICE FourCodes load_codes(const SelectParams& p, int first) {
     codes.residual[i] = codes.exists[i] ? p.scan.terms_of(g, kResidual)[at + i] : 0;
     codes.size[i] = codes.exists[i] ? p.scan.terms_of(g, kSize)[at + i] : 0;
     codes.factor[i] = codes.exists[i] ? p.score.factor[j] : 0;
-    // Cut as the score is: that of a code of zeros is its bias alone, for which the other terms leave no room.
+    // Cut as the score is: that of a code of zeros is its bias alone.
     codes.bias[i] = codes.exists[i] && p.score.bias != nullptr ? cut(p.score.bias[j]) : 0;
   }
   return codes;
 }
 
 struct Bounds {
-  float lower, upper;
+  float approx, lower, upper;
 };
 
-CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int i, float sum) {
-  const float approx = row.unit * codes.scale[i] * sum + row.mean_dot * codes.factor[i] + codes.bias[i];
-  const float error = kWiden * (row.norm_in * codes.residual[i] + row.miss * codes.size[i] +
-                                row.half_l1_out * fabsf(codes.scale[i]) + row.slop * codes.magnitude +
-                                0x1p-20f * fabsf(codes.bias[i]));
-  // No bound: the error is not finite, or the bias is so large that the score may overflow.
-  if (!(error < kScanLargest) || !(fabsf(codes.bias[i]) <= kScanLargest)) return {-INFINITY, INFINITY};
-  return {approx - error, approx + error};
-}
-
-// The steps in which some token of the tile has high bytes. Called by the whole block, followed by a barrier.
-CU_FAST_DEVICE void gather_high_steps(const SelectJob& job, int t0, int tokens,
-                                      uint32_t (&high_steps)[kHighWords]) {
-  const int bitmap = static_cast<int>((job.p.score.E + 1023) / 1024);
-  for (int i = thread_index(); i < bitmap; i += kThreads) {
-    uint32_t any = 0;
-    for (int64_t t = t0; t < t0 + tokens && t < job.p.score.T; ++t)
-      any |= job.work.high_steps[t * bitmap + i];
-    high_steps[i] = any;
-  }
+// Of code i; first and second: its products with the row's digits, the codes' offset included.
+CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int i, int32_t first,
+                                int32_t second) {
+  const float sum = 256.0f * static_cast<float>(wrapping_add(first, row.start[0])) +
+                    static_cast<float>(wrapping_add(second, row.start[1]));
+  const float approx =
+      sum * codes.scale[i] * (256.0f * row.unit) + row.mean_dot * codes.factor[i] * row.unit + codes.bias[i];
+  const float error =
+      kWiden * (row.norm * codes.residual[i] + row.miss * codes.size[i] +
+                kScanRounding * (row.norm * codes.magnitude + fabsf(codes.bias[i])) + kScanTiny);
+  if (!is_finite(error)) return {-INFINITY, -INFINITY, INFINITY};  // approx may not be finite either
+  return {approx, approx - error, approx + error};
 }
 
 // Stores the candidates among the warp's codes. All lanes of the warp take part; passes: of this thread's
@@ -146,72 +136,46 @@ CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, 
   }
 }
 
-// Turns the sums of p into bounds, and those into maxima (sample) or candidates.
+// Turns the sums into bounds, and those into maxima (sample) or candidates.
 template <bool kSample, int kColumns>
-CU_FAST_DEVICE void end_tile(const SelectJob& job, const uint32_t (&high_steps)[kHighWords],
-                             const WarpCodes& codes, int t0, int visit, int visited,
+CU_FAST_DEVICE void end_tile(const SelectJob& job, const WarpCodes& codes, int t0, int visit, int visited,
                              const int32_t (&sums)[2][kColumns][4]) {
   const SelectParams& p = job.p;
   const ScanWork& work = job.work;
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int steps = static_cast<int>((p.score.E + 31) / 32), bitmap = (steps + 31) / 32;
   const FourCodes four = load_codes(p, codes.first + 4 * g);
 #pragma unroll
   for (int column = 0; column < kColumns; ++column) {
-    int32_t high[2][4] = {};
-    bool any_high = false;
-    for (int i = 0; i < bitmap; ++i) {
-      for (uint32_t left = high_steps[i]; left != 0; left &= left - 1) {
-        const int step = 32 * i + 31 - count_leading_zeros(left & -left);
-        Factors a;
-        a.set(codes.load(8 * step + q), codes.load(8 * step + 4 + q));
-        uint32_t b[2] = {};
-        if (t0 + 8 * column < p.score.T) {
-          const int64_t at = (int64_t{t0 / 8 + column} * steps + step) * 64 + lane;
-          b[0] = work.high[at];
-          b[1] = work.high[at + 32];
-        }
-        multiply_bytes(high[0], a.of[0], b);
-        multiply_bytes(high[1], a.of[1], b);
-        any_high = true;
-      }
-    }
+    const int64_t t = t0 + 4 * column + q;
+    const RowTerms row = t < p.score.T ? work.terms[t] : RowTerms{quiet_nan()};
+    const bool scans = row.unit == row.unit;
+    const uint32_t deleted = scans ? MaskRow(p.mask, t).word(codes.first, p.score.C) >> (4 * g) & 15 : 0;
+    Bounds bounds[4];
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const int64_t t = t0 + 8 * column + 2 * q + odd;
-      const bool scans = t < p.score.T && work.exact[t] == 0;
-      const RowTerms row = scans ? work.terms[t] : RowTerms{};
-      const uint32_t deleted = scans ? MaskRow(p.mask, t).word(codes.first, p.score.C) >> (4 * g) & 15 : 0;
-      Bounds bounds[4];
+    for (int i = 0; i < 4; ++i) {
+      // Code 4 g + i is row g or g + 8 of the first or second product.
+      const auto& pairs = sums[i / 2][column];
+      bounds[i] = bounds_of(row, four, i, pairs[i % 2 * 2], pairs[i % 2 * 2 + 1]);
+    }
+    if constexpr (kSample) {
+      float most = -INFINITY;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        // Code 4 g + i is row g or g + 8 of the first or second product.
-        float sum = static_cast<float>(wrapping_add(sums[i / 2][column][i % 2 * 2 + odd], row.start));
-        if (any_high) {
-          sum += 254.0f * static_cast<float>(wrapping_add(high[i / 2][i % 2 * 2 + odd], row.high_start));
-        }
-        bounds[i] = bounds_of(row, four, i, sum);
+        if (four.exists[i] && (deleted >> i & 1) == 0) most = fmaxf(most, bounds[i].approx);
       }
-      if constexpr (kSample) {
-        float most = -INFINITY;
+      if (scans)
+        work.maxima[t * visited * kMaximaOfTile + visit * kMaximaOfTile + 8 * warp_index() + g] = most;
+    } else {
+      const float tau = scans ? work.tau[t] : INFINITY;
+      bool passes[4];
+      bool any = false;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (four.exists[i] && (deleted >> i & 1) == 0) most = fmaxf(most, bounds[i].lower);
-        }
-        if (scans)
-          work.maxima[t * visited * kMaximaOfTile + visit * kMaximaOfTile + 8 * warp_index() + g] = most;
-      } else {
-        const float tau = scans ? work.tau[t] : INFINITY;
-        bool passes[4];
-        bool any = false;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool runs = (deleted >> i & 1) == 0 || p.deleted != nullptr;
-          passes[i] = scans && four.exists[i] && runs && !(bounds[i].upper < tau);
-          any |= passes[i];
-        }
-        if (any_lane(any)) keep_candidates(work, t, codes.first + 4 * g, bounds, passes, deleted);
+      for (int i = 0; i < 4; ++i) {
+        const bool runs = (deleted >> i & 1) == 0 || p.deleted != nullptr;
+        passes[i] = scans && four.exists[i] && runs && !(bounds[i].upper < tau);
+        any |= passes[i];
       }
+      if (any_lane(any)) keep_candidates(work, t, codes.first + 4 * g, bounds, passes, deleted);
     }
   }
 }

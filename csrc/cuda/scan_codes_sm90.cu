@@ -1,16 +1,16 @@
 // scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is done with them: scan_codes.h.
 //
-//   sum(t, j) = <p_t, q_j>
+//   I_i(t, j) = <d_i of row t, c_j>       i = 0, 1
 //
 //   what   shape                            where it stays
 //   plane  [G, E / 4, 64, 4] uint8          global -> registers, kAhead steps ahead
 //   bytes  [kColumns, kSteps, 2, 8, 4] u32  shared: a stage of kSteps steps, kStages stages in flight
 //   sums   [2, kColumns, 4] per thread      registers
 //
-// 1. As in scan_codes, a warp takes 32 codes, a block 256, and all 128 tokens of a tile. Codes are the first
-//    factor of multiply_tile, in registers. Tokens are the second: a core matrix is 8 tokens by 16 bytes of
-//    k.
-// 2. Each warp copies its share of a stage, one piece per column of 8 tokens. A stage is full when all its
+// 1. As in scan_codes, a warp takes 32 codes, a block 256, and all 64 tokens of a tile. Codes are the first
+//    factor of multiply_tile, in registers. Tokens are the second: a core matrix is both digits of four tokens
+//    by 16 bytes of k.
+// 2. Each warp copies its share of a stage, one piece per column of four tokens. A stage is full when all its
 //    bytes have arrived, and empty when every warp's multiplies that read it are complete.
 // 3. A step's multiplies run while the registers of the next step are set: there are two sets of factors.
 //    Loads in flight have registers of their own, because a multiply may still read the factors.
@@ -25,7 +25,7 @@
 namespace cu_fast {
 namespace {
 
-constexpr int kTokens = 128, kColumns = kTokens / 8;
+constexpr int kTokens = 64, kColumns = kTokens / 4;
 constexpr int kSteps = 2, kStages = 4, kAhead = 4;
 static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0,
               "kAhead = 4 unrolled steps are whole stages of kSteps = 2, and alternate between 2 factors");
@@ -33,7 +33,6 @@ static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0,
 struct Shared {
   alignas(16) uint32_t bytes[kStages][kColumns][kSteps][64];
   uint64_t full[kStages], empty[kStages];
-  uint32_t high_steps[kHighWords];
 };
 
 template <bool kSample>
@@ -58,12 +57,12 @@ scan_codes_sm90(SelectJob job) {
     const int slot = stage % kStages, begin = stage % stages * kSteps;
     const int left = steps - begin, bytes = (left < 0 ? 0 : left < kSteps ? left : kSteps) * 256;
     const int first = warp_index() * kColumnsOfWarp;
-    const int there = (static_cast<int>(p.score.T) - t0 + 7) / 8 - first;
+    const int there = (static_cast<int>(p.score.T) - t0 + 3) / 4 - first;
     const int columns = bytes == 0 || there < 0 ? 0 : there < kColumnsOfWarp ? there : kColumnsOfWarp;
     barrier_expect(&shared.full[slot], columns * bytes);
 #pragma unroll
     for (int i = 0; i < kColumnsOfWarp; ++i) {
-      const uint32_t* const from = job.work.bytes + (int64_t{t0 / 8 + first + i} * steps + begin) * 64;
+      const uint32_t* const from = job.work.bytes + (int64_t{t0 / 4 + first + i} * steps + begin) * 64;
       if (i < columns) copy_bulk(shared.bytes[slot][first + i], from, bytes, &shared.full[slot]);
     }
   };
@@ -75,7 +74,6 @@ scan_codes_sm90(SelectJob job) {
     }
     fence_barrier_init();
   }
-  gather_high_steps(job, t0, kTokens, shared.high_steps);
   sync_block();
   if (lane_index() == 0) {
     for (int i = 0; i < kStages - 1 && i < all_stages; ++i) copy_stage(i);
@@ -86,6 +84,8 @@ scan_codes_sm90(SelectJob job) {
     // The sample's tiles are spread over the codes: neighbours may be alike.
     const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
     int32_t sums[2][kColumns][4] = {};
+    fence_sums(sums[0]);
+    fence_sums(sums[1]);
     uint4 ahead[kAhead][2];
     Factors factors[2];
 #pragma unroll
@@ -129,7 +129,9 @@ scan_codes_sm90(SelectJob job) {
     }
     sync_warp();
     wait_multiplies<0>();
-    end_tile<kSample>(job, shared.high_steps, codes, t0, visit, visited, sums);
+    fence_sums(sums[0]);
+    fence_sums(sums[1]);
+    end_tile<kSample>(job, codes, t0, visit, visited, sums);
   }
 #else
   __trap();  // has_hopper() keeps it from being launched here

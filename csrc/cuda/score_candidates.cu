@@ -1,20 +1,22 @@
 // From bounds to scores: the first threshold, and exact scores of the candidates for the k best.
 //
-//   scan_threshold  tau = the k-th largest of the sample's maxima: lower bounds of different codes
+//   scan_threshold  tau = a guess: one of the sample's maxima, approximations, of so high a rank that k codes should be
+//                   above it
 //   first           scores the k candidates with the largest lower bounds
-//   rest            tau = the k-th largest score or lower bound; scores the candidates that reach it; keeps
-//                   the k best
+//   rest            reached = the k-th largest score or lower bound; scores the candidates that reach it; keeps
+//                   the k best. If reached >= tau, k codes score tau or more: no code below tau is selected. If
+//                   not, select_exact does the token
 //
 //   what        shape                 layout
 //   id, bounds  [chunk, kCandidates]  in no order
 //   kept        [T, k, parts] keys    as select_exact leaves them
 //
-// A block takes every score_parts-th candidate of a token. All blocks of a token compute the same tau. Then,
+// A block takes every score_parts-th candidate of a token. All blocks of a token compute the same `reached`. Then,
 // 256 candidates at a time:
-// 1. The candidates that reach tau go into a list in shared memory.
+// 1. The candidates that reach it go into a list in shared memory.
 // 2. A quad of threads scores one candidate from the digits of code and row (cuda/fixed.h).
 // 3. rest: the first warp offers the keys to the block's list (cuda/top_list.h).
-// The first pass scores few candidates and tightens tau, so that most other codes need not be read.
+// The first pass scores few candidates and tightens `reached`, so that most other codes need not be read.
 
 #include "cuda/finish.h"
 #include "cuda/fixed.h"
@@ -30,9 +32,9 @@ scan_threshold(SelectJob job) {
   start_kernel();
   KthShared& shared = shared_memory<KthShared>();
   const int64_t token = block_index_x(), n = job.plan.sample_tiles * kMaximaOfTile;
-  if (job.work.exact[token] != 0) return;
+  if (scan_failed(job, token)) return;
   const float* const maxima = job.work.maxima + token * n;
-  const float tau = kth_largest(n, job.p.k, [&](int64_t i) { return maxima[i]; }, shared);
+  const float tau = kth_largest(n, job.plan.rank, [&](int64_t i) { return maxima[i]; }, shared);
   if (thread_index() == 0) job.work.tau[token] = tau;
 }
 
@@ -60,7 +62,7 @@ score_candidates(SelectJob job) {
   Shared& shared = shared_memory<Shared>();
   const SelectParams& p = job.p;
   const int64_t token = block_index_y(), part = block_index_x(), parts = grid_size_x();
-  if (needs_exact(job, token)) return;
+  if (scan_failed(job, token)) return;
   const int64_t n = job.work.count[token], base = token * SelectTuning::kCandidates;
   const float *lower = job.work.lower + base, *upper = job.work.upper + base;
   float* const scored = job.work.scored + base;
@@ -69,10 +71,12 @@ score_candidates(SelectJob job) {
   const float unit = job.rows.unit[token];
 
   // A score replaces the lower bound. The first pass scores no deleted codes (their lower bound is
-  // -inf), so that they do not raise tau.
+  // -inf), so that they do not raise it.
   const auto known = [&](int64_t i) { return scored[i] == scored[i] ? scored[i] : lower[i]; };
-  const float tau = kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
-  if (kFirst && tau == -INFINITY) return;  // fewer than k bounds: the rest pass scores all
+  const float reached =
+      kth_largest(n, p.k, [&](int64_t i) { return kFirst ? lower[i] : known(i); }, shared.kth);
+  if (kFirst && reached == -INFINITY) return;  // fewer than k bounds: the rest pass scores all
+  if (!kFirst && part == 0 && thread_index() == 0) job.work.reached[token] = reached;
   if constexpr (!kFirst) {
     if (warp_index() == 0) {
       TopList::clear(shared.kept, 1, p.k);
@@ -86,7 +90,7 @@ score_candidates(SelectJob job) {
     shared.keys[thread_index()] = kEmpty;
     sync_block();
     const int64_t i = first + parts * thread_index();
-    if (i < n && (kFirst ? lower[i] >= tau : !(upper[i] < tau))) {
+    if (i < n && (kFirst ? lower[i] >= reached : !(upper[i] < reached))) {
       shared.chosen[atomic_add(&shared.count, 1)] = static_cast<int32_t>(i);
     }
     sync_block();

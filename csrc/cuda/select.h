@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/params.h"
 
@@ -17,13 +18,13 @@ namespace cu_fast {
 // Sizes that keep a GPU busy; smaller ones for the emulation, so that small tests take every path.
 struct SelectTuning {
 #ifdef CU_FAST_EMULATED
-  static constexpr int64_t kChunk = 136;       // more than a tile of scan_codes
+  static constexpr int64_t kChunk = 72;        // more than a tile of scan_codes
   static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
   static constexpr int64_t kSampleShare = 4;
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
-  static constexpr int64_t kRows = 136;  // more than a tile of tokens
+  static constexpr int64_t kRows = 136;  // more than a tile of exact scores
 #else
   static constexpr int64_t kChunk = 256;          // tokens per pass of the scan
   static constexpr int64_t kCandidates = 8192;    // a row with more is scored against every code
@@ -42,21 +43,20 @@ inline constexpr int64_t kMaximaOfTile = kScanTile / 4;
 
 // A row's terms of approx and of its error (core/scan.h).
 struct alignas(16) RowTerms {
-  float unit, mean_dot, norm_in, miss, half_l1_out, slop;
-  int32_t start, high_start;  // - kOffset * sum of the bytes: cancels the codes' offset
+  float unit;  // NaN: the scan cannot do this row
+  float mean_dot, norm, miss;
+  int32_t start[2];  // - kOffset * sum of a digit's bytes: cancels the codes' offset
 };
 
 // The scan's memory, for one chunk. K = ceil(E / 32), the steps of the byte product.
 struct ScanWork {
-  uint32_t* bytes;       // [ceil(chunk / 8), K, 2, 8, 4], p; layout: scan_rows.cu
-  uint32_t* high;        // the same for h
-  uint32_t* high_steps;  // [chunk, ceil(K / 32)], bit s: h is not zero in step s
-  RowTerms* terms;       // [chunk]
-  int32_t* exact;        // [chunk], 1: the row cannot be certified
-  float* maxima;         // [chunk, sample_tiles * kMaximaOfTile], the largest lower bound of four codes each
-  float* tau;            // [chunk], at most the k-th best score
-  int32_t* count;        // [chunk], candidates found; above kCandidates, more than were stored
-  int32_t* id;           // [chunk, kCandidates]; bit 31: deleted
+  uint32_t* bytes;  // [ceil(chunk / 4), K, 2, 8, 4], two digits of each row; layout: scan_rows.cu
+  RowTerms* terms;  // [chunk]
+  float* maxima;    // [chunk, sample_tiles * kMaximaOfTile], the largest approximation of four codes each
+  float* tau;       // [chunk], a guess of the k-th best score: a little below it
+  float* reached;   // [chunk], at most the k-th best score; below tau, the guess was wrong
+  int32_t* count;   // [chunk], candidates found; above kCandidates, more than were stored
+  int32_t* id;      // [chunk, kCandidates]; bit 31: deleted
   float *lower, *upper;  // [chunk, kCandidates]; lower is -inf for a deleted code: it must not raise tau
   float* scored;         // [chunk, kCandidates], the score, NaN until it is known
 };
@@ -77,6 +77,7 @@ struct SelectPlan {
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // of score_candidates; at most parts
   int64_t sample_tiles;                 // of scan_codes
+  int64_t rank;                         // in the sample, of the first threshold
 };
 
 // A selection, or a chunk of one, as its kernels see it. p.parts and p.capacity are the plan's; p.kept and
@@ -100,7 +101,7 @@ inline int64_t tile_tokens(int64_t T, int64_t E) {
 }
 
 // Whether to scan: there is a plane, k is small enough, and the scan is predicted to be faster than scoring
-// every code. It reads one byte per entry instead of three, and takes one product instead of nine, but launches
+// every code. It reads one byte per entry instead of three, and takes two products instead of nine, but launches
 // more kernels. The prediction uses rates assumed for an H100 (benchmarks/roofline.py), not measurements.
 inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
   constexpr double kBytes = 3.35e6, kCached = 5.5e6, kByteProducts = 600e6;  // per microsecond
@@ -108,7 +109,7 @@ inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, bool has_pl
   const int64_t tile = tile_tokens(T, E), tiles = (T + tile - 1) / tile;  // each reads all codes
   const double exact = std::max({entries * kDigits / kBytes, tiles * entries * kDigits / kCached,
                                  T * entries * (kDigits * kDigits) / kByteProducts});
-  const double scan = SelectTuning::kScanStart + std::max(entries / kBytes, T * entries / kByteProducts);
+  const double scan = SelectTuning::kScanStart + std::max(entries / kBytes, 2 * T * entries / kByteProducts);
   return has_plane && k <= kMaxScanK && 8 * k <= C && scan < exact;
 }
 
@@ -131,6 +132,10 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
   const int64_t tiles = ceil_divide(C, kScanTile);
   plan.sample_tiles = std::min(
       tiles, std::max(ceil_divide(tiles, SelectTuning::kSampleShare), ceil_divide(16 * k, kScanTile)));
+  // So many of the k best should be in the sample; their number varies by its root.
+  const double sampled =
+      static_cast<double>(k) * std::min(plan.sample_tiles * kScanTile, C) / std::max<int64_t>(C, 1);
+  plan.rank = static_cast<int64_t>(std::ceil(sampled + 3 * std::sqrt(sampled) + 1));
   return plan;
 }
 
@@ -176,15 +181,12 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   job.rows = take_rows(plan.chunk, p.score.E, arena);
   if (!plan.scans) return;
   const int64_t steps = (p.score.E + 31) / 32, candidates = plan.chunk * SelectTuning::kCandidates;
-  const int64_t fragments = (plan.chunk + 7) / 8 * steps * 64;
   ScanWork& work = job.work;
-  work.bytes = arena.take<uint32_t>(fragments);
-  work.high = arena.take<uint32_t>(fragments);
-  work.high_steps = arena.take<uint32_t>(plan.chunk * ((steps + 31) / 32));
+  work.bytes = arena.take<uint32_t>((plan.chunk + 3) / 4 * steps * 64);
   work.terms = arena.take<RowTerms>(plan.chunk);
-  work.exact = arena.take<int32_t>(plan.chunk);
   work.maxima = arena.take<float>(plan.chunk * plan.sample_tiles * kMaximaOfTile);
   work.tau = arena.take<float>(plan.chunk);
+  work.reached = arena.take<float>(plan.chunk);
   work.count = arena.take<int32_t>(plan.chunk);
   work.id = arena.take<int32_t>(candidates);
   work.lower = arena.take<float>(candidates);

@@ -52,6 +52,7 @@ CU_FAST_DEVICE uint64_t describe_tile(const void* shared, int along_k, int along
                                       emulation::Place place = emulation::Place::current()) {
   return emulation::describe_tile(shared, along_k, along_columns, place);
 }
+CU_FAST_DEVICE void fence_sums(int32_t (&)[16][4]) {}  // for the compiler of a GPU alone
 CU_FAST_DEVICE void fence_multiplies(emulation::Place place = emulation::Place::current()) {
   emulation::fence_multiplies(place);
 }

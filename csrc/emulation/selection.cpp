@@ -11,12 +11,12 @@ namespace {
 
 std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
   const SelectPlan plan = plan_select(T, C, E, k, has_plane, multiprocessors());
-  return {plan.scans,    plan.chunk,       plan.parts,       plan.part_codes,
-          plan.capacity, plan.score_parts, plan.sample_tiles};
+  return {plan.scans,    plan.chunk,       plan.parts,        plan.part_codes,
+          plan.capacity, plan.score_parts, plan.sample_tiles, plan.rank};
 }
 
-// Scans one chunk and returns arrays of ScanWork: exact, count, tau, id, lower, upper, scored, maxima, terms
-// (per row; the last two are integers), bytes, high and high_steps.
+// Scans one chunk and returns arrays of ScanWork: count, tau, id, lower, upper, scored, maxima, reached, terms (per row; the
+// two of `start` are integers) and bytes.
 std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tensor& factor,
                                const OptionalTensor& pre, const OptionalTensor& bias, int64_t k,
                                const OptionalTensor& mask_table, const OptionalTensor& mask_row,
@@ -39,7 +39,6 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tens
   const ScanWork& work = memory.job.work;
   const int64_t steps = (E + 31) / 32, places = SelectTuning::kCandidates;
   const ScalarType floats = ScalarType::Float, ints = ScalarType::Int;
-  add_array(work.exact, {T}, ints);
   add_array(work.count, {T}, ints);
   add_array(work.tau, {T}, floats);
   add_array(work.id, {T, places}, ints);
@@ -47,10 +46,9 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tens
   add_array(work.upper, {T, places}, floats);
   add_array(work.scored, {T, places}, floats);
   add_array(work.maxima, {T, plan.sample_tiles, kMaximaOfTile}, floats);
+  add_array(work.reached, {T}, floats);
   add_array(work.terms, {T, sizeof(RowTerms) / 4}, floats);
-  add_array(work.bytes, {(T + 7) / 8, steps, 2, 32}, ints);
-  add_array(work.high, {(T + 7) / 8, steps, 2, 32}, ints);
-  add_array(work.high_steps, {T, (steps + 31) / 32}, ints);
+  add_array(work.bytes, {(T + 3) / 4, steps, 2, 32}, ints);
   return state;
 }
 

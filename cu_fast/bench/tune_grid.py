@@ -78,7 +78,7 @@ GRID: dict[str, dict[str, tuple[Config, ...]]] = {
     "score_codes": _FEW | {"many": _rows((4, 8), (3,), T=(16, 32), C=(32, 64), E=(64,))},
     "scan_codes": {
         "few": _rows((4, 8), (2, 4), T=(16,), C=(64, 128), E=(64,)),
-        "many": _rows((8,), (2, 4), T=(32, 64), C=(128, 256), E=(64,)),
+        "many": _rows((8,), (2, 4), T=(32, 64), C=(64, 128), E=(64,)),
     },
     "gather_sum": _SUMS,
     "encode_tile": _FEW | {"many": _rows((4, 8), (3,), T=(32, 64), C=(64, 128), E=(64,))},
@@ -87,7 +87,7 @@ GRID: dict[str, dict[str, tuple[Config, ...]]] = {
     "score_candidates": {"all": _rows((4,), (2, 3, 4), C=(16, 32, 64), E=(64,))},
     "narrow": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
     "scan_threshold": {"all": _rows((4, 8), N=(1024, 2048, 4096))},
-    "scan_rows": {"all": _rows((4, 8), E=(512, 1024, 2048), STEP=(64,))},
+    "scan_rows": {"all": _rows((4, 8), E=(512, 1024, 2048))},
     "scale_tokens": {"all": _rows((2, 4), E=(512, 1024), UNROLL=(4, 8))},
     "score_latents": {"all": _rows((2, 4, 8), (2, 3), C=(16, 32, 64), E=(64,))},
     "add_latents": _SUMS,
@@ -102,8 +102,7 @@ def shipped_row(kernel: str, name: str, arch: str) -> Config:
 
 def candidates(kernel: str, name: str, arch: str) -> dict[Config, str | None]:
     """What is tried for a row, that which ships first, and why some cannot be tried; None where nothing is known."""
-    shipped = shipped_row(kernel, name, arch)
-    return {row: launch.fault(kernel, shipped, row, arch) for row in (shipped, *GRID[kernel][name])}
+    return {row: launch.fault(kernel, row, arch) for row in (shipped_row(kernel, name, arch), *GRID[kernel][name])}
 
 
 def proofs(kernel: str, scene: Scene) -> list[Scene]:

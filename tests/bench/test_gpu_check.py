@@ -258,7 +258,7 @@ def test_a_prediction_by_hand():
     exact = roofline.scored_exactly(1, 2048, 65_536)
     assert exact.memory == 3 * entries and exact.microseconds == pytest.approx(3 * entries / 3.35e6)
     scan = roofline.scanned(2048, 2048, 65_536)
-    assert scan.microseconds == pytest.approx(2048 * entries * 17 / 16 / 600e6)
+    assert scan.microseconds == pytest.approx(2 * 2048 * entries * 17 / 16 / 600e6)
 
 
 # -- the cells ---------------------------------------------------------------------------------------------------

@@ -173,8 +173,8 @@ HARD = {
     "rows between clusters": ("clusters20", "clusters20"),
     "outliers": ("outliers", "outliers"),
     "faulty rows": ("faulty", "gaussian"),
-    "uncertified rows": ("mixed", "gaussian"),
-    "uncertified codes": ("gaussian", "mixed"),
+    "rows of every size": ("mixed", "gaussian"),
+    "codes of every size": ("gaussian", "mixed"),
     "huge": ("huge", "huge"),
     "denormal": ("denormal", "denormal"),
 }

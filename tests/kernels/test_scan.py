@@ -1,4 +1,4 @@
-"""The certified int8 scan: no input makes it miss a code. Its plane and its bound: test_scan_bounds.py.
+"""The certified int8 scan: no input makes it miss a code. Plane and bound: test_scan_bounds.py. Calls: test_scan_calling.py.
 
 What the scan finds is compared with the exact kernel (no plane), which the operators' own tests compare with the
 reference; and here and there with the reference itself.
@@ -18,9 +18,8 @@ import torch
 from calls import call, cosine, plane_of
 from hurtful import normal
 
-from cu_fast import BottleneckConfig, ops
+from cu_fast import ops
 from cu_fast.kernels import native, reference
-from cu_fast.nn import CodebookBottleneck
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
 GROUP = 64
@@ -83,7 +82,7 @@ ROWS = {0: lambda x: x, 1: 0.0, 2: lambda x: x * 1e-42, 3: lambda x: x * 1e38, 4
 
 
 def rows_of(E, T=20, outliers=2):
-    """T rows: normal, zero, denormal, huge, faulty ones, some at the edge of what is scanned, and with outliers."""
+    """T rows: normal, zero, denormal, huge, faulty ones, and with outliers."""
     z = with_rows(normal(T, E, seed=11), ROWS)
     for t in range(12, 12 + outliers):
         z[t, :: max(1, E // 4)] *= 100.0 ** (t - 11)
@@ -136,11 +135,13 @@ class TestHurtfulInputs:
         assert got[1].tolist() == [list(range(9))] * 3
 
     def test_rounding_alone(self):
-        # The same values in another order: equal scores but for the rounding of fp32, which the scan cannot see.
-        values = normal(64)
-        codes = values[normal(1500, 64, seed=2).argsort(1)]
-        check(torch.ones(2, 64) * torch.tensor([[1.0], [3.0]]), codes, k=7)
-        check(torch.ones(1, 64), codes, bias=normal(1, seed=1).expand(1500) * 1e3, k=7)
+        # Bytes, so that the scan's integers are exact. A bias of 2^25 rounds scores to multiples of 4; halfway between
+        # them, the roundings of a product decide whether the scan goes down and the score goes up.
+        g = torch.Generator().manual_seed(1)
+        z = torch.randint(0, 2, (60, 64), generator=g).float() * 2 - 1
+        codes = torch.randint(-3, 4, (1500, 64), generator=g).float()
+        z[:, 0] = codes[:, 0] = 127
+        check(z, codes, bias=torch.full((1500,), 2.0**25), k=9)
 
     @pytest.mark.parametrize("sign", ["negative", "both", "wide"])
     def test_any_inv_norm(self, sign):
@@ -152,7 +153,18 @@ class TestHurtfulInputs:
         check(rows_of(48), codes, factor, k=9)
         check(rows_of(48), codes, factor, bias=normal(1200, seed=3), k=9)
 
-    @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e30, -1e30, 2.0**40, 1e9, -1e9])
+    @pytest.mark.parametrize(
+        "of_rows, of_codes", [(1e37, 1e-29), (1e-37, 1e18), (1e-36, 1e-6), (2e30, 1), (5e30, 1), (1e19, 1e18)]
+    )
+    @pytest.mark.parametrize("mean", [0, 4])
+    def test_rows_and_codes_of_far_sizes(self, of_rows, of_codes, mean):
+        # Products of a row's own terms, or of a code's, would leave fp32's range where their scores do not. Or scores do,
+        # where what approximates them does not: they are Inf, never selected, and must not raise tau.
+        codes = (normal(1200, 48) + mean * normal(1, 48, seed=5)) * of_codes
+        for bias in (None, normal(1200, seed=3) * of_rows * of_codes):
+            check(normal(20, 48, seed=11) * of_rows, codes, bias=bias, k=9)
+
+    @pytest.mark.parametrize("value", [INF, -INF, NAN, 3e38, -3e38, 1e30, -1e30, 1e9, -1e9])
     def test_any_bias(self, value):
         codes, bias = normal(1200, 48), normal(1200, seed=3)
         bias[[0, 700, 1199]] = value
@@ -176,6 +188,21 @@ class TestHurtfulInputs:
         check(z, codes, cosine(codes), k=k, mask=mask)
         check(z, codes, k=k, mask=mask, hits=False)
 
+    @pytest.mark.parametrize("best_in", ["the sample", "the rest", "one group"])
+    @pytest.mark.parametrize("k", [1, 9, 64])
+    def test_a_sample_that_lies(self, best_in, k):
+        # 200 groups, of which every fifteenth or so is the sample of the first threshold.
+        C, E = 200 * GROUP, 48
+        direction, place = normal(E, seed=5), torch.arange(C) // GROUP
+        sampled = torch.isin(place, torch.arange(13) * 200 // 13)
+        best = {"the sample": sampled, "the rest": ~sampled, "one group": place == 15}[best_in]
+        codes = normal(C, E) + torch.where(best, 3.0, 0.0)[:, None] * direction
+        z = torch.cat([direction + 0.1 * normal(9, E, seed=6), normal(9, E, seed=7)])
+        check(z, codes, k=k)
+        for share in (0.5, 0.97):
+            check(z, codes, cosine(codes), k=k, mask=hurtful.masks(len(z), C, share, 1))
+            check(z, codes, k=k, mask=hurtful.masks(len(z), C, share, 2), hits=False)
+
     @pytest.mark.parametrize("C, k", [(512, 64), (512, 65), (512, 512), (8192, 1024), (8192, 1025), (8200, 1024)])
     def test_limits_of_k(self, C, k):
         codes, z = normal(C, 32), rows_of(32, 14)
@@ -191,7 +218,7 @@ class TestHurtfulInputs:
         # The scan is given but not taken, for each of the reasons there are, in blocks of many tokens.
         codes, z = normal(600, 33), normal(300, 33, seed=1)
         check(z, codes, k=76)
-        check(z, codes, bias=torch.full((600,), 2.0**41), k=3)
+        check(z, codes, bias=torch.full((600,), INF), k=3)
 
     def test_masks_of_ranges(self):
         C, E = 1300, 40
@@ -242,7 +269,7 @@ class TestHurtfulInputs:
         check(z, hurtful.strided(codes, layout), k=6)
 
     def test_pre_bias_of_the_encoder(self):
-        # What is scanned is x - b_pre; a row may be certified only after it, or only before.
+        # What is scanned is x - b_pre: zeros in one row, and beyond fp32's range.
         x, W = normal(30, 48) + 1e5, normal(700, 48, seed=1)
         x[3], x[4] = 1e5, NAN
         given = dict(x=x, W_enc=W, b_enc=normal(700, seed=2), k=9, mask=hurtful.masks(30, 700, 0.5, 1))
@@ -293,8 +320,8 @@ def test_when_the_scan_is_taken():
     # With a large k so misled a scan scores everything, and is right again.
     assert ran(1) and ran(8) and ran(8, n=4096)
     assert not ran(1025) and not ran(513, n=4096)
-    assert ran(1, torch.full((8200,), 2.0**9)) and not ran(1, torch.full((8200,), 2.0**41))
-    assert not ran(1, torch.full((8200,), NAN))
+    assert ran(1, torch.full((8200,), 2.0**9))
+    assert not ran(1, torch.full((8200,), NAN)) and not ran(1, torch.full((8200,), INF))
 
 
 def test_no_tokens_by_codes_matrix_is_built():
@@ -331,124 +358,3 @@ def test_inputs_are_not_written_to():
 def test_no_tokens_and_one_code():
     assert check(normal(0, 24), normal(600, 24))[1].shape == (0, 4)
     check(normal(3, 24), normal(1, 24), k=1)
-
-
-# -- calling ---------------------------------------------------------------------------------------------------
-
-
-class TestCalling:
-    def test_unknown_scan(self):
-        with pytest.raises(ValueError, match="scan is 'int4'; it should be 'auto', 'int8' or 'none'"):
-            ops.pack_codes(normal(600, 40), scan="int4")
-
-    @pytest.mark.parametrize(
-        "C, E, want",
-        [(512, 32, "int8"), (511, 32, "none"), (512, 31, "none"), (512, 32768, "int8"), (512, 32769, "none")],
-    )
-    def test_auto(self, C, E, want):
-        assert ops.choose_scan(C, E) == want
-        codes = torch.ones(1, 1).expand(C, E) if E > 40 else normal(C, E)
-        if E <= 40:
-            assert (ops.pack_codes(codes).scan is not None) == (want == "int8")
-
-    def test_explicit_choices(self):
-        assert ops.pack_codes(normal(600, 40), scan="none").scan is None
-        assert ops.pack_codes(normal(3, 2), scan="int8").scan is not None
-
-    def test_no_silent_fallback(self):
-        with pytest.raises(RuntimeError, match="scan='int8' needs kernels for meta tensors: there are none"):
-            ops.pack_codes(torch.ones(600, 40, device="meta"), scan="int8")
-
-    def test_size(self):
-        C, E = 4096, 256
-        terms = C // GROUP * (3 * GROUP + 4) * 4  # 12 bytes per code
-        assert sum(part.nbytes for part in ops.pack_codes(normal(C, E)).scan) == C * E + terms + 4 * E
-
-    def test_too_wide(self):
-        wide = torch.zeros(1, 65_536)
-        with pytest.raises(RuntimeError, match=r"cu_fast: .*codes are 65536 wide, must be at most 65535"):
-            call("pack_digits", codes=wide)
-        with pytest.raises(RuntimeError, match=r"cu_fast: .*digits is of rows of 65536 entries, must be at most 65535"):
-            select(wide, wide)
-
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            (lambda p, t, m: (None, t, m), "scan_plane, scan_terms and scan_mean must be given together"),
-            (lambda p, t, m: (p, None, m), "scan_plane, scan_terms and scan_mean must be given together"),
-            (lambda p, t, m: (p, t, None), "scan_plane, scan_terms and scan_mean must be given together"),
-            (
-                lambda p, t, m: (p[:1], t, m),
-                r"scan_plane must have shape .* = \[2, 3, 64, 4\], got Byte \[1, 3, 64, 4\]",
-            ),
-            (lambda p, t, m: (p[:, :2], t, m), r"scan_plane must have shape .* = \[2, 3, 64, 4\]"),
-            (lambda p, t, m: (p.char(), t, m), "scan_plane must be Byte, got Char"),
-            (lambda p, t, m: (p, t[:, :195], m), r"scan_terms must have shape .* = \[2, 196\], got Float \[2, 195\]"),
-            (lambda p, t, m: (p, t[:1], m), r"scan_terms must have shape .* = \[2, 196\]"),
-            (lambda p, t, m: (p, t.double(), m), "scan_terms must be Float, got Double"),
-            (lambda p, t, m: (p, t, m[:9]), r"scan_mean must have shape \[E\] = \[10\], got Float \[9\]"),
-            (lambda p, t, m: (p, t, m.half()), "scan_mean must be Float, got Half"),
-        ],
-    )
-    def test_wrong_planes_are_named(self, change, message):
-        codes = normal(100, 10)
-        plane = change(*plane_of(codes))
-        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
-            select(normal(3, 10), codes, scan=plane)
-        with pytest.raises(RuntimeError, match=f"cu_fast: .*{message}"):
-            call("sae_encode_topk", x=normal(3, 10), W_enc=codes, k=4, scan=plane)
-
-    def test_strided_planes(self):
-        codes = normal(600, 40)
-        spread = tuple(torch.stack([t, t], -1)[..., 0] for t in plane_of(codes))
-        assert same(select(normal(5, 40), codes, scan=spread), select(normal(5, 40), codes))
-
-    def test_meta(self):
-        packed = ops.pack_codes(torch.ones(600, 40, device="meta"))
-        assert packed.scan is None and packed.factor.shape == (600,)
-        assert ops.codebook_quantize(torch.ones(5, 40, device="meta"), packed, k=3).ids.shape == (5, 3)
-        made, real = plane_of(torch.ones(600, 41, device="meta")), plane_of(torch.ones(600, 41))
-        assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in real]
-
-    def test_compiled(self):
-        def pack_and_select(codes, z):
-            packed = ops.pack_codes(codes, scan="int8")
-            return packed.scan, ops.codebook_quantize(z, packed, k=5)[:2]
-
-        codes, z = normal(600, 40), normal(7, 40)
-        want = pack_and_select(codes, z)
-        got = torch.compile(pack_and_select, fullgraph=True, backend="aot_eager")(codes, z)
-        assert all(torch.equal(a, b) for one, other in zip(got, want) for a, b in zip(one, other))
-
-    def test_a_bottleneck_reports_it(self):
-        for codes, want in ((512, "int8"), (511, "none")):
-            config = BottleneckConfig(d_model=32, code_dim=32, num_codes=codes, k=4, activation="none")
-            made = CodebookBottleneck(config).eval()
-            made.fold()
-            assert made.receipt()["scan"] == want
-            made.impl = "reference"
-            assert made.receipt()["scan"] == "none"
-            made.impl, made.scan = "auto", "none"
-            made.fold()
-            assert made.receipt()["scan"] == "none" and made.folded.codes.scan is None
-
-
-@pytest.mark.parametrize(
-    ("T", "k", "threads", "scan", "plan"),
-    [
-        (1, 8, 1, True, "int8 scan: 1 x 4 tokens, 1 x 25024 codes, 1 threads"),
-        (1, 8, 2, True, "int8 scan: 1 x 4 tokens, 2 x 12544 codes, 2 threads"),
-        (512, 8, 2, True, "int8 scan: 2 x 256 tokens, 1 x 25024 codes, 2 threads"),
-        (512, 8, 2, False, "every code scored: 4 x 128 tokens, 1 x 25024 codes, 2 threads"),
-        (64, 1025, 2, True, "every code scored: 2 x 32 tokens, 1 x 25024 codes, 2 threads"),
-    ],
-)
-def test_the_plan_can_be_printed(T, k, threads, scan, plan):
-    """Few tokens share the codes among threads, many share the tokens."""
-    assert torch.ops.cu_fast.selection_plan(T, 25_000, 512, k, threads, scan) == plan
-
-
-def test_the_plan_of_packed_codes():
-    packed = ops.pack_codes(torch.ones(600, 64))
-    assert ops.selection_plan(5, packed, 4).startswith("int8 scan: 1 x 8 tokens")
-    assert ops.selection_plan(5, packed._replace(scan=None), 4).startswith("every code scored")

@@ -8,6 +8,7 @@ from torch import Tensor
 from cu_fast.kernels.reference.fixed import LARGEST, LEAST_ROW, digits_of, integers_of
 
 PACK_CODES = 4096  # codes that are widened at a time
+LEAST_FACTOR, MOST_FACTOR = 2.0**-123, 2.0**40  # |factor| of a code whose error has a bound, if it is not 0
 
 
 def pack_digits(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,35 +64,29 @@ def pack_scan(digits: Tensor, factor: Tensor, E: int) -> tuple[Tensor, Tensor, T
         return integers_of(digits[c : c + PACK_CODES], E).double()
 
     norm = torch.cat([codes(c).norm(dim=1) for c in chunks])
-
-    def in_range(x: Tensor) -> Tensor:
-        return (x == 0) | ((x >= 2.0**-40) & (x <= 2.0**40))
-
-    certified = in_range(norm) & in_range(norm * inv.abs()) & inv.isfinite()
-    total = sum(torch.where(certified[c : c + PACK_CODES, None], codes(c), 0.0).sum(0) for c in chunks)
-    mean = (total / certified.sum()).float()
-    square = torch.where(certified, norm, 0.0).square().sum()
-    mean = torch.where(mean.double().square().sum() * certified.sum() > 0.1 * square, mean, 0.0)
-    mean_norm = mean.double().norm()
-    certified &= mean_norm * inv.abs() <= 2.0**40
+    bounded = (inv == 0) | ((inv.abs() >= LEAST_FACTOR) & (inv.abs() <= MOST_FACTOR))
+    total = sum(torch.where(bounded[c : c + PACK_CODES, None], codes(c), 0.0).sum(0) for c in chunks)
+    mean = (total / bounded.sum()).float()
+    square = torch.where(bounded, norm, 0.0).square().sum()
+    mean = torch.where(mean.double().square().sum() * bounded.sum() > 0.1 * square, mean, 0.0)
 
     G, width = (C + 63) // 64, (E + 3) // 4 * 4
     plane = torch.full((G * 64, width), 128, dtype=torch.uint8, device=digits.device)
     terms = torch.zeros(4, G * 64, dtype=torch.float32, device=digits.device)
-    for c in chunks:
-        some = slice(c, min(c + PACK_CODES, C))
-        use, abs_inv = certified[some], inv[some].abs()
-        d = torch.where(use[:, None], codes(c) - mean.double(), 0.0)
-        step = d.abs().amax(1) / 127
-        q = torch.where(step[:, None] > 0, (d / step[:, None]).round(), 0.0)
-        plane[some, :E] = (q + 128).to(torch.uint8)
-        size = q.norm(dim=1) * step
-        residual = (d - step[:, None] * q).norm(dim=1)
-        bounds = torch.stack([residual, size, norm[some] + mean_norm + 2 * size]) * abs_inv * (1 + 1e-9)
+    for i in chunks:
+        some = slice(i, min(i + PACK_CODES, C))
+        use, abs_inv = bounded[some], inv[some].abs()
+        d = torch.where(use[:, None], codes(i) - mean.double(), 0.0)
+        step = (d.abs().amax(1) / 127).clamp(min=1)
+        c = (d / step[:, None]).round()
+        plane[some, :E] = (c + 128).to(torch.uint8)
+        size = c.norm(dim=1) * step
+        residual = (d - step[:, None] * c).norm(dim=1)
+        bounds = torch.stack([residual, size, norm[some] + mean.double().norm() + 2 * size]) * abs_inv * (1 + 1e-9)
         bounds = torch.nextafter(bounds.float(), bounds.new_tensor(torch.inf).float())
-        uncertified = bounds.new_tensor([torch.inf, 0.0, 0.0])[:, None]
+        unbounded = bounds.new_tensor([torch.inf, 0.0, 0.0])[:, None]
         terms[0, some] = torch.where(use, (inv[some] * step).float(), 0.0)
-        terms[1:, some] = torch.where(use, bounds, uncertified)
+        terms[1:, some] = torch.where(use, bounds, unbounded)
     largest = terms.view(4, G, 64).abs().amax(2).T
     terms = torch.cat([terms[:3].view(3, G, 64).transpose(0, 1).reshape(G, 192), largest], 1)
     plane = plane.view(G, 64, width // 4, 4).transpose(1, 2).contiguous()

@@ -2,7 +2,7 @@
 
     every code scored   fix_rows -> score_codes -> finish                            few tokens, or no plane
     certified scan      fix_rows -> scan_rows -> scan_codes (sample) -> scan_threshold -> scan_codes -> narrow
-                        -> score_candidates -> score_codes (rows that the scan could not do) -> finish
+                        -> score_candidates -> prove -> score_codes (rows that the scan could not do) -> finish
 
 Tokens go through in chunks, so the memory of a selection does not grow with them. Nothing waits for the device.
 """
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cu_fast.kernels import reference
 from cu_fast.kernels.triton import launch
 from cu_fast.kernels.triton import scan as scan_kernels
 from cu_fast.kernels.triton import select as select_kernels
@@ -137,9 +136,7 @@ class Work:
         if not plan.scans:
             return
         fp32 = torch.float32
-        self.bytes, self.high = (new(chunk, W, dtype=torch.int8) for _ in range(2))
-        self.high_steps, self.has_high = new(chunk, W // reference.ALIGN), new(chunk)
-        self.terms = new(8, chunk, dtype=fp32)
+        self.terms = new(3, chunk, dtype=fp32)
         self.exact, self.count, self.chosen_count = (new(chunk) for _ in range(3))
         self.tau = new(chunk, dtype=fp32)
         self.found, self.chosen = (new(chunk, plan.candidates) for _ in range(2))
@@ -171,36 +168,38 @@ def scan(job: Job, plan: launch.Plan, work: Work, plane: tuple[Tensor, Tensor, T
     U = 0 if job.mask_table is None else job.mask_table.shape[0]
     start(
         scan_kernels.scan_rows, T, job.choose("scan_rows"), row_digits=work.rows.digits, units=work.rows.units, mean=mean,
-        mask_row=job.mask_row, U=U, bytes=work.bytes, high=work.high, high_steps=work.high_steps,
-        has_high=work.has_high, terms=work.terms, exact=work.exact, poison=work.poison, count=work.count, E=E, W=W,
-        chunk=plan.chunk, max_outliers=max(E // 64, 4),
-        epsilon=1.01 * 2.0**-24 * (E // 16 + 40), grow=1.0 + 2.0**-23 * (E // 16 + 32),
+        mask_row=job.mask_row, U=U, terms=work.terms, poison=work.poison, count=work.count, E=E, W=W, chunk=plan.chunk,
     )  # fmt: skip
     tile = job.choose("scan_codes")
     tiles = -(-C // tile.block("C"))
     sampled = -(-plan.sample_codes // tile.block("C"))
-    maxima = torch.empty(T, sampled * tile.block("C") // 4, device=z.device)
+    maxima = torch.empty(T, sampled * tile.block("C") // 4, dtype=torch.float32, device=z.device)
     for sample, visited in ((True, sampled), (False, tiles)):
         if not sample:
             start(
-                scan_kernels.scan_threshold, T, job.choose("scan_threshold"), maxima=maxima, exact=work.exact, tau=work.tau,
-                n=maxima.shape[1], k=job.k,
+                scan_kernels.scan_threshold, T, job.choose("scan_threshold"), maxima=maxima, poison=work.poison,
+                tau=work.tau, n=maxima.shape[1], rank=launch.guess_rank(job.k, min(4 * maxima.shape[1], C), C),
             )  # fmt: skip
         start(
-            scan_kernels.scan_codes, -(-T // tile.block("T")) * visited, tile, bytes=work.bytes, high=work.high,
-            high_steps=work.high_steps, has_high=work.has_high, terms=work.terms, exact=work.exact,
-            plane=plane.view(torch.int8), plane_terms=plane_terms, factor=factor, bias=bias,
-            mask_table=job.mask_table, mask_row=job.mask_row, words=-(-C // 32), maxima=maxima if sample else None,
-            tau=None if sample else work.tau, count=work.count, ids=work.found, lower=work.lower, upper=work.upper,
-            T=T, C=C, plane_width=-(-E // 4) * 4, W=W, chunk=plan.chunk, capacity=plan.candidates,
-            tiles=tiles, visited=visited, COUNTS_HITS=work.deleted is not None, SAMPLE=sample,
+            scan_kernels.scan_codes, -(-T // tile.block("T")) * visited, tile, row_digits=work.rows.digits,
+            units=work.rows.units, terms=work.terms, poison=work.poison, plane=plane.view(torch.int8),
+            plane_terms=plane_terms, factor=factor, bias=bias, mask_table=job.mask_table, mask_row=job.mask_row,
+            words=-(-C // 32), maxima=maxima if sample else None, tau=None if sample else work.tau, count=work.count,
+            ids=work.found, lower=work.lower, upper=work.upper, T=T, C=C, plane_width=-(-E // 4) * 4, W=W,
+            chunk=plan.chunk, capacity=plan.candidates, tiles=tiles, visited=visited,
+            COUNTS_HITS=work.deleted is not None, SAMPLE=sample,
         )  # fmt: skip
     start(
-        scan_kernels.narrow, T, job.choose("narrow"), count=work.count, exact=work.exact, ids=work.found, lower=work.lower,
-        upper=work.upper, chosen=work.chosen, chosen_count=work.chosen_count, k=job.k, capacity=plan.candidates,
+        scan_kernels.narrow, T, job.choose("narrow"), count=work.count, poison=work.poison, exact=work.exact,
+        ids=work.found, lower=work.lower, upper=work.upper, chosen=work.chosen, chosen_count=work.chosen_count,
+        k=job.k, capacity=plan.candidates,
     )  # fmt: skip
     start(
         scan_kernels.score_candidates, T * plan.score_parts, job.choose("score_candidates"), **job.operands(work.rows),
         chosen=work.chosen, chosen_count=work.chosen_count, kept=work.kept, deleted=work.deleted,
         capacity=plan.candidates, parts=plan.score_parts, stride=work.stride,
+    )  # fmt: skip
+    start(
+        scan_kernels.prove, T, job.choose("narrow"), kept=work.kept, chosen_count=work.chosen_count, poison=work.poison,
+        tau=work.tau, exact=work.exact, k=job.k, stride=work.stride,
     )  # fmt: skip

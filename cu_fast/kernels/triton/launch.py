@@ -10,6 +10,7 @@ first choice for an architecture.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Tuning(NamedTuple):
     scan_start: float = 60.0  # microseconds to launch the scan's kernels
     read_rate: float = 3e6  # bytes per microsecond, from memory; this and the next two are guesses about an H100
     exact_rate: float = 30e6  # products of entries per microsecond, every code scored: nine of digits each
-    scan_rate: float = 300e6  # products per microsecond, scanned
+    scan_rate: float = 150e6  # the same, scanned: two of digits each
     # In memory at a time: keys, where k is too large for a list; numbers, of delete_latents; bytes of digits, eight for each.
     keys: int = 1 << 22
 
@@ -81,7 +82,7 @@ TABLE = {
         "many gfx942": _config(8, 3, T=64, C=64, E=64),
     },
     "finish": {"small": _config(4, N=1024), "large": _config(8, N=4096)},
-    "scan_rows": {"all": _config(4, E=1024, STEP=64)},
+    "scan_rows": {"all": _config(4, E=1024)},
     "scan_codes": {
         "few": _config(4, 4, T=16, C=128, E=64),
         "many": _config(8, 4, T=64, C=128, E=64),
@@ -111,32 +112,27 @@ def family(arch: str) -> str:
                key=lambda known: int(known[3:]), default="sm_80")  # fmt: skip
 
 
-def fault(kernel: str, shipped: Config, row: Config, arch: str) -> str | None:
+def fault(kernel: str, row: Config, arch: str) -> str | None:
     """Why a row cannot be used, None where it can. Shared memory is checked as far as it is known uncompiled.
 
     Args:
         kernel: its name.
-        shipped: the row that ships.
         row: the one in question.
         arch: "sm_90", "gfx942", ...
     """
     for name, size in row.blocks:
         if not 0 < size <= 1 << 16 or size & (size - 1):
             return f"{name} is {size}; it should be a power of two, at most 65536"
-        if kernel in SCORING and name == "BLOCK_E" and not 32 <= size <= reference.ALIGN:
+        if kernel in (*SCORING, "scan_codes") and name == "BLOCK_E" and not 32 <= size <= reference.ALIGN:
             return f"{name} is {size}; it should be between 32 and {reference.ALIGN}"
-        # The kernels of a scan must step alike: with another step one would leave entries out.
-        if (name == "STEP" or (kernel, name) == ("scan_codes", "BLOCK_E")) and size != dict(shipped.blocks)[name]:
-            return f"{name} is {size}; it should be {dict(shipped.blocks)[name]}, as in the other kernels of the scan"
     if row.num_warps not in (1, 2, 4, 8, 16):
         return f"num_warps is {row.num_warps}; it should be 1, 2, 4, 8 or 16"
     if not 1 <= row.num_stages <= 8:
         return f"num_stages is {row.num_stages}; it should be between 1 and 8"
-    if kernel == "scan_rows" and row.block("E") < row.block("STEP"):
-        return f"BLOCK_E is {row.block('E')}; it should be at least STEP, {row.block('STEP')}"
     if kernel in (*SCORING, "scan_codes"):
-        rows = row.block("C") + max(dict(row.blocks).get("BLOCK_T", 1), 16)
-        least = (row.num_stages - 1) * rows * row.block("E") * (reference.DIGITS if kernel in SCORING else 1)
+        codes, rows = (reference.DIGITS, reference.DIGITS) if kernel in SCORING else (1, 2)  # bytes per entry
+        column = codes * row.block("C") + rows * max(dict(row.blocks).get("BLOCK_T", 1), 16)
+        least = (row.num_stages - 1) * column * row.block("E")
         if least > SHARED_MEMORY[family(arch)]:
             return f"its bytes on the way take {least} B of shared memory; {SHARED_MEMORY[family(arch)]} are there"
     return None
@@ -205,8 +201,8 @@ def fixed_tokens(W: int, arch: str) -> int:
 def scan_is_faster(T: int, entries: int, tuning: Tuning) -> bool:
     """Whether the scan is estimated to be faster than scoring every code.
 
-    The scan reads a byte per entry instead of three digits and multiplies it once instead of nine times, but starts more
-    kernels.
+    The scan reads a byte per entry instead of three digits and multiplies it twice instead of nine times, but starts
+    more kernels.
 
     Args:
         T: tokens.
@@ -244,6 +240,12 @@ def plan(T: int, E: int, C: int, k: int, has_plane: bool, multiprocessors: int, 
     sample = max(_ceil(C, tuning.sample_share), 16 * k)
     score_parts = max(1, min(16, 2 * multiprocessors // chunk))
     return Plan(scans, chunk, _ceil(C, part_codes), part_codes, score_parts, min(sample, C), tuning.candidates)
+
+
+def guess_rank(k: int, sample: int, C: int) -> int:
+    """The rank in a sample of the codes above which k of all C should be: their number in it varies by its root."""
+    expected = k * sample / C
+    return math.ceil(expected + 3 * math.sqrt(expected) + 1)
 
 
 def _ceil(a: int, b: int) -> int:

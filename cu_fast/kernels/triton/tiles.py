@@ -74,12 +74,12 @@ class Rules(NamedTuple):
     Attributes:
         shipped: the rows that ship.
         fields: names in ``tuning`` that a file may set.
-        fault: (kernel, shipped row, row, architecture) -> why the row cannot be used, None where it can.
+        fault: (kernel, row, architecture) -> why the row cannot be used, None where it can.
     """
 
     shipped: Rows
     fields: tuple[str, ...]
-    fault: Callable[[str, Config, Config, str], str | None]
+    fault: Callable[[str, Config, str], str | None]
 
 
 def home(arch: str) -> Path:
@@ -167,7 +167,7 @@ def _row(kernel: str, key: str, given: Any, arch: str, rules: Rules) -> Config:
     row = Config(
         tuple((name, given[name]) for name, _ in shipped.blocks), given["num_warps"], given["num_stages"]
     )  # fmt: skip
-    if (reason := rules.fault(kernel, shipped, row, arch)) is not None:
+    if (reason := rules.fault(kernel, row, arch)) is not None:
         raise ValueError(f"{where}: {reason}")
     return row
 

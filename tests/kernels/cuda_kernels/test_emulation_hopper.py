@@ -174,27 +174,24 @@ def test_a_warpgroup_is_whole(machine):
 
 # -- the scan -------------------------------------------------------------------------------------------------------
 
-PLACES = 160  # kCandidates of the emulation
+PLACES = 300  # kCandidates of the emulation
 
 
 def problem(seed, T, E, C):
     g = torch.Generator().manual_seed(seed)
-    z = torch.randn(T, E, generator=g)
-    # Some rows have outliers: steps with high bytes.
-    z[:: 1 + seed % 4, torch.randperm(E, generator=g)[: max(1, E // 60)]] *= 300
-    codes = torch.randn(C, E, generator=g)
+    z, codes = torch.randn(T, E, generator=g), torch.randn(C, E, generator=g)
     factor = cosine(codes)
     bias = torch.randn(C, generator=g) if seed % 2 else None
     return dict(z=z, codes=codes, factor=factor, bias=bias, scan=plane_of(codes, factor, on=reference))
 
 
 CASES = [  # seed, T, E, C, k, multiprocessors
-    (0, 65, 1, 300, 5, 3),
+    (0, 33, 1, 300, 5, 3),
     (1, 72, 31, 257, 3, 1),
-    (2, 66, 33, 900, 12, 2),
+    (2, 34, 33, 900, 12, 2),
     (3, 72, 70, 700, 9, 3),
-    (4, 71, 129, 1000, 12, 1),
-    (5, 68, 300, 513, 7, 2),
+    (4, 63, 129, 1000, 12, 1),
+    (5, 64, 300, 513, 7, 2),
     (6, 72, 333, 1111, 20, 1),
     (7, 65, 257, 400, 4, 40),
 ]
@@ -215,14 +212,14 @@ def test_a_scan_leaves_the_same(seed, T, E, C, k, multiprocessors):
             emulated.launched()
             states.append(emulated.scan_state(**every))
             assert ("scan_codes_sm90" in emulated.launched()) == chosen
-        exact, count, tau, ids, lower, upper, _, maxima = states[0][:8]
-        assert (exact == 0).all() and (count >= k).all() and (count <= PLACES).any()
+        count, tau, ids, lower, upper, _, maxima = states[0][:7]
+        assert (count >= k).all() and (count <= PLACES).any()
         for other in states[1:]:
-            assert torch.equal(other[1], count) and torch.equal(other[2], tau) and torch.equal(other[7], maxima)
+            assert torch.equal(other[0], count) and torch.equal(other[1], tau) and torch.equal(other[6], maxima)
             for t in (count <= PLACES).nonzero().flatten().tolist():
                 n = count[t]
-                ours, theirs = ids[t, :n].argsort(), other[3][t, :n].argsort()
-                for ours_of, theirs_of in zip((ids, lower, upper), other[3:6], strict=True):
+                ours, theirs = ids[t, :n].argsort(), other[2][t, :n].argsort()
+                for ours_of, theirs_of in zip((ids, lower, upper), other[2:5], strict=True):
                     assert torch.equal(ours_of[t, ours], theirs_of[t, theirs])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hurtful
 import torch
-from triton_interpreted import bf16, by_reference, by_triton, fp16, fp32, on, report, same
+from triton_harness import bf16, by_reference, by_triton, fp16, fp32, on, report, same
 
 from cu_fast.kernels import reference
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import hurtful
 import torch
-from triton_interpreted import Watch, bf16, fp16, fp32, on, report, same
+from triton_harness import Watch, bf16, fp16, fp32, on, report, same
 
 from cu_fast.kernels import reference
 

@@ -1,39 +1,17 @@
-"""The Triton kernels under Triton's interpreter, against the reference: TRITON_INTERPRET=1 python tests/kernels/triton_kernels/triton_interpreted.py
-
-Without TRITON_INTERPRET on a GPU. Prints a line of JSON for each case of CASES. In a process of its own: the interpreter
-cannot be left again, nor what a kernel did to a GPU's context.
-"""
+"""The Triton kernels against the reference: TRITON_INTERPRET=1 python tests/kernels/triton_kernels/triton_interpreted.py"""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import sys
-import time
-import traceback
-import warnings
 from typing import NamedTuple
 
-import deletions
-import gpu_examples
 import hurtful
 import torch
-from calls import call, cosine, plane_of
+import triton_deletions
+from calls import cosine, plane_of
+from triton_harness import Watch, bf16, by_reference, by_triton, fp16, fp32, on, report, same
 
 from cu_fast.kernels import reference
-
-on = functools.partial(gpu_examples.on, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
-fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def by_triton(name: str, **given):
-    """The Triton kernels of an operator, on the device that the cases are for."""
-    return call(name, on=torch.ops.cu_fast_triton, **on(given))
-
-
-def by_reference(name: str, **given):
-    return call(name, on=reference, **given)
 
 
 class Quantize(NamedTuple):
@@ -52,7 +30,6 @@ class Quantize(NamedTuple):
     score: str = "cosine"  # or "dot", "bias", "l2", "signed", "huge bias"
     layout: str = "plain"
     left: str = "none"  # of the scan to score_codes: "none", "some", "all"
-    high: bool | None = None  # whether some row has high bytes
     tuning: dict | None = None
 
 
@@ -80,66 +57,41 @@ SELECTIONS = {
     "scan, two tiles of tokens": Quantize(66, 64, 150, 3, bf16, scan=True, score="dot"),
     "scan, chunks": Quantize(19, 40, 400, 5, share=0.5, hits=True, scan=True, score="bias", tuning={"chunk": 8}),
     "scan, sample": Quantize(4, 130, 1500, 3, fp16, scan=True, share=0.3, tuning={"sample_share": 4}),
-    "scan, outliers": Quantize(9, 200, 500, 5, z="outliers", scan=True, high=True, share=0.1, hits=True),
+    "scan, outliers": Quantize(
+        9, 200, 500, 5, z="outliers", scan=True, share=0.1, hits=True, tuning={"candidates": 100}
+    ),
     "scan, centred": Quantize(9, 130, 400, 5, codes="mean", scan=True, score="signed"),
-    "scan, outliers, centred": Quantize(6, 140, 400, 5, bf16, "outliers", "mean", scan=True, high=True, score="l2"),
+    "scan, outliers, centred": Quantize(6, 140, 400, 5, bf16, "outliers", "mean", scan=True, score="l2"),
     "scan, most deleted": Quantize(7, 40, 500, 9, share=0.97, hits=True, scan=True),
     "scan, everything deleted": Quantize(3, 40, 200, 2, share=1.0, hits=True, scan=True),
     "scan, overflow": Quantize(6, 40, 300, 5, codes="equal", scan=True, left="all", tuning={"candidates": 32}),
     "scan, some overflow": Quantize(
         12, 40, 700, 5, codes="clusters20", share=0.5, hits=True, scan=True, left="some", tuning={"candidates": 64}
     ),
-    "scan, rows without a bound": Quantize(
+    "scan, a sample that lies": Quantize(
+        6, 40, 1500, 16, codes="some longer", share=0.1, hits=True, scan=True, score="dot", left="all"
+    ),
+    "scan, rows of every size": Quantize(
         20, 40, 400, 5, bf16, "mixed", share=0.3, hits=True, scan=True, left="some", score="dot"
     ),
     "scan, faulty rows": Quantize(20, 40, 300, 5, z="faulty", scan=True, left="some"),
-    "scan, codes without a bound": Quantize(6, 40, 400, 5, codes="mixed", scan=True, score="signed"),
+    "scan, codes of every size": Quantize(6, 40, 400, 5, codes="mixed", scan=True, score="signed"),
     "scan, codes with NaN and Inf": Quantize(6, 33, 400, 12, codes="faulty", scan=True, share=0.3, hits=True),
     "scan, huge bias": Quantize(6, 40, 300, 5, scan=True, score="huge bias"),
-    "scan, ties": Quantize(
-        6, 33, 400, 12, codes="tied", z="tied", scan=True, high=False, share=0.3, hits=True, score="dot"
-    ),
+    "scan, ties": Quantize(6, 33, 400, 12, codes="tied", z="tied", scan=True, share=0.3, hits=True, score="dot"),
     "scan, zero codes": Quantize(6, 33, 200, 12, codes="zeros", scan=True, score="dot"),
     "scan, equal": Quantize(4, 33, 300, 12, codes="equal", scan=True),
     "scan, rows apart": Quantize(6, 65, 300, 5, layout="rows", scan=True),
 }
 
 
-class Watch:
-    """Starts kernels, and looks at what they leave."""
-
-    def __init__(self, module):
-        self.module, self.left, self.high, self.kernels = module, [], [], []
-        self.start, module.start = module.start, self
-
-    def __call__(self, kernel, programs, config, **arguments):
-        self.start(kernel, programs, config, **arguments)
-        name = kernel.__name__
-        self.kernels.append(name)
-        if name == "scan_codes" and not arguments["SAMPLE"]:
-            self.high.append(bool(arguments["has_high"][: arguments["T"]].any()))
-        if name == "narrow":
-            self.left += arguments["exact"][:programs].tolist()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.module.start = self.start
-
-
-def same(got, want) -> None:
-    for name, a, b in zip(("first", "second", "third"), got, want):
-        a, b = a.cpu(), b.cpu()
-        if not hurtful.equal(a, b):
-            raise AssertionError(f"the {name} result differs: {a.flatten()[:6]} is not {b.flatten()[:6]}")
-
-
 def selection(case: Quantize) -> None:
     from cu_fast.kernels.triton import codebook_quantize, launch
 
     z = hurtful.matrix(max(case.T, 1), case.E, case.z, case.dtype, 1)[: case.T]
-    codes = hurtful.matrix(case.C, case.E, case.codes, case.dtype, 2)
+    codes = hurtful.matrix(case.C, case.E, "gaussian" if case.codes == "some longer" else case.codes, case.dtype, 2)
+    if case.codes == "some longer":  # all in the first tile, which is in the sample
+        codes[:128:4] *= 10
     z, codes = hurtful.strided(z, case.layout), hurtful.strided(codes, case.layout)
     noise = hurtful.matrix(1, case.C, "gaussian", fp32, 3)[0]
     factor = bias = None
@@ -165,7 +117,22 @@ def selection(case: Quantize) -> None:
     if case.scan:
         left = "none" if not any(watch.left) else "all" if all(watch.left) else "some"
         assert left == case.left, f"{left} of the rows were left to score_codes: {watch.left}"
-        assert case.high is None or any(watch.high) == case.high, watch.high
+
+
+def another_default_dtype() -> None:
+    """What a model's loader may have set: no array of the kernels depends on it."""
+    from cu_fast.kernels.triton import launch
+
+    launch.TUNING = launch.Tuning(scan_start=-1)
+    case = SELECTIONS["scan"]
+    given = dict(z=hurtful.normal(case.T, case.E), codes=hurtful.normal(case.C, case.E, seed=1), k=case.k)
+    given["scan"] = plane_of(given["codes"], on=reference)
+    want = by_reference("codebook_quantize", **given)
+    torch.set_default_dtype(bf16)
+    try:
+        same(by_triton("codebook_quantize", **given), want)
+    finally:
+        torch.set_default_dtype(fp32)
 
 
 def wrong_mask_row(scan: bool) -> None:
@@ -191,32 +158,50 @@ def no_masks_in_the_table() -> None:
     same(by_triton("codebook_quantize", **given, mask=masks), by_reference("codebook_quantize", **given))
 
 
-def needs_its_bound(term: str) -> None:
-    """Codes whose bytes promise more than they hold, and others that hold more: what is left out of the bound drops them."""
-    from cu_fast.kernels.triton import launch
+def bounds(kind: str, biased: bool) -> None:
+    """What is known of each code's score, for rows and codes of every size: the bound of csrc/core/scan.h, made in fp64."""
+    from cu_fast.kernels.triton import codebook_quantize, launch
 
     launch.TUNING = launch.Tuning(scan_start=-1)
-    C, E, k = 256, 64, 5
-    sign = torch.arange(E) % 2 * 2.0 - 1
-    better = torch.arange(C)[:, None] % 3 == 0
-    z = sign * 100  # bytes as they are: the largest entry is 127
-    codes = sign.expand(C, E) * 50
-    if term == "residual":
-        codes = codes + torch.where(better, 0.45, -0.45) * sign
-        codes[~better[:, 0], 6] += sign[6]
-    if term == "miss":
-        z = torch.where(sign > 0, 100.45, 100.55)  # to 100 and 101
-        codes = torch.where(better, 100.0 * (sign > 0), 103.0 * (sign < 0))
-    if term == "outliers":
-        z = sign.clone()
-        z[2] = 1e4
-        codes = torch.where(better, codes, 90 * sign)
-        codes[:, 2] = torch.where(better[:, 0], 50.4, 49.6)
-    z[0], codes[:, 0] = 127 if term != "outliers" else 0, 127
-    codes = torch.cat([codes, -codes])  # no mean
-    given = dict(z=z[None].contiguous(), codes=codes, k=k, scan=plane_of(codes, on=reference))
-    assert not given["scan"][2].any()
-    same(by_triton("codebook_quantize", **given), by_reference("codebook_quantize", **given))
+    sizes = torch.tensor([1, 0, 1e-44, 1e-37, 1e-30, 1e-13, 1e13, 1e30, 1e37]).repeat(2)
+    z, codes = hurtful.normal(18, 40) * sizes[:, None], hurtful.matrix(420, 40, kind, fp32, 2)
+    z[9:17, 3] *= 1e6
+    factor, bias = cosine(codes), hurtful.normal(420, seed=3)
+    factor[::29][:9] = torch.tensor(
+        [0, 2.0**-123, 2.0**-124, 2.0**40, 1.001 * 2**40, -(2.0**40), 1e38, torch.inf, torch.nan]
+    )
+    bias[::31][:6] = torch.tensor([1e38, -1e38, 3e38, torch.inf, -torch.inf, torch.nan])
+    given = dict(z=z, codes=codes, factor=factor, bias=bias if biased else None, k=9)
+    plane, terms, mean = given["scan"] = plane_of(codes, factor, on=reference)
+    with Watch(codebook_quantize, all_pass=True) as watch:
+        same(by_triton("codebook_quantize", **given), by_reference("codebook_quantize", **given))
+    assert not any(watch.left) and mean.any() == (kind == "mean")
+
+    q, unit = (x.double() for x in reference.fix_rows(z))
+    unit[(q == 0).all(1)] = 2.0**-125  # the reference has another
+    d = reference.digits_of(q.int())[:, :, :40].double()
+    c = plane.transpose(1, 2).flatten(0, 1).flatten(1)[:420, :40].double() - 128
+    scale, residual, size = terms[:, :192].double().view(-1, 3, 64).transpose(0, 1).flatten(1)[:, :420]
+    magnitude = terms[:, 195].double().repeat_interleave(64)[:420]
+    unit, norm, miss = unit[:, None], q.norm(dim=1)[:, None], d[:, 2].norm(dim=1).clamp(min=1)[:, None]
+    bias = bias.double() if biased else torch.zeros(420)
+    approx = (256 * d[:, 0] + d[:, 1]) @ c.T * 256 * scale * unit + (q @ mean.double())[:, None] * factor * unit + bias
+    largest = unit * norm * magnitude + bias.abs()
+    error = unit * (norm * residual + miss * size) + 2.0**-19 * largest + 2.0**-120
+    most = torch.finfo(fp32).max
+    known = (error <= most) & (largest <= most) & (unit * norm * 2**31 <= most)
+    assert 0.3 < known.float().mean() < 0.95
+
+    ids, lower, upper = (watch.narrowed[name][:, :420].cpu() for name in ("ids", "lower", "upper"))
+    assert torch.equal(ids.sort(1).values, torch.arange(420).int().expand(18, 420))
+    lower, upper = (each.gather(1, ids.argsort(1)) for each in (lower, upper))
+    rounding = 2.0**-20 * largest + 2.0**-16 * error + 2.0**-124
+    for each, wanted in ((lower, approx - error), (upper, approx + error)):
+        assert (each[~known].abs() == torch.inf).all()
+        assert ((each - wanted.float()).abs() <= rounding)[known].all()
+    scores = by_reference("sae_encode", x=z, W_enc=codes, W_factor=factor, b_enc=given["bias"])
+    assert ((lower <= scores) & (scores <= upper))[scores.isfinite()].all()
+    assert (lower[~known] < 0).all() and (upper[~known] > 0).all()
 
 
 def encode(
@@ -351,106 +336,14 @@ def through_ops(mask_mode: str, encode: bool) -> None:
         same(*results)
 
 
-class Delete(NamedTuple):
-    """Tokens of which something has to fire, unless `fires` says otherwise; the rest: deletions.deletion."""
-
-    T: int
-    Din: int
-    Dout: int
-    R: int
-    U: int = 3
-    M: int = 5
-    scale: int = 0
-    kind: str = "gaussian"
-    dtype: torch.dtype = fp32
-    residual: torch.dtype | None = fp32
-    latent_kind: str = "gaussian"
-    idle: bool = True
-    floor: bool = False
-    faults: bool = False
-    layout: str = "plain"
-    seed: int = 0
-    fires: bool = True
-    tuning: dict | None = None
-
-
-DELETIONS = {
-    "one token": Delete(1, 40, 40, 20, U=1, M=9, residual=None, seed=1),
-    "one entry, one latent": Delete(9, 1, 1, 1, M=1, residual=None),
-    "layer norm": Delete(9, 33, 40, 20, scale=1, dtype=bf16, residual=bf16),
-    "layer norm, one entry": Delete(5, 1, 3, 20, scale=1, fires=False),
-    "constant norm": Delete(9, 33, 40, 20, scale=2, dtype=fp16, residual=fp16),
-    "norms of hurtful rows": Delete(24, 20, 17, 20, scale=2, kind="mixed"),
-    "layer norm of hurtful rows": Delete(24, 20, 17, 20, scale=1, kind="mixed", dtype=bf16, residual=None),
-    "no idle values": Delete(9, 40, 15, 20, idle=False),
-    "floor": Delete(14, 40, 15, 20, M=20, floor=True),
-    "floor, ties": Delete(14, 17, 15, 30, M=30, kind="tied", latent_kind="tied", floor=True),
-    "long lists": Delete(5, 33, 15, 150, M=140, floor=True, scale=2),
-    "wide": Delete(3, 140, 1030, 20, dtype=bf16, residual=None),
-    "wide, fp16": Delete(3, 140, 1030, 20, residual=fp16),
-    "NaN and Inf": Delete(20, 33, 40, 20, kind="faulty", residual=None),
-    "latents with NaN and Inf": Delete(20, 33, 40, 20, latent_kind="faulty"),
-    "huge": Delete(9, 2, 40, 20, kind="huge"),
-    "huge, layer norm": Delete(9, 33, 40, 20, kind="huge", scale=1, fires=False),  # squares are infinite
-    "denormal": Delete(9, 33, 40, 20, kind="denormal", residual=None, scale=2),
-    "zeros": Delete(9, 33, 40, 20, kind="zeros", scale=2, residual=None),
-    "faults": Delete(30, 33, 40, 20, faults=True),
-    "rows apart": Delete(7, 33, 40, 20, layout="rows"),
-    "columns apart": Delete(7, 33, 40, 20, dtype=bf16, residual=bf16, layout="columns"),
-    "some tokens at a time": Delete(9, 33, 40, 20, scale=1, floor=True, tuning={"keys": 150}),
-    "no latents in the masks": Delete(5, 33, 40, 20, M=0, fires=False),
-    "no masks in the table": Delete(5, 33, 40, 20, U=0, fires=False),
-    "no tokens": Delete(0, 33, 40, 20, fires=False),
-}
-
-
-def deletion(case: Delete) -> None:
-    from cu_fast.kernels.triton import launch
-
-    launch.TUNING = launch.Tuning(**(case.tuning or {}))
-    *described, fires, _ = case
-    given = deletions.deletion(**dict(zip(Delete._fields, described)))
-    want = by_reference("delete_latents", **given)
-    got = tuple(result.cpu() for result in by_triton("delete_latents", **given))
-    same(got, want)
-    assert deletions.keeps_bits(*got, given)
-    assert (want[1] > 0).any() == fires, f"{want[1]} latents fired"
-    assert want[2].isnan().any() or not case.faults
-
-
-def infinite(value: float, scale: int, with_an_empty_list: bool) -> None:
-    """A token with Inf is NaN wherever it has a mask; one that its factor makes infinite, where its mask lists a latent."""
-    given = deletions.deletion(8, 4, 5, 9, U=2, scale=scale)
-    given["x"][::2] = value
-    given["mask_latents"][1], given["mask_row"] = -1, torch.tensor([0, 0, 1, 1, -1, -1, 0, 1], dtype=torch.int32)
-    want = by_reference("delete_latents", **given)
-    same(by_triton("delete_latents", **given), want)
-    assert want[2].isnan().tolist() == [True, False, with_an_empty_list, False, False, False, True, False]
-
-
-def deletion_through_ops(kind: str, scale: str) -> None:
-    """impl="triton" of the public operator; the rank of "topk" is Triton's too."""
-    from cu_fast import ops
-
-    given = deletions.deletion(12, 40, 33, 50, M=20, dtype=bf16, residual=bf16)
-    results = []
-    for impl, at in (("triton", on(given)), ("reference", given)):
-        enc, k = ops.pack_codes(at["enc"], "dot", at["bias"]), 9 if kind == "topk" else None
-        latents = ops.Latents(enc, at["theta"], at["dec"], kind=kind, k=k, scale=scale)
-        masks = ops.LatentMasks(at["mask_latents"], at["mask_change"])
-        results.append(ops.delete_latents(at["x"], latents, masks, at["mask_row"], residual=at["residual"], impl=impl))
-    same(*results)
-    assert results[1].hits.any()
-
-
 CASES = {
     **{f"codebook_quantize: {name}": (selection, case) for name, case in SELECTIONS.items()},
     "codebook_quantize: wrong mask row": (wrong_mask_row, False),
     "codebook_quantize: scan, wrong mask row": (wrong_mask_row, True),
+    "codebook_quantize: scan, another default dtype": (another_default_dtype,),
     "codebook_quantize: no masks in the table": (no_masks_in_the_table,),
-    **{
-        f"codebook_quantize: scan, {term} (bound)": (needs_its_bound, term) for term in ("residual", "miss", "outliers")
-    },
+    "codebook_quantize: scan, bounds": (bounds, "gaussian", False),
+    "codebook_quantize: scan, bounds with a mean and biases": (bounds, "mean", True),
     "codebook_quantize: tiles": (does_not_depend_on_the_tiles,),
     "sae_encode: one token": (encode, 1, 70, 100, fp32, "gaussian", True, True, "plain"),
     "sae_encode: few tokens": (encode, 3, 33, 65, bf16, "faulty", True, True, "plain"),
@@ -463,33 +356,10 @@ CASES = {
     "sae_encode_topk: scan, no biases": (encode_topk, 9, fp16, "faulty", False, True, True),
     **{f"masked_decode: {name}": (decode, case) for name, case in DECODES.items()},
     "masked_decode: ties of bf16": (ties_of_bf16,),
-    **{f"delete_latents: {name}": (deletion, case) for name, case in DELETIONS.items()},
-    "delete_latents: Inf": (infinite, torch.inf, 0, True),
-    "delete_latents: Inf, layer norm": (infinite, torch.inf, 1, True),
-    "delete_latents: Inf, constant norm": (infinite, torch.inf, 2, True),
-    "delete_latents: scaled beyond fp32": (infinite, 1e36, 1, False),  # its standard deviation is 0
-    "delete_latents: impl": (deletion_through_ops, "threshold", "layer_norm"),
-    "delete_latents: impl, topk": (deletion_through_ops, "topk", "constant_norm"),
+    **triton_deletions.CASES,
     "codebook_bottleneck: ablate": (through_ops, "ablate", True),
     "codebook_bottleneck: reselect": (through_ops, "reselect", False),
 }
-
-
-def report(cases: dict[str, tuple]) -> None:
-    """Runs the cases that the command line names, or all."""
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of the NaN and Inf that are meant
-    torch.set_num_threads(1)
-    for name in sys.argv[1:] or cases:
-        run, *arguments = cases[name]
-        begin = time.process_time()
-        try:
-            run(*arguments)
-            failure = None
-        except Exception:
-            failure = traceback.format_exc()
-        print(
-            json.dumps({"case": name, "failure": failure, "seconds": round(time.process_time() - begin, 2)}), flush=True
-        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import hurtful
 import torch
-import triton_interpreted
+import triton_harness
 from calls import every_operator, plane_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,7 +32,7 @@ def stays_one_graph(function: Callable[..., tuple[Tensor, ...]]) -> None:
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=True)
     for T in (6, 9, 12):
         x, (table, row) = hurtful.matrix(T, D, "mixed", torch.float32, T), hurtful.masks(T, C, 0.4, T)
-        triton_interpreted.same(compiled(x, table, row), function(x, table, row))
+        triton_harness.same(compiled(x, table, row), function(x, table, row))
     assert backend.frame_count == 1, f"compiled {backend.frame_count} times"
     calls = {str(node.target).split(".")[0] for graph in backend.graphs for node in graph.graph.nodes}
     assert "cu_fast_triton" in calls, f"no Triton operator is in the graph: {calls}"
@@ -101,4 +101,4 @@ CASES = {
 
 
 if __name__ == "__main__":
-    triton_interpreted.report(CASES)
+    triton_harness.report(CASES)
