@@ -17,7 +17,7 @@ DIGITS = 3  # of an entry, of codes and of rows alike
 ROW_DIGITS = 2  # of a row in the scan
 CACHE_BYTES = 50e6
 # select.h: tokens at a time, the share of codes in the sample, microseconds that the scan's kernels take to start.
-CHUNK, SAMPLE, SCAN_START = 256, 16, 10.0
+CHUNK, SAMPLE, SCAN_START = 1024, 16, 10.0
 START = 3.0  # assumed, of two or three kernels from a graph
 SCORED = 4  # codes scored for each that is kept, assumed; depends on the data
 

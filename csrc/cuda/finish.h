@@ -46,7 +46,7 @@ CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t st
 // Whether the scan could not do this token: its row or its mask is faulty, or it has more candidates than places.
 CU_FAST_DEVICE bool scan_failed(const SelectJob& job, int64_t token) {
   const float unit = job.work.terms[token].unit;
-  return unit != unit || job.work.count[token] > SelectTuning::kCandidates;
+  return unit != unit || job.work.count[token] > job.plan.candidates;
 }
 
 // Whether select_exact does this token, after score_candidates: the scan failed, or its guess is not proven.

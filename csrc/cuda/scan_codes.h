@@ -106,8 +106,9 @@ CU_FAST_DEVICE Bounds bounds_of(const RowTerms& row, const FourCodes& codes, int
 
 // Stores the candidates among the warp's codes. All lanes of the warp take part; passes: of this thread's
 // four codes.
-CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, const Bounds (&bounds)[4],
+CU_FAST_DEVICE void keep_candidates(const SelectJob& job, int64_t t, int first, const Bounds (&bounds)[4],
                                     const bool (&passes)[4], uint32_t deleted) {
+  const ScanWork& work = job.work;
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
   // Lanes of one q share a token: they count their candidates, and the first of them takes the places.
   const uint32_t ours = 0x11111111u << q, before = ours & ((1u << lane) - 1);
@@ -125,8 +126,8 @@ CU_FAST_DEVICE void keep_candidates(const ScanWork& work, int64_t t, int first, 
   for (int i = 0; i < 4; ++i) {
     if (!passes[i]) continue;
     const bool flagged = deleted >> i & 1;
-    if (place < SelectTuning::kCandidates) {
-      const int64_t at = t * SelectTuning::kCandidates + place;
+    if (place < job.plan.candidates) {
+      const int64_t at = t * job.plan.candidates + place;
       work.id[at] = static_cast<int32_t>(static_cast<uint32_t>(first + i) | uint32_t{flagged} << 31);
       work.lower[at] = flagged ? -INFINITY : bounds[i].lower;
       work.upper[at] = bounds[i].upper;
@@ -175,7 +176,7 @@ CU_FAST_DEVICE void end_tile(const SelectJob& job, const WarpCodes& codes, int t
         passes[i] = scans && four.exists[i] && runs && !(bounds[i].upper < tau);
         any |= passes[i];
       }
-      if (any_lane(any)) keep_candidates(work, t, codes.first + 4 * g, bounds, passes, deleted);
+      if (any_lane(any)) keep_candidates(job, t, codes.first + 4 * g, bounds, passes, deleted);
     }
   }
 }

@@ -8,7 +8,7 @@
 //                   not, select_exact does the token
 //
 //   what        shape                 layout
-//   id, bounds  [chunk, kCandidates]  in no order
+//   id, bounds  [chunk, candidates]   in no order
 //   kept        [T, k, parts] keys    as select_exact leaves them
 //
 // A block takes every score_parts-th candidate of a token. All blocks of a token compute the same `reached`. Then,
@@ -63,7 +63,7 @@ score_candidates(SelectJob job) {
   const SelectParams& p = job.p;
   const int64_t token = block_index_y(), part = block_index_x(), parts = grid_size_x();
   if (scan_failed(job, token)) return;
-  const int64_t n = job.work.count[token], base = token * SelectTuning::kCandidates;
+  const int64_t n = job.work.count[token], base = token * job.plan.candidates;
   const float *lower = job.work.lower + base, *upper = job.work.upper + base;
   float* const scored = job.work.scored + base;
   const int32_t* const id = job.work.id + base;

@@ -20,17 +20,20 @@ struct SelectTuning {
 #ifdef CU_FAST_EMULATED
   static constexpr int64_t kChunk = 72;        // more than a tile of scan_codes
   static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
+  static constexpr int64_t kCandidatesOfK = 0;
   static constexpr int64_t kSampleShare = 4;
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
   static constexpr int64_t kRows = 136;  // more than a tile of exact scores
 #else
-  static constexpr int64_t kChunk = 256;          // tokens per pass of the scan
-  static constexpr int64_t kCandidates = 8192;    // a row with more is scored against every code
-  static constexpr int64_t kSampleShare = 16;     // one tile in 16 gives the first threshold
-  static constexpr double kScanStart = 10;        // microseconds to launch the scan's kernels
-  static constexpr int64_t kFusedK = 512;         // the largest k whose merged list is in shared memory
+  static constexpr int64_t kChunk = 1024;       // tokens per pass of the scan, at most
+  static constexpr int64_t kCandidates = 2048;  // a row with more is scored against every code,
+  static constexpr int64_t kCandidatesOfK =
+      8;                                       // if it has more than 8 k too; the chunk is smaller for such k
+  static constexpr int64_t kSampleShare = 16;  // one tile in 16 gives the first threshold
+  static constexpr double kScanStart = 10;     // microseconds to launch the scan's kernels
+  static constexpr int64_t kFusedK = 512;      // the largest k whose merged list is in shared memory
   static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: gridDim.y <= 65535
   static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
 #endif
@@ -55,10 +58,10 @@ struct ScanWork {
   float* maxima;    // [chunk, sample_tiles * kMaximaOfTile], the largest approximation of four codes each
   float* tau;       // [chunk], a guess of the k-th best score: a little below it
   float* reached;   // [chunk], at most the k-th best score; below tau, the guess was wrong
-  int32_t* count;   // [chunk], candidates found; above kCandidates, more than were stored
-  int32_t* id;      // [chunk, kCandidates]; bit 31: deleted
-  float *lower, *upper;  // [chunk, kCandidates]; lower is -inf for a deleted code: it must not raise tau
-  float* scored;         // [chunk, kCandidates], the score, NaN until it is known
+  int32_t* count;   // [chunk], candidates found; above plan.candidates, more than were stored
+  int32_t* id;      // [chunk, candidates]; bit 31: deleted
+  float *lower, *upper;  // [chunk, candidates]; lower is -inf for a deleted code: it must not raise tau
+  float* scored;         // [chunk, candidates], the score, NaN until it is known
 };
 
 // Rows of z as integers (core/fixed.h), of one chunk.
@@ -76,6 +79,7 @@ struct SelectPlan {
   int64_t tokens;                       // of a tile of select_exact
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // of score_candidates; at most parts
+  int64_t candidates;                   // places per token
   int64_t sample_tiles;                 // of scan_codes
   int64_t rank;                         // in the sample, of the first threshold
 };
@@ -118,7 +122,10 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
   const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   SelectPlan plan = {};
   plan.scans = select_scans(T, C, E, k, has_plane);
-  plan.chunk = std::max<int64_t>(1, std::min(T, plan.scans ? SelectTuning::kChunk : SelectTuning::kRows));
+  plan.candidates = std::max(SelectTuning::kCandidates, SelectTuning::kCandidatesOfK * k);
+  const int64_t most =
+      plan.scans ? SelectTuning::kChunk * SelectTuning::kCandidates / plan.candidates : SelectTuning::kRows;
+  plan.chunk = std::max<int64_t>(1, std::min(T, most));
   // Two blocks per multiprocessor, if there are codes enough; a part is whole tiles of select_exact.
   constexpr int64_t kTile = 64;
   // After a scan few tokens are left, anywhere in the chunk: small tiles of tokens.
@@ -180,7 +187,7 @@ inline void take_memory(SelectJob& job, Arena& arena) {
       p.k > SelectTuning::kFusedK && counts_hits ? arena.take<uint64_t>(plan.chunk * p.k) : nullptr;
   job.rows = take_rows(plan.chunk, p.score.E, arena);
   if (!plan.scans) return;
-  const int64_t steps = (p.score.E + 31) / 32, candidates = plan.chunk * SelectTuning::kCandidates;
+  const int64_t steps = (p.score.E + 31) / 32, candidates = plan.chunk * plan.candidates;
   ScanWork& work = job.work;
   work.bytes = arena.take<uint32_t>((plan.chunk + 3) / 4 * steps * 64);
   work.terms = arena.take<RowTerms>(plan.chunk);

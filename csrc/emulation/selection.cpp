@@ -37,7 +37,7 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tens
     state.push_back(t);
   };
   const ScanWork& work = memory.job.work;
-  const int64_t steps = (E + 31) / 32, places = SelectTuning::kCandidates;
+  const int64_t steps = (E + 31) / 32, places = plan.candidates;
   const ScalarType floats = ScalarType::Float, ints = ScalarType::Int;
   add_array(work.count, {T}, ints);
   add_array(work.tau, {T}, floats);
