@@ -260,14 +260,15 @@ float largest_of(const float* bounds, int64_t n) {
   return largest;
 }
 
-// A value that at least k of the n bounds reach, near the k-th largest: by steps down from the largest that double,
-// then by bisection. kNone if fewer than k reach `low`, which is then at least as good.
+// A value that at least k of the n bounds reach, near the k-th largest, by bisection. kNone if fewer than k reach `low`,
+// which is then at least as good. Where low is kNone, steps down from the largest that double come first.
 float kth_lower(const float* bounds, int64_t n, float low, int64_t k) {
-  low = std::max(low, std::numeric_limits<float>::lowest());
+  const bool searches = low == kNone;
+  if (searches) low = std::numeric_limits<float>::lowest();
   if (count_at_least(bounds, n, low) < k) return kNone;
   const float largest = largest_of(bounds, n);
   float high = largest;
-  for (float step = std::fabs(largest) / 64; largest - step > low; step = 2 * step + 0x1p-126f) {
+  for (float step = std::fabs(largest) / 64; searches && largest - step > low; step = 2 * step + 0x1p-126f) {
     const bool reached = count_at_least(bounds, n, largest - step) >= k;
     (reached ? low : high) = largest - step;
     if (reached) break;
