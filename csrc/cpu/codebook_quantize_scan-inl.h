@@ -4,7 +4,7 @@
 //
 //   what           shape                         where it stays
 //   plane, terms   core/scan.h                   streamed once per block of kScanTokens tokens
-//   sample         [kScanTokens, 64 groups]      scratch: approximations of every 16th group, for the guess
+//   sample         [kScanTokens, kSampleCodes]   scratch: approximations of every 16th group, for the guess
 //   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
 //   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
@@ -54,7 +54,7 @@ class Scan {
     if (groups_ >= kLeastGroups) guess();
     read_codes();
     score();
-    // Again are those that the guess misled; behind them are already those that were left out.
+    // Again are those that the guess misled. Those that were left out are behind them already.
     const auto again = std::partition(rows_.begin(), rows_.end(), [&](const Row& row) {
       return row.gives_up || candidates_of(p, block_, row.token).kept.threshold() >= row.guess;
     });
@@ -137,11 +137,12 @@ class Scan {
   // above it as the sample, whose own do not count.
   void leave_out_doubtful() {
     const auto end = std::partition(rows_.begin(), rows_.end(), [&](const Row& row) {
+      if (row.gives_up || row.guess == kNone) return true;
       const int64_t others = std::count_if(row.id, row.id + row.n, [&](int32_t id) {
         const int64_t g = id / kScanGroup - first_group_;
         return sampled((g * samples_ + groups_ - 1) / groups_) != first_group_ + g;
       });
-      return row.gives_up || row.guess == kNone || others + row.scored >= rank_ / 2;
+      return others + row.scored >= rank_ / 2;
     });
     rows_ = {rows_.begin(), end};
   }

@@ -391,8 +391,8 @@ delete_latents(DeleteLatentsParams p) {
 #pragma unroll 2     // more tokens at a time would not fit the registers
       for (int t = 0; t < kTokens; ++t) {
         float4 four = make_float4(0, 0, 0, 0);
-        if (shared.unit[t] ==
-            shared.unit[t]) {  // else rho may be Inf or NaN, and the product of a zero is NaN
+        // Else rho may be Inf or NaN, and its product with a zero NaN.
+        if (shared.unit[t] == shared.unit[t]) {
           four = x(t, column);
 #pragma unroll
           for (int c = 0; c < 4; ++c) entry(four, c) = multiply(entry(four, c), shared.rho[t]);
