@@ -38,8 +38,10 @@ from transformers import PreTrainedModel
 from cu_fast.hf import files
 from cu_fast.hf.active import Active, Silent
 from cu_fast.hf.batching import wrap_batching
+from cu_fast.hf.capture import CapturedForward
 from cu_fast.hf.check import check
 from cu_fast.hf.context import Unlearning
+from cu_fast.hf.forwards import GRAPHS_ON
 from cu_fast.hf.generating import wrap_generate
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook
 from cu_fast.hf.places import near
@@ -221,6 +223,38 @@ class Attachment:
             yield self
         finally:
             self._active.observer.reset(token)
+
+    def capture(self, call: Callable[[], Any], batch: int) -> CapturedForward:
+        """Capture a call of the model in a CUDA graph, which is replayed under whatever masks hold then.
+
+        ``captured = attachment.capture(lambda: model(**given).logits, batch=8)``, then
+        ``with attachment.unlearn("a"): logits = captured.replay()``. A graph that is captured in another way is refused;
+        one that is replayed in another way computes NaN. Masks may be added between replays. A replay raises where it must
+        be captured again: a table of masks has grown, weights were written to, ``mask_mode`` was changed. A table grows for
+        a request that changes more codes than all masks together that were known here, or beyond 64 requests at a time.
+
+        Args:
+            call: calls the model, in eager mode and as often as it likes, on tensors that replays find at the same
+                addresses. It is run once, without masks and gradients, before it is captured: a cache that it fills is to
+                be reset then.
+            batch: sequences in each call of the model.
+
+        Returns:
+            The captured call: ``replay()`` runs it and returns what it returned.
+
+        Raises:
+            RuntimeError: a swapped layer is not on the CUDA device of the others, or did not run; the model is in training
+                mode.
+        """
+        self._check_model()
+        device, *others = sorted({layer.table.tensors[0].device for layer in self._layers}, key=str)
+        if others or device.type not in GRAPHS_ON:
+            found = ", ".join(map(str, [device, *others]))
+            raise RuntimeError(f"the swapped layers are on {found}; a CUDA graph needs them on one CUDA device")
+        for topics in self.masks, *self.masks:  # room in the tables for their union, or at least for each
+            with contextlib.suppress(ValueError), self._active.under(topics or None):
+                pass
+        return CapturedForward(self._active, self._check_usable, call, batch, device)
 
     # -- figures ---------------------------------------------------------------------------------------------
 

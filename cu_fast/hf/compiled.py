@@ -3,14 +3,22 @@
 A compiled model cannot read a context variable, and must not bake its value in either, so everything that depends on it is
 reached through these operators. They are opaque to the compiler, which is told that they write to one tensor: they run at
 every call, in order, and are never merged, dropped, folded into a constant or captured in a CUDA graph.
+
+On a GPU a forward that is traced as a whole calls two of them: ``rows_of`` before its layers and ``leave`` behind. Its rows
+are data that flows from the one to the layers (:class:`Carried`), so what lies between can be captured in one CUDA graph,
+and none can be replayed with the rows of another call. Elsewhere, and where the trace was broken in between, each layer
+calls ``mask_rows`` or ``delete``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cu_fast.hf.active import by_handle
 
@@ -91,6 +99,24 @@ def enter(order: Tensor, handle: int, runner: int, batch: int, first: Tensor | N
     by_handle[handle].enter(runner, batch, None if first is None else first.clone())
 
 
+@_operator("rows_of")
+def rows_of(
+    order: Tensor, handle: int, runner: int, batch: int, first: Tensor | None, device: torch.device, number: int
+) -> Tensor:
+    """:meth:`Active.enter` and :meth:`Active.rows_of`; -1 for every sequence where nothing is deleted."""
+    active = by_handle[handle]
+    active.enter(runner, batch, None if first is None else first.clone())
+    rows = active.rows_of(runner, batch, device, _handed[number])
+    return torch.full((batch,), -1, dtype=torch.int32, device=device) if rows is None else rows.clone()
+
+
+@rows_of.register_fake
+def _(
+    order: Tensor, handle: int, runner: int, batch: int, first: Tensor | None, device: torch.device, number: int
+) -> Tensor:
+    return torch.empty((batch,), dtype=torch.int32, device=device)
+
+
 @_operator("leave")
 def leave(order: Tensor, handle: int, runner: int) -> None:
     """:meth:`Active.leave`."""
@@ -111,3 +137,56 @@ def _(order: Tensor, stamp: Tensor | None, length: Tensor, what: str, handle: in
 enter.register_fake(lambda order, handle, runner, batch, first: None)
 remember.register_fake(lambda order, x, handle, layer: None)
 leave.register_fake(lambda order, handle, runner: None)
+
+
+@dataclasses.dataclass
+class Carried:
+    """The rows of a compiled forward, while it is traced.
+
+    Attributes:
+        rows: int32 [B].
+        first: as in :meth:`Active.enter`.
+        number: of this forward among all that were traced.
+        trace: number of the trace that they are part of. Another trace finds here what the first one left when it was
+            broken: a tensor of whichever thread ran last.
+        read: number of a layer -> what it read, where it changes another place, until that place is reached.
+    """
+
+    rows: Tensor
+    first: Tensor | None
+    number: int
+    trace: int
+    read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+
+_traces = itertools.count()
+_handed: list[set[int]] = []  # per traced forward the numbers of the layers that it hands its rows to
+
+
+# What follows runs while a trace is made, and gives constants of what is compiled.
+
+
+@torch.compiler.assume_constant_result
+def trace_number() -> int:
+    """The number of the trace that is being made."""
+    context = torch._guards.TracingContext.get()
+    if not hasattr(context, "cu_fast_number"):
+        context.cu_fast_number = next(_traces)
+    return context.cu_fast_number
+
+
+@torch.compiler.assume_constant_result
+def begin(handle: int, runner: int) -> int:
+    """The number of a runner's forward. A graph reads what its layers read where it is, and copies none at each replay."""
+    for layer in (layer for layer in by_handle[handle].layers if layer.runner == runner):
+        for tensor in filter(torch.is_tensor, tree_leaves((layer.table.tensors, layer.bottleneck.constants()))):
+            torch._dynamo.mark_static_address(tensor)
+    _handed.append(set())
+    return len(_handed) - 1
+
+
+@torch.compiler.assume_constant_result
+def hand_to(number: int, layer: int) -> int:
+    """Note that a forward hands its rows to a layer: what is compiled runs the layer, always."""
+    _handed[number].add(layer)
+    return layer

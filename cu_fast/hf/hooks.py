@@ -14,15 +14,16 @@ from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import ModelOutput
 
-from cu_fast.hf.active import UNKNOWN, Active, StaleCacheError
-from cu_fast.hf.compiled import ORDER, Differentiable
+from cu_fast import ops
+from cu_fast.hf.active import Active, StaleCacheError
+from cu_fast.hf.compiled import ORDER, Carried, Differentiable, begin, hand_to, trace_number
+from cu_fast.hf.forwards import UNKNOWN
 from cu_fast.hf.gating import GateState
 from cu_fast.hf.places import Place
 from cu_fast.hf.positions import first_of_paged, first_tokens, real_tokens
 from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.hf.states import (
     GATES,
-    ROWS,
     STAMP,
     STATES,
     VALUE,
@@ -31,10 +32,10 @@ from cu_fast.hf.states import (
     check_filled,
     check_order,
     check_towers,
-    first_tensor,
     identity_of,
     knows_length,
     length_of,
+    mark_order,
 )
 from cu_fast.nn.bottleneck import refuse_gradient
 
@@ -82,7 +83,9 @@ class LayerHook:
 
     def _read(self, x: Tensor) -> None:
         self._check_width(x, self.layer.bottleneck.d_in, "d_in")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and (carried := self._carried()) is not None:
+            carried.read[self.index] = x.detach().clone()  # models write to hidden states in place
+        elif torch.compiler.is_compiling():
             torch.ops.cu_fast.remember(ORDER, x.detach(), self.active.handle, self.index)
         else:
             self.active.remember(x, self.index)
@@ -100,8 +103,11 @@ class LayerHook:
                 "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
             )
         compiling = torch.compiler.is_compiling()
+        if compiling and (row := self._carried_rows(x, splice)) is not None:
+            return self._masked(x, splice, row)
         if splice.splice == "delta":
             if compiling:
+                self._hand_over()
                 y, deleted = torch.ops.cu_fast.delete(ORDER, x.detach(), self.active.handle, self.index)
                 has_gradient = x.requires_grad and torch.is_grad_enabled()
                 return Differentiable.apply(x, y, deleted) if has_gradient else y
@@ -114,6 +120,46 @@ class LayerHook:
         if row is None or splice.training:  # in training with a mask mask_rows has raised
             return splice(x)
         return splice(x, layer.table.table, row)
+
+    def _carried(self) -> Carried | None:
+        """The rows that this trace carries for the layer's forward."""
+        carried = self.active.carried.get(self.layer.runner)
+        return carried if carried is not None and carried.trace == trace_number() else None
+
+    def _carried_rows(self, x: Tensor, splice: nn.Module) -> Tensor | None:
+        """int32 [T]; None where they have to be looked up: none are carried, or which dimension is the batch's is open."""
+        carried = self._carried()
+        has_gradient = splice.splice == "delta" and x.requires_grad and torch.is_grad_enabled()
+        if carried is None or splice.training or has_gradient:
+            return None
+        if (reads_elsewhere := self.layer.reads != self.layer.writes) and self.index not in carried.read:
+            return None
+        B = carried.rows.shape[0]
+        if x.dim() != 3 or x.shape[0] != B or (x.shape[1] == B > 1 and not self.layer.batch_first):
+            return None
+        if reads_elsewhere and carried.read[self.index].shape[:-1] != x.shape[:-1]:
+            return None
+        rows = carried.rows.to(x.device)[:, None].expand(x.shape[:2]).reshape(-1)
+        first = carried.first if self.layer.skip_first else None
+        if first is not None and first.shape == x.shape[:2]:
+            rows = torch.where(first.reshape(-1).to(x.device), -1, rows)
+        hand_to(carried.number, self.index)
+        return rows
+
+    def _masked(self, x: Tensor, splice: nn.Module, row: Tensor) -> Tensor:
+        table = self.layer.table
+        if splice.splice == "replace":
+            return splice(x, table.table, row)
+        masks = ops.LatentMasks(*table.tensors)
+        if self.layer.reads == self.layer.writes:
+            return splice(x, masks, row)
+        return splice(self._carried().read.pop(self.index), masks, row, residual=x)
+
+    def _hand_over(self) -> None:
+        """What was read and carried goes where :meth:`Active.delete` finds it."""
+        carried = self._carried()
+        if carried is not None and self.index in carried.read:
+            torch.ops.cu_fast.remember(ORDER, carried.read.pop(self.index), self.active.handle, self.index)
 
     def _check_width(self, x: Tensor, width: int, name: str) -> None:
         if x.shape[-1] != width:
@@ -186,7 +232,7 @@ class ModelHook:
         if self.skip_first and (torch.compiler.is_compiling() or self.active.deletes()):
             first = self._first(given)
         if torch.compiler.is_compiling():
-            torch.ops.cu_fast.enter(ORDER, self.active.handle, self.runner, batch, first)
+            self._enter(batch, first)
         else:
             self.active.enter(self.runner, batch, first)
             self._judge(given, first)
@@ -203,11 +249,21 @@ class ModelHook:
                 # Inside generate transformers moves rows too, but only within a sequence.
                 if not torch.compiler.is_compiling() and not self.active.expand.get():
                     check_order(cache)
-                setattr(cache, STAMP, self._check_filled(cache, length_of(cache), "KV cache"))
+                setattr(cache, STAMP, check_filled(self.active, cache, length_of(cache), "KV cache"))
         if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
             check_encoded(self.active, given["encoder_outputs"])
         if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
             check_towers(self.active, given)
+
+    def _enter(self, batch: int, first: Tensor | None) -> None:
+        active, runner = self.active, self.runner
+        device = active.carries_on(runner)
+        if device is None or batch == UNKNOWN:
+            torch.ops.cu_fast.enter(ORDER, active.handle, runner, batch, first)
+        else:
+            number = begin(active.handle, runner)
+            rows = torch.ops.cu_fast.rows_of(ORDER, active.handle, runner, batch, first, device, number)
+            active.carried[runner] = Carried(rows, first, number, trace_number())
 
     def _first(self, given: Mapping[str, Any]) -> Tensor | None:
         """bool [B, S], the tokens that some layer's masks leave alone; None = there are none, or they are not known."""
@@ -235,6 +291,7 @@ class ModelHook:
         """A forward hook: stamps the caches and the output. Raises RuntimeError where a swapped layer did not run."""
         state = None
         if torch.compiler.is_compiling():
+            self.active.carried.pop(self.runner, None)
             torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
         else:
             state = self.active.judged(self.runner)
@@ -245,10 +302,10 @@ class ModelHook:
                 if state is not None:
                     setattr(cache, GATES, state)
                 if getattr(cache, STAMP, None) is None:  # this forward made the cache
-                    setattr(cache, STAMP, self._check_filled(cache, 0, "KV cache"))
-                self._mark_order(cache)
+                    setattr(cache, STAMP, check_filled(self.active, cache, None, "KV cache"))
+                mark_order(self.active, cache)
         if isinstance(output, ModelOutput):
-            setattr(output, STAMP, self._check_filled(output, 0, "output"))
+            setattr(output, STAMP, check_filled(self.active, output, None, "output"))
             if not torch.compiler.is_compiling():
                 setattr(output, VALUE, identity_of(output))
 
@@ -256,15 +313,3 @@ class ModelHook:
         """A forward hook that is called where the forward failed, too."""
         if not torch.compiler.is_compiling():
             self.active.ended(self.runner)
-
-    def _check_filled(self, value: Any, length: int | Tensor, what: str) -> Tensor:
-        return check_filled(self.active, value, length, what)
-
-    def _mark_order(self, cache: Cache) -> None:
-        if torch.compiler.is_compiling():
-            return
-        request, state = self.active.now(), first_tensor(cache)
-        moves = request is not None and len(set(request.rows)) > 1 and state is not None
-        setattr(cache, ROWS, moves)
-        if moves:
-            setattr(state, ROWS, True)

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from cu_fast.masks import Mask, stream_of
 
+POISON = -(2**31)  # a row that no table has
 UNKNOWN_FILLING = 0  # signature of a state without a stamp, once codes were erased
 PACKED = -1  # signature of a packed batch, whose sequences have different ones
+CAPTURED = -2  # signature of a forward that is captured: what it computes is nothing yet
 # signature -> what messages call it: in KEPT for good, in _TEXT the newest TEXTS
-KEPT: dict[int, str] = {UNKNOWN_FILLING: "what it does not say", PACKED: "the masks of a packed batch"}
+KEPT: dict[int, str] = {
+    UNKNOWN_FILLING: "what it does not say",
+    PACKED: "the masks of a packed batch",
+    CAPTURED: "the capture of a graph",
+}
 _TEXT: dict[int, str] = {}
 TEXTS = 1024
 
@@ -84,6 +90,37 @@ class Request:
         if key not in self._rows_on:
             self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
         return self._rows_on[key]
+
+
+class CapturedRequest(Request):
+    """What holds while a forward is captured: rows that a replay fills.
+
+    They lie in a buffer, int32 [batch], which is POISON unless a replay has filled it: no mask table has that row, and a
+    token with a row that does not exist becomes NaN.
+
+    Args:
+        batch: sequences of the forward.
+        device: of the swapped layers.
+
+    Attributes:
+        buffer: int32 [batch].
+        states: id of a cache or an output -> itself, whether the forward continues it, and what messages call it.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        super().__init__((POISON,) * batch, "sequence", CAPTURED, {}, Hold())
+        self.deletes = True
+        with torch.inference_mode(False):
+            self.buffer = torch.full((batch,), POISON, dtype=torch.int32, device=device)
+        self.states: dict[int, tuple[Any, bool, str]] = {}
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """The buffer."""
+        if device != self.buffer.device:
+            raise RuntimeError(
+                f"a swapped layer computes on {device} and another on {self.buffer.device}; a graph is captured on one"
+            )
+        return self.buffer
 
 
 def signature_of(content: Any) -> int:

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import Active, StaleCacheError
 from cu_fast.hf.compiled import ORDER
+from cu_fast.hf.request import CapturedRequest
 
 # Attributes that are set on the objects of transformers.
 STAMP = "_cu_fast_stamp"  # of a cache or an encoder's output: the signature of the request that it was computed under
@@ -40,26 +41,41 @@ def check_order(cache: Cache) -> None:
         )
 
 
-def check_filled(active: Active, value: Any, length: int | Tensor, what: str) -> Tensor:
+def check_filled(active: Active, value: Any, length: int | Tensor | None, what: str) -> Tensor | None:
     """:meth:`Active.check_filled`, in eager mode or in a compiled model.
 
     Args:
         active: the attachment's run-time state.
         value: a cache or an output, which carries its stamp as an attribute or has none.
-        length: tokens in it.
+        length: tokens in it; None = this forward makes it.
         what: what messages call it.
 
     Returns:
-        The new stamp, int64 [].
+        The new stamp, int64 []; while a forward is captured the old one, since only a replay computes something.
 
     Raises:
         StaleCacheError: it was computed under other masks.
     """
     stamp = getattr(value, STAMP, None)
     if not torch.compiler.is_compiling():
-        return active.check_filled(stamp, length, what)
+        if isinstance(request := active.now(), CapturedRequest):
+            request.states.setdefault(id(value), (value, length is not None, what))
+            return stamp
+        return active.check_filled(stamp, 0 if length is None else length, what)
+    length = 0 if length is None else length
     length = length if isinstance(length, Tensor) else torch.full((), length)
     return torch.ops.cu_fast.check_filled(ORDER, stamp, length, what, active.handle)
+
+
+def mark_order(active: Active, cache: Any) -> None:
+    """Note that a cache's rows lie as they were filled, where its sequences have different masks."""
+    if torch.compiler.is_compiling() or not isinstance(cache, Cache):
+        return
+    request, state = active.now(), first_tensor(cache)
+    moves = request is not None and len(set(request.rows)) > 1 and state is not None
+    setattr(cache, ROWS, moves)
+    if moves:
+        setattr(state, ROWS, True)
 
 
 def check_encoded(active: Active, value: Any) -> None:

@@ -124,3 +124,8 @@ class ChangeTable(RowTable):
 def stream_of(device: torch.device) -> Any:
     """The CUDA stream that a device's kernels are queued on now; None on a CPU, where nothing is queued."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is called on a device now is captured in a CUDA graph, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

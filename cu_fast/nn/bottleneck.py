@@ -164,7 +164,7 @@ class CodebookBottleneck(TrainingPath):
             delta = ops.masked_decode(ids, change, self.folded.table, impl=self.impl)
         hits, faulty = deleted.sum(1), change.isnan().any(1)
         dose = torch.where(hits > 0, delta.norm(dim=1) / x.float().norm(dim=1), 0.0)
-        self._count(hits, dose)
+        self._count(hits, dose, mask_row)
         changed = ((hits > 0) | faulty)[:, None]
         return torch.where(changed, (x.float() + delta).to(x.dtype), x)
 
@@ -239,6 +239,10 @@ class CodebookBottleneck(TrainingPath):
         scans = impl != "reference" and self.folded is not None and self.folded.codes.scan is not None
         scan = "int8" if scans else "none"
         return {"impl": impl, "scan": scan, "tokens": tokens, "hits": hits}
+
+    def constants(self) -> tuple[Any, ...]:
+        """What a forward reads that is replaced, and not written to, when it changes."""
+        return (self.folded,)
 
     # -- folding ---------------------------------------------------------------------------------------------
 
@@ -366,18 +370,19 @@ def _changes(
     ids: Tensor, scores: Tensor, config: BottleneckConfig, masks: ops.LatentMasks, mask_row: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What masks add to the weight of each kept code, fp32 [T, k], and which codes they change, bool [T, k]."""
-    row = mask_row.long().clamp(min=0)
+    row = mask_row.long().clamp(0, len(masks.latents) - 1)
     listed = masks.latents[row]
     listed = torch.where(listed < 0, config.num_codes, listed).contiguous()  # the end of a list sorts behind every code
     place = torch.searchsorted(listed, ids.contiguous()).clamp(max=listed.shape[1] - 1)
     masked = (mask_row >= 0)[:, None]
+    faulty = reference.is_missing(masks.latents, mask_row)[:, None] | (masked & scores.isnan())
     deleted = (listed.gather(1, place) == ids) & (ids >= 0) & masked
     weight = torch.relu(scores) if config.weight == "score" else torch.ones_like(scores)
     if config.weight == "mean":
         weight = weight / config.k
     gain, clamp, _ = masks.change[row].gather(1, place[..., None].expand(-1, -1, 3)).unbind(2)
     change = torch.where(deleted, (gain * weight + clamp) - weight, 0.0)
-    return torch.where(masked & scores.isnan(), torch.nan, change), deleted
+    return torch.where(faulty, torch.nan, change), deleted
 
 
 def refuse_gradient(x: Tensor, y: Tensor) -> Tensor:

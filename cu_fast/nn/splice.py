@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cu_fast import ops
 from cu_fast.masks import ChangeTable, LatentRows, Mask, MaskTable
-from cu_fast.masks.tables import RowTable
+from cu_fast.masks.tables import RowTable, capturing
 
 SpliceKind = Literal["replace", "delta"]
 SPLICES = get_args(SpliceKind)
@@ -103,6 +103,10 @@ class Splice(nn.Module):
     def receipt(self) -> dict[str, Any]:
         """What ran in evaluation since ``reset_receipt()``."""
 
+    @abstractmethod
+    def constants(self) -> tuple[Any, ...]:
+        """What a forward reads that is replaced, and not written to, when it changes."""
+
     def reset_receipt(self) -> None:
         """Set the receipt to 0, in place."""
         self._pending.clear()
@@ -165,8 +169,17 @@ class Splice(nn.Module):
             self.dose = dose.to(self.dose.device)  # a sum, not a weight: in fp16 it would end at 65,504
         return self
 
-    def _count(self, hits: Tensor, dose: Tensor) -> None:
-        """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted: hits int [T], dose fp32 [T]."""
+    def _count(self, hits: Tensor, dose: Tensor, mask_row: Tensor) -> None:
+        """Add to the receipt what :func:`cu_fast.ops.delete_latents` counted.
+
+        Args:
+            hits: int [T].
+            dose: fp32 [T].
+            mask_row: int32 [T]; where no token has a mask, none is counted.
+        """
+        if torch.compiler.is_compiling() or capturing(hits.device):
+            self._add(hits, dose, (mask_row >= 0).any())  # a replay runs what is captured, and nothing of Python
+            return
         self._pending.append((hits, dose))
         if len(self._pending) >= PENDING:
             self._settle()
@@ -180,9 +193,12 @@ class Splice(nn.Module):
                 some.append(self._pending.popleft())
         if not some:
             return
-        hits, dose = (torch.cat([part.to(self.passed.device) for part in parts]) for parts in zip(*some))
+        self._add(*(torch.cat([part.to(self.passed.device) for part in parts]) for parts in zip(*some)))
+
+    def _add(self, hits: Tensor, dose: Tensor, counts: Tensor | bool = True) -> None:
         dose = torch.nan_to_num(dose, nan=0.0, posinf=torch.finfo(torch.float32).max)
-        self.passed += torch.stack([hits.new_tensor(len(hits)), hits.sum()])
+        self.passed[0] += len(hits) * counts
+        self.passed[1] += hits.sum()
         self.changed += (hits > 0).sum()
         self.dose[0] += dose.sum()
         self.dose[1] = torch.cat([dose, self.dose[1:]]).max()

@@ -153,8 +153,12 @@ class SAESplice(Splice):
             x.detach().reshape(-1, self.d_in), latents, masks, mask_row,
             residual=None if residual is None else residual.detach().reshape(-1, self.d_out), impl=self.impl,
         )  # fmt: skip
-        self._count(found.hits, found.dose)
+        self._count(found.hits, found.dose, mask_row)
         return found.y.reshape(kept.shape)
+
+    def constants(self) -> tuple[Any, ...]:
+        """What a forward reads that is replaced, and not written to, when it changes."""
+        return (self._latents,)
 
     def _on(self, device: torch.device) -> ops.Latents:
         if self._latents.theta.device != device:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gpu_examples as gpu
 import hurtful
 import pytest
+import recorded
 import tiny_models as tiny
 import torch
 from gpu_examples import CHOSEN, DEVICE, DRY, IMPL, identical, on
 
 from cu_fast import BottleneckConfig, Mask, ops
 from cu_fast.cli.verify import verify
+from cu_fast.hf import forwards
 from cu_fast.nn import CodebookBottleneck
 
 pytestmark = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
@@ -188,11 +190,11 @@ def test_a_compiled_module_equals_the_eager_one():
     assert identical(compiled(x, table, row), module(x, table, row))
 
 
-def llama(impl: str):
+def llama(impl: str, **changes):
     """A tiny Llama on the device with a bottleneck, its inputs, and a mask of half the codes that they use."""
     model = tiny.build("llama").to(DEVICE)
     layer = tiny.FAMILIES["llama"].layer
-    attachment = tiny.attach_to(model, layer)
+    attachment = tiny.attach_to(model, layer, **changes)
     module = attachment.bottlenecks[layer]
     module.impl = impl
     given = {name: value.to(DEVICE) for name, value in tiny.inputs("llama").items()}
@@ -260,6 +262,51 @@ def test_generation_without_a_topic():
     with attachment.unlearn(["a", None]):
         masked = attachment.model.generate(**given, **options)
     assert masked.shape == plain.shape and torch.equal(masked[1], plain[1])
+
+
+TOPICS = ("a", None, ["a", None], [None, "a"], "a")
+
+
+def test_a_captured_model_deletes_what_holds_at_its_replay(monkeypatch):
+    if DRY:
+        recorded.graphs(monkeypatch)
+    attachment, given, _ = llama(CHOSEN)
+    captured = attachment.capture(lambda: attachment.model(**given, use_cache=False).logits, batch=2)
+    for topics in TOPICS:
+        with attachment.unlearn(topics):
+            got = captured.replay().clone()
+            assert torch.equal(got, tiny.logits(attachment.model, given))
+    captured._replay()
+    assert captured.output.isnan().all(), "a replay that was not armed"
+    with attachment.unlearn("a"), gpu.no_waiting():
+        captured.replay()
+
+
+@pytest.mark.parametrize("splice", ["replace", "delta"])
+def test_a_model_whose_graphs_the_compiler_makes(splice, monkeypatch):
+    monkeypatch.setattr(forwards, "GRAPHS_ON", {torch.device(DEVICE).type})
+    torch._dynamo.reset()
+    attachment, given, _ = llama(CHOSEN, splice=splice)
+    model = attachment.model
+    call = torch.compile(model, fullgraph=True, mode=None if DRY else "reduce-overhead", backend="inductor")
+    with torch.no_grad():
+        for topics in TOPICS * 3:  # the first runs warm up and record
+            with attachment.unlearn(topics):
+                got = call(**given, use_cache=False).logits.clone()
+                torch.testing.assert_close(got, model(**given, use_cache=False).logits, atol=1e-3, rtol=1e-3)
+    assert DRY or torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@torch.no_grad()
+def test_generation_with_a_static_cache():
+    attachment, given, _ = llama(CHOSEN)
+    for topics in TOPICS:
+        with attachment.unlearn(topics):
+            plain = attachment.model.generate(**given, max_new_tokens=8, do_sample=False)
+            static = attachment.model.generate(
+                **given, max_new_tokens=8, do_sample=False, cache_implementation="static"
+            )
+        assert torch.equal(plain, static)
 
 
 def test_detach_gives_the_model_back():

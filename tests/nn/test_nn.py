@@ -355,3 +355,32 @@ def test_casting_twice_rounds_nothing_that_was_folded():
     y = bottleneck(x)
     assert torch.equal(bottleneck.to(torch.bfloat16)(x), y)
     assert bottleneck.folded.codes.factor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("row", [-2, -(2**31), 3, 2**31 - 1])
+@pytest.mark.parametrize("splice", ["replace", "delta"])
+def test_a_mask_row_that_does_not_exist_is_nan(splice, row, monkeypatch):
+    """As in every kernel on a GPU, where no value is looked at first: what is deleted there is not known."""
+    monkeypatch.setattr(ops, "check_values", lambda *arguments: None)
+    monkeypatch.setattr(ops.checks, "check_values", lambda *arguments: None)
+    module, x = bottleneck(splice=splice), torch.randn(4, 24)
+    module.impl = "reference"
+    table = module.new_table("cpu")
+    table.write(0, module.row_of([]))
+    table.write(2, module.row_of([]))
+    tensors = tuple(tensor[:3] for tensor in table.tensors)
+    masks = tensors[0] if splice == "replace" else ops.LatentMasks(*tensors)
+    rows = torch.tensor([0, row, -1, 2], dtype=torch.int32)
+    y, want = module(x, masks, rows), module(x)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2, 3]], want[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("return_hits", [False, True])
+def test_a_selection_under_a_mask_row_that_does_not_exist(return_hits, monkeypatch):
+    monkeypatch.setattr(ops.checks, "check_values", lambda *arguments: None)
+    codes, z = ops.pack_codes(torch.randn(50, 24), "dot"), torch.randn(3, 24)
+    masks = {"mask_table": torch.zeros(2, 2, dtype=torch.int32), "mask_row": torch.tensor([0, -5, 2]).int()}
+    scores, ids, _ = ops.codebook_quantize(z, codes, k=4, impl="reference", return_hits=return_hits, **masks)
+    assert scores[1:].isnan().all() and (ids[1:] == -1).all()
+    assert torch.equal(ids[0], ops.codebook_quantize(z, codes, k=4).ids[0])

@@ -25,10 +25,15 @@ def is_deleted(ids: Tensor, mask_table: Tensor, mask_row: Tensor) -> Tensor:
     """
     if mask_table.shape[0] == 0:
         return torch.zeros(mask_row.shape[0], ids.shape[1], dtype=torch.bool, device=ids.device)
-    row = mask_row.long().clamp(min=0)[:, None]
+    row = mask_row.long().clamp(0, len(mask_table) - 1)[:, None]
     code = ids.long().clamp(min=0)
     bit = (mask_table[row, code >> 5] >> (code & 31).int()) & 1
     return (bit != 0) & (mask_row >= 0)[:, None] & (ids >= 0)
+
+
+def is_missing(mask_table: Tensor, mask_row: Tensor) -> Tensor:
+    """bool [T]: the table [U, ...] has no such row, so that what is deleted is not known; the token becomes NaN."""
+    return (mask_row < -1) | (mask_row >= len(mask_table))
 
 
 def _keep_best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +78,8 @@ def codebook_quantize(
     def quantize(z: Tensor, mask_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, unit = fix_rows(z)
         finite_row = ~unit.isnan()[:, None]
+        if mask_table is not None:
+            finite_row = finite_row & ~is_missing(mask_table, mask_row)[:, None]
         T, C = z.shape[0], digits.shape[0]
         empty = -torch.inf  # a code's score is finite, so -inf marks an empty slot
         best = unit.new_full((T, k), empty), torch.full((T, k), -1, dtype=torch.int32, device=z.device)
@@ -286,4 +293,6 @@ def masked_decode(
     if residual is not None:
         acc = acc + residual.float()
     faulty = ((ids < 0) & torch.isnan(weights)).any(1, keepdim=True)
+    if mask_table is not None:
+        faulty = faulty | is_missing(mask_table, mask_row)[:, None]
     return torch.where(faulty, torch.nan, acc).to(table.dtype)
