@@ -1,44 +1,116 @@
-"""What the kernels of a selection would take on an H100 at best, predicted from rates: python benchmarks/roofline.py.
+"""What the kernels would take on a card at best, predicted from rates: python benchmarks/roofline.py [card].
 
-Prints the table in docs/gpu.md. Nothing here was measured; csrc/cuda/select.h decides with the same rates.
+Prints the table in docs/gpu.md. Nothing here was measured. Rates, and the constants that plans are made with, are read
+from csrc/cuda/predict.h and select.h; how a selection is cut is asked of the native library.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
-# A microsecond of an H100 SXM: bytes from memory (3.35 TB/s) and from the second-level cache (5.5 TB/s, assumed),
-# multiply-adds of int8 on matrix units (60 % of 1979 TOPS, assumed) and by dp4a (64 of four each per clock and
-# multiprocessor, assumed: 132 at 1.7 GHz), and of fp32, not fused (half of 33.5 T operations a second).
-MEMORY, CACHE = 3.35e6, 5.5e6
-BYTE_PRODUCTS, DOT_PRODUCTS, PRODUCTS = 600e6, 57e6, 16.7e6
+import torch
+
+from cu_fast.kernels import native
+
+CUDA = Path(__file__).parents[1] / "csrc/cuda"
 DIGITS = 3  # of an entry, of codes and of rows alike
 ROW_DIGITS = 2  # of a row in the scan
-CACHE_BYTES = 50e6
-# select.h: tokens at a time, the share of codes in the sample, microseconds that the scan's kernels take to start.
-CHUNK, SAMPLE, SCAN_START = 1024, 16, 10.0
-START = 3.0  # assumed, of two or three kernels from a graph
-SCORED = 4  # codes scored for each that is kept, assumed; depends on the data
+SCAN_TILE = 256  # codes per tile of scan_codes
+# Multiprocessors, compute capability, cycles per microsecond.
+CARDS = {
+    "A100": (108, 8, 0, 1410), "3090": (82, 8, 6, 1695), "4090": (128, 8, 9, 2520), "H100": (132, 9, 0, 1755),
+    "B200": (148, 10, 0, 1850), "B300": (148, 10, 3, 1850), "5090": (170, 12, 0, 2410),
+}  # fmt: skip
+# Products of fp32 per cycle and multiprocessor that are not fused: half of 128.
+SUMS = 64
+# Of scan_codes, after the products of a tile of 256 codes and 64 tokens: cycles of a multiprocessor. Assumed; to be
+# counted in the machine code.
+EPILOGUE_CYCLES = 6000.0
+# Microseconds of the host per launch, assumed: called eagerly, and replayed from a graph.
+HOST_EAGER, HOST_GRAPH = 3.0, 1.0
+SCAN_LAUNCHES, EXACT_LAUNCHES, ENCODE_LAUNCHES = 8, 3, 2
 
+# (E, C, k) -> candidates per token, and how many of them are scored: counted in simulations of normal codes
+# (tests/kernels/test_cuda_plans.py counts them again).
+COUNTED = {(2048, 65_536, 64): (523, 223), (512, 25_000, 8): (103, 15)}
+# (what, T) -> what is to be proven on an H100, in microseconds.
+TARGETS = {("selection", 1): 75, ("selection", 16): 90, ("selection", 256): 230, ("selection", 2048): 1900,
+           ("bottleneck, D = 768", 1): 10}  # fmt: skip
 CASES = [
     # what, T, E, C, k
     *(("selection", T, 2048, 65_536, 64) for T in (1, 16, 256, 2048)),
     ("bottleneck, D = 768", 1, 768, 10_000, 8),
     *(("selection", T, 512, 25_000, 8) for T in (1, 64, 512)),
+    ("encoder, D = 4096", 2048, 4096, 0, 0),
 ]
 
 
+def constant(name: str, file: str) -> float:
+    """A number of a header; of select.h that for GPUs, not the emulation's."""
+    found = re.search(rf"\b{name} =\s*([\d.e]+)", (CUDA / file).read_text().split("#else")[-1])
+    return float(found[1])
+
+
+class Rates(NamedTuple):
+    """A card's, per microsecond, as kernels are assumed to reach them: bytes and multiply-adds. Of predict.h."""
+
+    memory: float
+    cache: float
+    products: float
+    scan_products: float
+    dot_products: float
+
+
+def rates_of(card: str) -> Rates:
+    """Peaks of predict.h, in 10^12 per second, times the shares that are assumed there."""
+    text = (CUDA / "predict.h").read_text()
+    numbers = {
+        row[:2]: [float(peak) for peak in row[2:]]
+        for row in re.findall(r"\{" + ", ".join(7 * [r"([\d.]+)"]) + r"\}", text)
+    }
+    memory, cache, products, dots = (
+        constant(f"k{name}Share", "predict.h") * 1e6 for name in ("Memory", "Cache", "Products", "Dot")
+    )
+    peaks = numbers[tuple(map(str, CARDS[card][1:3]))]
+    return Rates(*(peak * share for peak, share in zip(peaks, (memory, cache, products, products, dots), strict=True)))
+
+
+class Plan(NamedTuple):
+    """What plan_select decides, and predicts."""
+
+    scans: bool
+    chunk: int
+    sample: float  # the share of codes in the sample
+    lists: int  # keys per token that finish merges
+    predicted: tuple[float, float]  # microseconds: scanned, every code scored
+
+
+def plan(T: int, E: int, C: int, k: int, card: str) -> Plan:
+    """For codes that have a plane."""
+    if reason := native.failure():
+        raise SystemExit(reason)
+    text = torch.ops.cu_fast.cuda_selection_plan(T, C, E, k, True, *CARDS[card][:3])
+    scans = text.startswith("int8 scan")
+    numbers = [float(n) for n in re.findall(r"[\d.]*\d", text.removeprefix("int8"))]
+    sample = numbers[1] / numbers[2] if scans else 0
+    lists = numbers[3] * k if scans else numbers[1] * min(k, numbers[2])
+    return Plan(scans, int(numbers[0]), sample, int(lists), (numbers[-2], numbers[-1]))
+
+
 class Cost(NamedTuple):
-    """Of one kernel: bytes from memory, bytes from the second-level cache, microseconds of arithmetic."""
+    """Of one kernel: bytes from memory and from the second-level cache; microseconds of arithmetic, and of what follows it."""
 
     memory: float
     cache: float
     arithmetic: float
+    after: float = 0
 
-    @property
-    def microseconds(self) -> float:
-        return max(self.memory / MEMORY, self.cache / CACHE, self.arithmetic)
+    def microseconds(self, rates: Rates) -> float:
+        return max(self.memory / rates.memory, self.cache / rates.cache, self.arithmetic) + self.after
 
 
 def tile_tokens(T: int) -> int:
@@ -46,81 +118,118 @@ def tile_tokens(T: int) -> int:
     return 1 if T == 1 else 4 if T <= 4 else 16 if T <= 64 else 128
 
 
-def scored_exactly(T: int, E: int, C: int) -> Cost:
+def scored_exactly(T: int, E: int, C: int, rates: Rates) -> Cost:
     """select_exact, and the encoder: every tile of tokens reads all codes, the first time from memory."""
     tile, entries = tile_tokens(T), C * E
-    rate = DOT_PRODUCTS if tile <= 4 else BYTE_PRODUCTS
+    rate = rates.dot_products if tile <= 4 else rates.products
     return Cost(DIGITS * entries, math.ceil(T / tile) * DIGITS * entries, T * entries * DIGITS**2 / rate)
 
 
-def scanned(T: int, E: int, C: int) -> Cost:
-    """scan_codes, both launches: each chunk of tokens reads the plane, from memory unless it fits the cache."""
-    entries, chunks = C * E * (1 + 1 / SAMPLE), math.ceil(T / CHUNK)
-    tiles = math.ceil(min(T, CHUNK) / 64) * chunks
-    reads = 1 if C * E <= CACHE_BYTES else chunks
-    return Cost(reads * entries, tiles * entries, T * entries * ROW_DIGITS / BYTE_PRODUCTS)
+def rows_fixed(T: int, E: int, digits: int) -> Cost:
+    """fix_rows and scan_rows: bf16 becomes digits."""
+    return Cost(T * E * 2, T * E * (2 + digits), 0)
 
 
-def candidates_scored(T: int, E: int, C: int, k: int) -> Cost:
-    """score_candidates: a chunk's tokens share some of the codes that they read."""
-    tokens, chunks = min(T, CHUNK), math.ceil(T / CHUNK)
-    gathered = tokens * SCORED * k
-    distinct = C * (1 - math.exp(-gathered / C))
+def scanned(T: int, E: int, C: int, made: Plan, card: str) -> Cost:
+    """scan_codes, both launches. Each chunk reads the plane; each tile of codes reads the tile of tokens."""
+    rates, (multiprocessors, _, _, clock) = rates_of(card), CARDS[card]
+    entries, chunks = C * E * (1 + made.sample), math.ceil(T / made.chunk)
+    tile = 4 if T <= 4 else 8 if T <= 8 else 32 if T <= 32 else 64
+    tiles = sum(math.ceil(min(made.chunk, T - t) / tile) for t in range(0, T, made.chunk))
+    rate = rates.products if T <= 32 else rates.scan_products
+    ends = tiles * C * (1 + made.sample) / SCAN_TILE * EPILOGUE_CYCLES * tile / 64
+    return Cost(
+        chunks * entries,
+        tiles * entries * (1 + tile * ROW_DIGITS / SCAN_TILE),
+        T * entries * ROW_DIGITS / rate,
+        ends / (multiprocessors * clock),
+    )
+
+
+def threshold_found(T: int, C: int, made: Plan) -> Cost:
+    """scan_threshold: four passes over a maximum per four codes of the sample."""
+    return Cost(0, 4 * T * made.sample * C / 4 * 4, 0)
+
+
+def candidates_scored(T: int, E: int, C: int, k: int, rates: Rates) -> Cost:
+    """score_candidates, both launches: a chunk's tokens share some of the codes that they read. 16 bytes per candidate."""
+    candidates, scored = COUNTED[E, C, k]
     row = E * DIGITS
-    return Cost(chunks * distinct * row, chunks * gathered * row, T * SCORED * k * E * DIGITS**2 / DOT_PRODUCTS)
+    distinct = C * (1 - math.exp(-T * scored / C))
+    read = T * (2 * candidates * 16 + scored * row)
+    return Cost(distinct * row, read, T * scored * E * DIGITS**2 / rates.dot_products)
 
 
-def gathered(T: int, k: int, D: int) -> Cost:
-    """finish_decode: k rows of the table, in bf16, per token."""
-    return Cost(T * k * D * 2, T * k * D * 2, T * k * D / PRODUCTS)
+def merged(T: int, made: Plan, k: int) -> Cost:
+    """finish: lists of keys, of eight bytes each, become one."""
+    return Cost(0, T * 8 * (made.lists + k), 0)
 
 
-def scans(T: int, E: int, C: int) -> bool:
-    """Whether the scan is chosen: select_scans in select.h, for codes that have a plane and a k that it takes."""
-    tiles = math.ceil(T / tile_tokens(T))
-    exact = max(C * E * DIGITS / MEMORY, tiles * C * E * DIGITS / CACHE, T * C * E * DIGITS**2 / BYTE_PRODUCTS)
-    return SCAN_START + max(C * E / MEMORY, T * C * E * ROW_DIGITS / BYTE_PRODUCTS) < exact
+def gathered(T: int, k: int, D: int, made: Plan, card: str) -> Cost:
+    """finish_decode: what finish does, and k rows of the table, in bf16, per token."""
+    multiprocessors, _, _, clock = CARDS[card]
+    return Cost(T * k * D * 2, T * k * D * 2 + merged(T, made, k).cache, T * k * D / (SUMS * multiprocessors * clock))
 
 
-def predict(what: str, T: int, E: int, C: int, k: int) -> dict[str, Cost | float]:
-    """The kernels of a case, and what starting them takes, in microseconds."""
-    D = 768 if what.startswith("bottleneck") else 0
+def predict(what: str, T: int, E: int, C: int, k: int, card: str = "H100") -> tuple[dict[str, Cost | float], int]:
+    """The kernels of a case, with the microseconds that a chain of them takes beyond its work; and launches."""
+    rates, width = rates_of(card), int(what.rpartition(" ")[2]) if "D = " in what else 0
     kernels: dict[str, Cost | float] = {}
-    if D:
-        kernels["sae_encode"] = scored_exactly(T, D, E)
-    if scans(T, E, C):
-        kernels["scan_codes"] = scanned(T, E, C)
-        kernels["score_candidates"] = candidates_scored(T, E, C, k)
-        kernels["starts"] = SCAN_START * math.ceil(T / CHUNK)
+    launches = 0
+    if width:
+        kernels["fix_rows"] = rows_fixed(T, width, DIGITS)
+        kernels["sae_encode"] = scored_exactly(T, width, E, rates)
+        launches += ENCODE_LAUNCHES
+    if not C:
+        return kernels, launches
+    made = plan(T, E, C, k, card)
+    chunks = math.ceil(T / made.chunk)
+    if made.scans:
+        kernels["scan_rows"] = rows_fixed(T, E, DIGITS + ROW_DIGITS)
+        kernels["scan_codes"] = scanned(T, E, C, made, card)
+        kernels["scan_threshold"] = threshold_found(T, C, made)
+        kernels["score_candidates"] = candidates_scored(T, E, C, k, rates)
+        kernels["chain"] = constant("kScanStart", "select.h") * chunks
+        launches += SCAN_LAUNCHES * chunks
     else:
-        kernels["select_exact"] = scored_exactly(T, E, C)
-        kernels["starts"] = START
-    if D:
-        kernels["finish_decode"] = gathered(T, k, D)
-    return kernels
+        kernels["select_exact"] = scored_exactly(T, E, C, rates)
+        kernels["chain"] = constant("kExactStart", "select.h")
+        launches += EXACT_LAUNCHES
+    if width:
+        kernels["finish_decode"] = gathered(T, k, width, made, card)
+    else:
+        kernels["finish"] = merged(T, made, k)
+    return kernels, launches
 
 
-def table() -> str:
-    """Markdown: a line a kernel."""
-    lines = ["| case | kernel | MB from memory | arithmetic, us | predicted, us |", "|---|---|---|---|---|"]
+def table(card: str = "H100") -> str:
+    """Markdown: a line per kernel."""
+    lines = [
+        "| case | kernel | MB from memory | MB from the cache | arithmetic, us | predicted, us | target, us |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rates = rates_of(card)
     for what, T, E, C, k in CASES:
-        kernels = predict(what, T, E, C, k)
-        case = f"{what}: T = {T}, E = {E}, C = {C}, k = {k}"
+        kernels, launches = predict(what, T, E, C, k, card)
+        case = f"{what}: T = {T}, E = {E}" + (f", C = {C}, k = {k}" if C else "")
         total = 0.0
         for name, cost in kernels.items():
-            taken = cost if isinstance(cost, float) else cost.microseconds
+            taken = cost if isinstance(cost, float) else cost.microseconds(rates)
             total += taken
-            known = not isinstance(cost, float)
-            memory, arithmetic = (_short(cost.memory / 1e6), _short(cost.arithmetic)) if known else ("", "")
-            lines.append(f"| {case} | {name} | {memory} | {arithmetic} | {_short(taken)} |")
+            known = [] if isinstance(cost, float) else [cost.memory / 1e6, cost.cache / 1e6, cost.arithmetic]
+            memory, cache, arithmetic = map(_short, known) if known else ("", "", "")
+            lines.append(f"| {case} | {name} | {memory} | {cache} | {arithmetic} | {_short(taken)} | |")
             case = ""
-        lines.append(f"| | all | | | **{_short(total)}** |")
+        eager, graph = launches * HOST_EAGER, launches * HOST_GRAPH
+        lines.append(f"| | host, {launches} launches | | | | {eager:.0f}; from a graph {graph:.0f} | |")
+        target = TARGETS.get((what, T), "") if card == "H100" and E != 512 else ""
+        lines.append(f"| | all, the longer of the two | | | | **{_short(max(total, eager))}** | {target} |")
     return "\n".join(lines)
 
 
 def _short(value: float) -> str:
-    return "below 0.1" if value < 0.1 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    return "0" if value == 0 else "below 0.1" if value < 0.1 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(*sys.argv[1:]))

@@ -15,7 +15,7 @@ CU_FAST_LIBRARY(CU_FAST_NAMESPACE, m) {
   m.def("masked_decode(Tensor ids, Tensor? weights, Tensor table, Tensor? bias, Tensor? residual, Tensor? mask_table, Tensor? mask_row, bool mean) -> Tensor y");
   m.def("delete_latents(Tensor x, Tensor? residual, Tensor enc_digits, Tensor enc_factor, Tensor bias, Tensor theta, Tensor dec, int scale, float norm, Tensor mask_latents, Tensor mask_change, Tensor mask_row, Tensor? floor_scores, Tensor? floor_ids) -> (Tensor y, Tensor hits, Tensor dose)");
   m.def("selection_plan(int T, int C, int E, int k, int threads, bool scan) -> str");
-  m.def("cuda_selection_plan(int T, int C, int E, int k, bool scan, int multiprocessors) -> str");
+  m.def("cuda_selection_plan(int T, int C, int E, int k, bool scan, int multiprocessors, int major, int minor) -> str");
   m.def("simd_level() -> str");
   m.def("cuda_build() -> str");
   m.def("cuda_driver_failure() -> str");

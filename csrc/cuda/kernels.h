@@ -11,7 +11,7 @@ namespace cu_fast {
 // Fills rows for all tokens of p.z.
 void launch_fix_rows(const ScoreParams& p, const FixedRows& rows, Stream stream);
 
-// Writes p.out. rows: memory for min(T, SelectTuning::kRows) of them.
+// Writes p.out. rows: memory for rows_at_once(T, E) of them.
 void launch_sae_encode(const EncodeParams& p, const FixedRows& rows, Stream stream);
 
 // Fills job.p.kept and job.p.deleted for one chunk: scores every code, or scans.

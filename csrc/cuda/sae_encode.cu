@@ -36,10 +36,11 @@ sae_encode_tile(EncodeParams p, FixedRows rows) {
 
 void launch_sae_encode(const EncodeParams& p, const FixedRows& rows, Stream stream) {
   if (p.score.C == 0) return;
-  for (int64_t t = 0; t < p.score.T; t += SelectTuning::kRows) {
+  const int64_t at_once = rows_at_once(p.score.T, p.score.E);
+  for (int64_t t = 0; t < p.score.T; t += at_once) {
     EncodeParams some = p;
     some.score.z = p.score.z.from_row(t);
-    some.score.T = std::min(p.score.T - t, SelectTuning::kRows);
+    some.score.T = std::min(p.score.T - t, at_once);
     some.out = p.out + t * p.score.C;
     launch_fix_rows(some.score, rows, stream);
     with_tile(tile_tokens(p.score.T, p.score.E), [&]<class Tile>(Tile) {

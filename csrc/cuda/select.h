@@ -1,10 +1,11 @@
-// A selection on a GPU: how it is cut, and its memory. Plans are pure functions; no result depends on them.
+// A selection on a GPU: how it is cut, and its memory. Plans are pure functions; no result depends on them, nor on what
+// they are made of: a card's rates, and what is predicted with them (cuda/predict.h).
 //
 //   every code scored   fix_rows, select_exact, finish
 //   certified scan      scan_rows, scan_codes (sample), scan_threshold, scan_codes, score_candidates (first),
 //                       score_candidates (rest), select_exact (rows that the scan could not do), finish
 //
-// Tokens go in chunks, so that memory does not grow with T.
+// Tokens go in chunks, so that memory does not grow with T, and stays below SelectTuning::kMostMemory.
 
 #pragma once
 
@@ -12,6 +13,7 @@
 #include <cmath>
 
 #include "core/params.h"
+#include "cuda/predict.h"
 
 namespace cu_fast {
 
@@ -22,22 +24,29 @@ struct SelectTuning {
   static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
   static constexpr int64_t kCandidatesOfK = 0;
   static constexpr int64_t kSampleShare = 4;
-  static constexpr double kScanStart = 0;
+  static constexpr bool kScansIfPossible = true;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
   static constexpr int64_t kRows = 136;  // more than a tile of exact scores
+  static constexpr int64_t kMostMemory = int64_t{2} << 20;
 #else
   static constexpr int64_t kChunk = 1024;       // tokens per pass of the scan, at most
   static constexpr int64_t kCandidates = 2048;  // a row with more is scored against every code,
   static constexpr int64_t kCandidatesOfK =
       8;                                       // if it has more than 8 k too; the chunk is smaller for such k
   static constexpr int64_t kSampleShare = 16;  // one tile in 16 gives the first threshold
-  static constexpr double kScanStart = 10;     // microseconds to launch the scan's kernels
-  static constexpr int64_t kFusedK = 512;      // the largest k whose merged list is in shared memory
-  static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: gridDim.y <= 65535
+  static constexpr bool kScansIfPossible = false;  // else if it is predicted to be faster
+  static constexpr int64_t kFusedK = 512;          // the largest k whose merged list is in shared memory
+  static constexpr int64_t kTilesAtOnce = 65535;   // of scan_codes: gridDim.y <= 65535
   static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
+  // Bytes of a selection's memory, and of the encoder's. One token may need more, where k or the sample is huge.
+  static constexpr int64_t kMostMemory = int64_t{512} << 20;
 #endif
 };
+
+// Microseconds that a chain of dependent kernels takes beyond its work: about nine of a scan, three where every code
+// is scored. Estimates.
+inline constexpr double kScanStart = 50, kExactStart = 5;
 
 // Codes per tile of scan_codes: 32 per warp.
 inline constexpr int64_t kScanTile = 256;
@@ -104,38 +113,65 @@ inline int64_t tile_tokens(int64_t T, int64_t E) {
   return T == 1 ? 1 : T <= 4 || E > kMostTensorWidth ? 4 : T <= 64 ? 16 : 128;
 }
 
-// Whether to scan: there is a plane, k is small enough, and the scan is predicted to be faster than scoring
-// every code. It reads one byte per entry instead of three, and takes two products instead of nine, but launches
-// more kernels. The prediction uses rates assumed for an H100 (benchmarks/roofline.py), not measurements.
-inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
-  constexpr double kBytes = 3.35e6, kCached = 5.5e6, kByteProducts = 600e6;  // per microsecond
-  const double entries = static_cast<double>(C) * E;
-  const int64_t tile = tile_tokens(T, E), tiles = (T + tile - 1) / tile;  // each reads all codes
-  const double exact = std::max({entries * kDigits / kBytes, tiles * entries * kDigits / kCached,
-                                 T * entries * (kDigits * kDigits) / kByteProducts});
-  const double scan = SelectTuning::kScanStart + std::max(entries / kBytes, 2 * T * entries / kByteProducts);
-  return has_plane && k <= kMaxScanK && 8 * k <= C && scan < exact;
+// What is predicted of a selection: microseconds of both ways; per row, for normal codes, the candidates of a
+// scan and those that are scored.
+struct SelectPrediction {
+  double exact, scan, candidates, scored;
+};
+
+// Of a plan, only the sample and the places for candidates are looked at. The scan reads one byte per entry instead
+// of three, and takes two products instead of nine, but starts more kernels and scores candidates.
+inline SelectPrediction predict_select(int64_t T, int64_t C, int64_t E, int64_t k, const SelectPlan& plan,
+                                       const Card& card) {
+  const auto tiles_of = [&](int64_t tile) { return static_cast<double>((T + tile - 1) / tile); };
+  const Peaks rates = rates_of(card);
+  const double codes = static_cast<double>(std::max<int64_t>(C, 1)), entries = codes * E, tokens = T;
+  SelectPrediction made = {};
+  const int64_t tile = tile_tokens(T, E);  // each reads all codes
+  made.exact =
+      kExactStart +
+      std::max({entries * kDigits / rates.memory, tiles_of(tile) * entries * kDigits / rates.cache,
+                tokens * entries * (kDigits * kDigits) / (tile <= 4 ? rates.dot_products : rates.products)});
+  // The threshold is the maximum of plan.rank among those of the sample, each of a few codes.
+  constexpr double kOfMaximum = static_cast<double>(kScanTile) / kMaximaOfTile;
+  const double sampled = std::min(codes, static_cast<double>(plan.sample_tiles * kScanTile));
+  const double above = std::min(1.0, plan.rank * kOfMaximum / std::max(sampled, 1.0));
+  made.candidates = codes_reaching(1 - std::pow(1 - above, 1 / kOfMaximum), C, E);
+  made.scored = codes_reaching(k / codes, C, E);
+  // Each tile of codes reads a tile's digits too.
+  const int64_t scan_tile = T <= 4 ? 4 : T <= 8 ? 8 : T <= 32 ? 32 : 64;
+  const double cached = 1 + 2.0 * scan_tile / kScanTile;
+  const double chunks = tiles_of(SelectTuning::kChunk * SelectTuning::kCandidates / plan.candidates);
+  made.scan =
+      kScanStart * chunks +
+      (1 + sampled / codes) *
+          std::max({chunks * entries / rates.memory, tiles_of(scan_tile) * entries * cached / rates.cache,
+                    2 * tokens * entries / (T <= 32 ? rates.products : rates.scan_products)}) +
+      tokens * made.scored * E * std::max(kDigits / rates.cache, kDigits * kDigits / rates.dot_products);
+  return made;
 }
 
-inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane,
-                              int64_t multiprocessors) {
+inline bool may_scan(int64_t C, int64_t k, bool has_plane) {
+  return has_plane && k <= kMaxScanK && 8 * k <= C;
+}
+
+// Whether to scan: there is a plane, k is small enough, and the scan is predicted to have places for its candidates,
+// and to be faster than scoring every code.
+inline bool select_scans(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane, const SelectPlan& plan,
+                         const Card& card) {
+  if (!may_scan(C, k, has_plane)) return false;
+  if (SelectTuning::kScansIfPossible) return true;
+  const SelectPrediction predicted = predict_select(T, C, E, k, plan, card);
+  return predicted.candidates <= plan.candidates && predicted.scan < predicted.exact;
+}
+
+// Of take_memory, for plan.chunk tokens whose hits are counted.
+inline int64_t memory_of(const SelectPlan& plan, int64_t E, int64_t k);
+
+inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane, const Card& card) {
   const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   SelectPlan plan = {};
-  plan.scans = select_scans(T, C, E, k, has_plane);
   plan.candidates = std::max(SelectTuning::kCandidates, SelectTuning::kCandidatesOfK * k);
-  const int64_t most =
-      plan.scans ? SelectTuning::kChunk * SelectTuning::kCandidates / plan.candidates : SelectTuning::kRows;
-  plan.chunk = std::max<int64_t>(1, std::min(T, most));
-  // Two blocks per multiprocessor, if there are codes enough; a part is whole tiles of select_exact.
-  constexpr int64_t kTile = 64;
-  // After a scan few tokens are left, anywhere in the chunk: small tiles of tokens.
-  plan.tokens = tile_tokens(plan.scans ? std::min<int64_t>(plan.chunk, 16) : plan.chunk, E);
-  const int64_t token_tiles = ceil_divide(plan.chunk, plan.tokens);
-  const int64_t parts = std::clamp<int64_t>(2 * multiprocessors / token_tiles, 1, ceil_divide(C, kTile));
-  plan.part_codes = ceil_divide(ceil_divide(C, parts), kTile) * kTile;
-  plan.parts = ceil_divide(C, plan.part_codes);
-  plan.score_parts = std::clamp<int64_t>(2 * multiprocessors / plan.chunk, 1, plan.parts);
-  plan.capacity = plan.scans ? k : std::min(k, plan.part_codes);
   const int64_t tiles = ceil_divide(C, kScanTile);
   plan.sample_tiles = std::min(
       tiles, std::max(ceil_divide(tiles, SelectTuning::kSampleShare), ceil_divide(16 * k, kScanTile)));
@@ -143,6 +179,29 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
   const double sampled =
       static_cast<double>(k) * std::min(plan.sample_tiles * kScanTile, C) / std::max<int64_t>(C, 1);
   plan.rank = static_cast<int64_t>(std::ceil(sampled + 3 * std::sqrt(sampled) + 1));
+  plan.scans = select_scans(T, C, E, k, has_plane, plan, card);
+  const int64_t most =
+      plan.scans ? SelectTuning::kChunk * SelectTuning::kCandidates / plan.candidates : SelectTuning::kRows;
+  plan.chunk = std::max<int64_t>(1, std::min(T, most));
+  // Two blocks per multiprocessor, if there are codes enough; a part is whole tiles of select_exact.
+  constexpr int64_t kTile = 64;
+  const auto cut = [&](int64_t blocks) {
+    // After a scan few tokens are left, anywhere in the chunk: small tiles of tokens.
+    plan.tokens = tile_tokens(plan.scans ? std::min<int64_t>(plan.chunk, 16) : plan.chunk, E);
+    const int64_t token_tiles = ceil_divide(plan.chunk, plan.tokens);
+    const int64_t parts = std::clamp<int64_t>(blocks / token_tiles, 1, ceil_divide(C, kTile));
+    plan.part_codes = ceil_divide(ceil_divide(C, parts), kTile) * kTile;
+    plan.parts = ceil_divide(C, plan.part_codes);
+    plan.score_parts = std::clamp<int64_t>(2 * card.multiprocessors / plan.chunk, 1, plan.parts);
+    plan.capacity = plan.scans ? k : std::min(k, plan.part_codes);
+  };
+  cut(2 * card.multiprocessors);
+  // Too large: fewer tokens at a time, and of one token fewer parts.
+  while (plan.chunk > 1 && memory_of(plan, E, k) > SelectTuning::kMostMemory) {
+    plan.chunk = ceil_divide(plan.chunk, 2);
+    cut(2 * card.multiprocessors);
+  }
+  while (plan.parts > 1 && memory_of(plan, E, k) > SelectTuning::kMostMemory) cut(plan.parts / 2);
   return plan;
 }
 
@@ -172,6 +231,13 @@ inline FixedRows take_rows(int64_t rows, int64_t E, Arena& arena) {
   return {width, digits, arena.take<float>(rows)};
 }
 
+// Rows of width E that take_rows is asked for at a time.
+inline int64_t rows_at_once(int64_t rows, int64_t E) {
+  const int64_t most =
+      SelectTuning::kMostMemory / (kDigits * digit_width(E) + 32);  // with a unit, and two ends of 16 bytes
+  return std::min({rows, SelectTuning::kRows, most});
+}
+
 // Sets a job's arrays. Its p and plan are set before, and p.deleted is not null if hits are counted.
 inline void take_memory(SelectJob& job, Arena& arena) {
   SelectParams& p = job.p;
@@ -199,6 +265,18 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   work.lower = arena.take<float>(candidates);
   work.upper = arena.take<float>(candidates);
   work.scored = arena.take<float>(candidates);
+}
+
+inline int64_t memory_of(const SelectPlan& plan, int64_t E, int64_t k) {
+  SelectJob job = {};
+  uint64_t counted = 0;
+  job.plan = plan;
+  job.p.score.E = E;
+  job.p.k = k;
+  job.p.deleted = &counted;
+  Arena arena(nullptr);
+  take_memory(job, arena);
+  return arena.used();
 }
 
 // Calls run(job) for one chunk of the tokens after the other.

@@ -10,7 +10,7 @@ namespace cu_fast {
 namespace {
 
 std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
-  const SelectPlan plan = plan_select(T, C, E, k, has_plane, multiprocessors());
+  const SelectPlan plan = plan_select(T, C, E, k, has_plane, this_card());
   return {plan.scans,    plan.chunk,       plan.parts,        plan.part_codes,
           plan.capacity, plan.score_parts, plan.sample_tiles, plan.rank};
 }

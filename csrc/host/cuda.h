@@ -45,6 +45,16 @@ class OnDevice {
 #endif
 };
 
+// The current device, for plans.
+inline Card this_card() {
+#ifdef CU_FAST_EMULATED
+  return {multiprocessors(), 9, 0};
+#else
+  return {multiprocessors(), device_attribute(cudaDevAttrComputeCapabilityMajor),
+          device_attribute(cudaDevAttrComputeCapabilityMinor)};
+#endif
+}
+
 // Uninitialised, beside another.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
@@ -59,7 +69,7 @@ class SelectMemory {
     check(reinterpret_cast<uintptr_t>(p.scan.plane) % 16 == 0,
           "scan_plane must start at a multiple of 16 bytes");
     job.p = p;
-    job.plan = plan_select(p.score.T, p.score.C, p.score.E, p.k, p.scan.plane != nullptr, multiprocessors());
+    job.plan = plan_select(p.score.T, p.score.C, p.score.E, p.k, p.scan.plane != nullptr, this_card());
     uint64_t wanted = 0;
     job.p.deleted = counts_hits ? &wanted : nullptr;
     Arena count(nullptr);
@@ -90,7 +100,7 @@ class Cuda {
   }
 
   void encode(const EncodeParams& p) const {
-    const int64_t rows = std::min(p.score.T, SelectTuning::kRows);
+    const int64_t rows = rows_at_once(p.score.T, p.score.E);
     Arena count(nullptr);
     take_rows(rows, p.score.E, count);
     const Tensor memory = new_tensor(first_, {count.used()}, ScalarType::Byte);

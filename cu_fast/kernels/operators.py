@@ -1,8 +1,12 @@
 """One declaration per operator: the reference's signature, a fake, and the arguments that are written to.
 
     schema    made of the signature; Triton's operators are defined by it, and a test compares csrc/ops.cpp with it
-    fake      gives the results without data, for torch.compile and meta tensors, of the native library and of Triton
+    fake      gives the results without data, for torch.compile and meta tensors, of the native library, of Triton and of
+              the reference
     writes    the arguments that the operator adds to in place
+
+The reference is registered here, as ``torch.ops.cu_fast_reference.*``, for what torch.compile traces: what Inductor would
+make of its functions fuses products with sums on a GPU, and divides less exactly, which would change results.
 
 Fakes and Triton's functions take one argument, ``a``, which has the operator's arguments by name: ``a.z``, ``a.k``.
 """
@@ -103,3 +107,25 @@ OPERATORS = {
         Operator("pack_scan", _scan_plane),
     )
 }
+
+# What the reference alone has as operators: steps between two of the others.
+STEPS = {
+    operator.name: operator
+    for operator in (
+        Operator("cosine_factor", lambda a: _fp32(a.step, len(a.step))),
+        Operator("l2_bias", lambda a: _fp32(a.step, len(a.step))),
+        Operator("token_scales", lambda a: (_fp32(a.x, len(a.x)), _fp32(a.x, len(a.x)))),
+    )
+}
+
+
+def _register_reference() -> torch.library.Library:
+    library = torch.library.Library("cu_fast_reference", "DEF")
+    for operator in (*OPERATORS.values(), *STEPS.values()):
+        library.define(operator.schema)
+        library.impl(operator.name, getattr(reference, operator.name), "CompositeExplicitAutograd")
+        operator.register_fake("cu_fast_reference", library)
+    return library
+
+
+_library = _register_reference()  # torch removes the operators when this object is freed

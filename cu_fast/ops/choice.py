@@ -108,6 +108,13 @@ def auto_kernels(device: torch.device) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
+def plain(op: str) -> Callable[..., Any]:
+    """A function of the reference; while torch.compile traces, the operator that it does not look into."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.cu_fast_reference, op)
+    return getattr(reference, op)
+
+
 def choose(op: str, impl: Impl, device: torch.device) -> Callable[..., Any]:
     """The function that runs an operator of ``kernels/operators.py``. Every implementation takes the same arguments.
 
@@ -116,5 +123,5 @@ def choose(op: str, impl: Impl, device: torch.device) -> Callable[..., Any]:
     """
     chosen = resolve(impl, device)
     if chosen == "reference":
-        return getattr(reference, op)
+        return plain(op)
     return triton.operator(op) if chosen == "triton" else getattr(torch.ops.cu_fast, op)

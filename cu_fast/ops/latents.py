@@ -22,7 +22,7 @@ from cu_fast.ops.checks import (
     refuse_grad,
     shape,
 )
-from cu_fast.ops.choice import Impl, choose
+from cu_fast.ops.choice import Impl, choose, plain
 from cu_fast.ops.packing import PackedCodes, check_packed
 
 LatentKind = Literal["threshold", "topk"]
@@ -127,7 +127,7 @@ def delete_latents(
 
     def floor_of(x: Tensor) -> tuple[Tensor, Tensor]:
         if scale != "none":
-            x = x.float() * reference.token_scales(x, which, norm)[0][:, None]
+            x = x.float() * plain("token_scales")(x, which, norm)[0][:, None]
         scores, ids, _ = ops.sae_encode(x, enc, activation="none", k=k, impl=impl)
         return scores[:, -1].contiguous(), ids[:, -1].contiguous()
 

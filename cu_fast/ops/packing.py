@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cu_fast.kernels import reference
 from cu_fast.ops.checks import check_choice, check_device, check_matrix, check_vector, refuse_grad, shape
-from cu_fast.ops.choice import auto_kernels, resolve
+from cu_fast.ops.choice import auto_kernels, plain, resolve
 
 Similarity = Literal["cosine", "dot", "l2"]
 Scan = Literal["auto", "int8", "none"]
@@ -101,10 +101,13 @@ def pack_codes(
     refuse_grad("pack_codes", codes=codes, bias=bias)
     if similarity == "l2" and bias is not None:
         raise ValueError("bias is given with similarity 'l2', whose own term takes its place; pass bias=None")
-    pack = torch.ops.cu_fast if _packs_natively(codes.device) else reference
-    digits, step, squares = pack.pack_digits(codes)
-    factor, own = reference.factors(step, squares, similarity)
-    bias = own if bias is None else bias.to(torch.float32, copy=True).contiguous()
+    pack = torch.ops.cu_fast.pack_digits if _packs_natively(codes.device) else plain("pack_digits")
+    digits, step, squares = pack(codes)
+    factor = plain("cosine_factor")(step, squares) if similarity == "cosine" else step
+    if similarity == "l2":
+        bias = plain("l2_bias")(step, squares)
+    elif bias is not None:
+        bias = bias.to(torch.float32, copy=True).contiguous()
     return PackedCodes(digits, factor, bias, E, similarity, _pack_scan(digits, factor, E, scan))
 
 
@@ -144,6 +147,8 @@ def choose_scan(C: int, E: int) -> Literal["int8", "none"]:
 def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
     """How the native kernels would select on the device of the codes: scan or not, and how the work is cut.
 
+    On a GPU also what the plan was decided by: predicted microseconds of both ways, and expected candidates.
+
     Args:
         T: tokens.
         packed: from :func:`pack_codes`.
@@ -159,8 +164,10 @@ def selection_plan(T: int, packed: PackedCodes, k: int) -> str:
     device, scan = packed.factor.device, packed.scan is not None
     impl = resolve("cuda" if device.type == "cuda" else "cpu", device)
     if impl == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        return torch.ops.cu_fast.cuda_selection_plan(T, C, E, k, scan, multiprocessors)
+        card = torch.cuda.get_device_properties(device)
+        return torch.ops.cu_fast.cuda_selection_plan(
+            T, C, E, k, scan, card.multi_processor_count, card.major, card.minor
+        )
     return torch.ops.cu_fast.selection_plan(T, C, E, k, torch.get_num_threads(), scan)
 
 
@@ -176,7 +183,7 @@ def _pack_scan(digits: Tensor, factor: Tensor, E: int, scan: Scan) -> ScanPlane 
         return ScanPlane(*torch.ops.cu_fast.pack_scan(digits, factor, E))
     impl, reason = auto_kernels(device)
     if impl in ("cuda", "triton"):
-        return ScanPlane(*reference.pack_scan(digits, factor, E))
+        return ScanPlane(*plain("pack_scan")(digits, factor, E))
     if scan == "int8":
         raise RuntimeError(f"scan='int8' needs kernels for {device} tensors: {reason or 'there are none'}")
     return None

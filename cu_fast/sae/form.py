@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from cu_fast import ops
-from cu_fast.kernels import reference
 from cu_fast.masks import LatentRows
 from cu_fast.ops.checks import check_choice, check_matrix, shape
+from cu_fast.ops.choice import plain
 
 Kind = ops.LatentKind
 Scale = ops.TokenScale
@@ -247,7 +247,7 @@ class SAE:
 
     def _token_scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(rho, sigma), fp32 [T] each."""
-        return reference.token_scales(x, ops.TOKEN_SCALES.index(self.scale), self.norm)
+        return plain("token_scales")(x, ops.TOKEN_SCALES.index(self.scale), self.norm)
 
     def scaled(self, x: Tensor) -> Tensor:
         """rho x: [T, Din] -> fp32 [T, Din]; x itself where scale is "none"."""

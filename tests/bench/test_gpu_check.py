@@ -17,6 +17,7 @@ import torch
 
 from cu_fast import bench
 from cu_fast.bench.providers import PROVIDERS
+from cu_fast.kernels import native
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -236,29 +237,61 @@ def test_ending_the_script_ends_its_step(check, tmp_path):
 # -- what is predicted -------------------------------------------------------------------------------------------
 
 
-def test_the_predictions_are_those_in_the_documentation_and_in_the_plan():
-    roofline = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "roofline.py")))
+@pytest.fixture
+def roofline():
+    if native.failure() is not None:
+        pytest.skip("the native library was not built")
+    return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "roofline.py")))
+
+
+def test_the_predictions_are_those_in_the_documentation(roofline):
     text = (BENCHMARKS.parent / "docs/gpu.md").read_text()
     assert roofline.table() in text, "put what benchmarks/roofline.py prints into docs/gpu.md"
-    select = (BENCHMARKS.parent / "csrc/cuda/select.h").read_text().split("#else")[1]
-    for name, value in {
-        "kBytes": roofline.MEMORY, "kCached": roofline.CACHE, "kByteProducts": roofline.BYTE_PRODUCTS,
-        "kChunk": roofline.CHUNK, "kSampleShare": roofline.SAMPLE, "kScanStart": roofline.SCAN_START,
-    }.items():  # fmt: skip
-        found = re.search(rf"\b{name} =\s*([\d.e]+)", select)
-        assert found and float(found[1]) == value, (
-            f"{name} in select.h is not what benchmarks/roofline.py predicts with"
-        )
+    first = roofline.table("A100")
+    assert first != roofline.table() and first.count("**") == 2 * len(roofline.CASES)
 
 
-def test_a_prediction_by_hand():
-    roofline = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "roofline.py")))
+def test_rates_are_those_that_plans_are_made_with(roofline):
+    """The plan's own prediction, which the native library makes of the same header, by the kernels' costs."""
     entries = 2048 * 65_536
-    assert roofline.scans(1, 2048, 65_536) and not roofline.scans(1, 512, 25_000)
-    exact = roofline.scored_exactly(1, 2048, 65_536)
-    assert exact.memory == 3 * entries and exact.microseconds == pytest.approx(3 * entries / 3.35e6)
-    scan = roofline.scanned(2048, 2048, 65_536)
-    assert scan.microseconds == pytest.approx(2 * 2048 * entries * 17 / 16 / 600e6)
+    for card in roofline.CARDS:
+        rates = roofline.rates_of(card)
+        made = roofline.plan(4, 2048, 65_536, 64, card)
+        exact = roofline.scored_exactly(4, 2048, 65_536, rates)
+        start = roofline.constant("kExactStart", "select.h")
+        assert made.predicted[1] == pytest.approx(start + exact.microseconds(rates), abs=0.06)
+        made = roofline.plan(2048, 2048, 65_536, 64, card)
+        scan = roofline.scanned(2048, 2048, 65_536, made, card)
+        scored = roofline.candidates_scored(2048, 2048, 65_536, 64, rates)
+        whole = 2 * roofline.constant("kScanStart", "select.h") + (scan._replace(after=0)).microseconds(rates)
+        assert made.scans and made.chunk == 1024 and made.sample == 1 / 16
+        # The plan expects about as many candidates as were counted.
+        assert made.predicted[0] == pytest.approx(whole + scored.microseconds(rates), rel=0.05)
+    assert roofline.rates_of("H100").memory == pytest.approx(0.9 * 3.35e6)
+    assert roofline.rates_of("H100").scan_products == pytest.approx(0.6 * 989e6)
+    assert scan.memory == 2 * entries * 17 / 16
+
+
+def test_a_prediction_by_hand(roofline):
+    entries = 2048 * 65_536
+    made = roofline.plan(256, 2048, 65_536, 64, "H100")
+    scan = roofline.scanned(256, 2048, 65_536, made, "H100")
+    # Four tiles of 64 tokens, each beside 256 tiles of codes and 16 of the sample.
+    assert scan.cache == pytest.approx(4 * (entries + 256 * 64 * 2 * 2048) * 17 / 16)
+    assert scan.after == pytest.approx(4 * 272 * roofline.EPILOGUE_CYCLES / (132 * 1755))
+    assert scan.microseconds(roofline.rates_of("H100")) == pytest.approx(scan.cache / 5.5e6 + scan.after)
+    kernels, launches = roofline.predict("bottleneck, D = 768", 1, 768, 10_000, 8)
+    assert launches == 5 and list(kernels) == ["fix_rows", "sae_encode", "select_exact", "chain", "finish_decode"]
+    assert not roofline.plan(1, 512, 25_000, 8, "H100").scans
+    encode = roofline.scored_exactly(2048, 4096, 4096, roofline.rates_of("H100"))
+    assert encode.arithmetic == pytest.approx(9 * 2048 * 4096**2 / (0.6 * 613e6))
+
+
+@pytest.mark.parametrize("E, C, k", [(2048, 65_536, 64), (512, 25_000, 8)])
+def test_counted_candidates_are_near_the_expected(roofline, E, C, k):
+    text = torch.ops.cu_fast.cuda_selection_plan(2048, C, E, k, True, 132, 9, 0)
+    expected = [float(n) for n in re.search(r"([\d.]+) candidates .* ([\d.]+) of them scored", text).groups()]
+    assert [round(a / b) for a, b in zip(expected, roofline.COUNTED[E, C, k])] == [1, 1]
 
 
 # -- the cells ---------------------------------------------------------------------------------------------------

@@ -16,15 +16,16 @@ from cu_fast import ops
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 
 # What select.h decides by. T: one to four or more tokens share a tile of exact scores, and 4, 8, 32 or 64 one of
-# the scan, which needs some work to be worth it. k: the lists change at 64 and at 512.
+# the scan, which needs some work to be worth it: with a plane there are at least C codes, and as many as it takes.
+# k: the lists change at 64 and at 512.
 # T, E, C, k, dtype, kind of z, kind of codes, share deleted, plane
 SELECTIONS = [
     (1, 40, 300, 5, fp32, "gaussian", "gaussian", None, False),
     (4, 64, 500, 70, bf16, "gaussian", "tied", 0.5, False),
     (17, 33, 301, 20, fp16, "faulty", "gaussian", 0.5, False),
     (3, 48, 1300, 600, fp32, "gaussian", "gaussian", 0.3, False),
-    (3, 520, 36_000, 6, fp32, "gaussian", "gaussian", 0.5, True),
-    (8, 520, 36_000, 6, fp32, "outliers", "gaussian", None, True),
+    (3, 520, 36_000, 6, bf16, "gaussian", "gaussian", 0.5, True),
+    (8, 520, 36_000, 6, bf16, "outliers", "gaussian", None, True),
     (30, 520, 26_000, 20, bf16, "outliers", "mean", 0.5, True),
     (70, 520, 28_000, 65, fp16, "mixed", "mixed", 0.5, True),
     (260, 260, 14_000, 8, fp32, "gaussian", "tied", 0.01, True),
@@ -35,6 +36,7 @@ SELECTIONS = [
 
 def selections() -> None:
     for T, E, C, k, dtype, kind, code_kind, share, scans in SELECTIONS:
+        C = gpu.codes_that_scan(T, E, k, C) if scans else C
         z, codes = hurtful.matrix(T, E, kind, dtype, 1), hurtful.matrix(C, E, code_kind, dtype, 2)
         table, row = (None, None) if share is None else hurtful.masks(T, C, share, 3)
         options = {"k": k, "mask_table": table, "mask_row": row, "return_hits": share is not None}
@@ -71,10 +73,10 @@ def decoders() -> None:
 
 
 def bottlenecks() -> None:
-    for T, C, scan in ((1, 900, "none"), (260, 60_000, "int8")):
+    for T, E, C, scan in ((1, 64, 900, "none"), (260, 256, gpu.codes_that_scan(260, 256, 8, 20_000), "int8")):
         x, W_enc, codes, table = (
             hurtful.matrix(rows, width, "gaussian", bf16, seed)
-            for seed, (rows, width) in enumerate(((T, 48), (64, 48), (C, 64), (C, 530)))
+            for seed, (rows, width) in enumerate(((T, 48), (E, 48), (C, E), (C, 530)))
         )
         packed, mask = ops.pack_codes(codes, scan=scan), hurtful.masks(T, C, 0.5, 5)
         encoder = ops.pack_codes(W_enc, "dot")

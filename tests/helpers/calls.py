@@ -42,7 +42,7 @@ def spread(**given: Any) -> dict[str, Any]:
 
 def cosine(codes: Tensor) -> Tensor:
     """The factors of codes under similarity "cosine"."""
-    return reference.factors(*reference.pack_digits(codes)[1:], "cosine")[0]
+    return reference.cosine_factor(*reference.pack_digits(codes)[1:])
 
 
 def arguments(name: str, **given: Any) -> dict[str, Any]:

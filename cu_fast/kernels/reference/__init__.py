@@ -10,6 +10,9 @@ them changed by a mask.
 
 Unlike the native kernels, PyTorch follows the process's denormal setting: under ``torch.set_flush_denormal(True)`` what
 ``masked_decode`` and ``delete_latents`` add up may differ here. Scores and selections do not.
+
+These functions are for eager PyTorch, which rounds every step. A compiler may fuse a product and a sum, or divide less
+exactly: ``torch.ops.cu_fast_reference`` (``operators.py``) has the same functions as operators that none looks into.
 """
 
 from cu_fast.kernels.reference.codebook import (
@@ -27,11 +30,12 @@ from cu_fast.kernels.reference.fixed import (
     DIGITS,
     LARGEST,
     MOST_WIDTH,
+    cosine_factor,
     digits_of,
-    factors,
     fix_rows,
     integer_dot,
     integers_of,
+    l2_bias,
     scores_of,
 )
 from cu_fast.kernels.reference.latents import MAX_LATENTS, delete_latents
@@ -49,14 +53,15 @@ __all__ = [
     "NO_SCAN",
     "codebook_bottleneck",
     "codebook_quantize",
+    "cosine_factor",
     "delete_latents",
     "digits_of",
-    "factors",
     "fix_rows",
     "integer_dot",
     "integers_of",
     "is_deleted",
     "is_missing",
+    "l2_bias",
     "masked_decode",
     "pack_digits",
     "pack_scan",

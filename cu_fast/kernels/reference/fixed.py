@@ -101,19 +101,22 @@ def _cut(y: Tensor) -> Tensor:
     return torch.where(y.abs() < LEAST, 0.0, y)
 
 
-def factors(step: Tensor, squares: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:
-    """What a code's integer product is multiplied with, and what is added, for a similarity.
+def cosine_factor(step: Tensor, squares: Tensor) -> Tensor:
+    """What a code's integer product is multiplied with for cosine: 1 / sqrt(squares), in which the step cancels.
+
+    For an inner product and for L2 it is the step.
 
     Args:
         step: fp32 [C], of :func:`pack_digits`.
         squares: fp32 [C], of :func:`pack_digits`.
-        similarity: "dot": the step. "cosine": 1 / sqrt(squares), in which the step cancels; 0 for a zero code. "l2": the
-            step, and -0.5 ((squares step) step).
 
     Returns:
-        factor fp32 [C], NaN for a code with NaN or Inf; bias fp32 [C], or None = 0.
+        fp32 [C]; 0 for a zero code, NaN for one with NaN or Inf.
     """
-    if similarity == "cosine":
-        inverse = torch.where(squares == 0, 0.0, 1.0 / root(squares))
-        return torch.where(step.isnan(), step, inverse), None
-    return step, _cut(-0.5 * ((squares * step) * step)) if similarity == "l2" else None
+    inverse = torch.where(squares == 0, 0.0, 1.0 / root(squares))
+    return torch.where(step.isnan(), step, inverse)
+
+
+def l2_bias(step: Tensor, squares: Tensor) -> Tensor:
+    """What is added to a code's product for L2: -0.5 ((squares step) step), fp32 [C]. Arguments as above."""
+    return _cut(-0.5 * ((squares * step) * step))

@@ -54,7 +54,7 @@ def token_scales(x: Tensor, scale: int, norm: float) -> tuple[Tensor, Tensor]:
     x = x.float()
     one = torch.ones(x.shape[0], device=x.device)
     if scale == 0:
-        return one, one
+        return one, one.clone()
     if scale == 1:
         mean = sum16(x) / (one * x.shape[1])
         centred = x - mean[:, None]

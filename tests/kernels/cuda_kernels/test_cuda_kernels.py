@@ -105,8 +105,9 @@ def test_codebook_quantize(
     z = hurtful.strided(hurtful.matrix(T, E, z_kind, z_dtype, seed), layout)
     codes = hurtful.strided(hurtful.matrix(C, E, code_kind, code_dtype, seed + 1), layout)
     other = hurtful.matrix(C, 1, bias_kind, torch.float32, seed + 2)[:, 0]
-    kind = similarity if similarity in ("dot", "l2") else "cosine"
-    factor, bias = reference.factors(*reference.pack_digits(codes)[1:], kind)
+    _, step, squares = reference.pack_digits(codes)
+    factor = step if similarity in ("dot", "l2") else reference.cosine_factor(step, squares)
+    bias = reference.l2_bias(step, squares) if similarity == "l2" else None
     if similarity == "biased":
         bias = other
     elif similarity == "signed":
@@ -337,7 +338,8 @@ def test_rows_and_codes_of_every_size(T):
     codes = codes / codes.abs().amax(1, keepdim=True) * sizes[torch.arange(96) % 12, None]
     for kind in ("dot", "cosine", "l2"):
         digits, step, squares = reference.pack_digits(codes)
-        factor, bias = reference.factors(step, squares, kind)
+        factor = reference.cosine_factor(step, squares) if kind == "cosine" else step
+        bias = reference.l2_bias(step, squares) if kind == "l2" else None
         given = dict(W_digits=digits, W_factor=factor, b_enc=bias, relu=False)
         assert hurtful.equal(emulated("sae_encode", x=z, **given), call("sae_encode", on=reference, x=z, **given))
         given = dict(z=z, digits=digits, factor=factor, bias=bias, k=20, mask=hurtful.masks(T, 96, 0.3, 2))

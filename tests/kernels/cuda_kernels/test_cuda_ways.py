@@ -150,6 +150,16 @@ class TestWays:
                 assert hurtful.equal(bottleneck(**given, receipt=receipt), want)
                 assert torch.equal(receipt, expected) and (not reselect or receipt[1] == got[2].sum())
 
+    def test_memory_that_is_bounded(self):
+        """Wide rows, and many keys: fewer tokens at a time than there are; of the encoder too."""
+        for T, E, C, k, chunk in ((136, 5300, 9, 2, 68), (40, 9, 2000, 2000, 20)):
+            assert plan(T, C, E, k, False)["chunk"] == chunk
+            z, codes = normal(T, E), normal(C, E, seed=1)
+            assert same(select(z, codes, k=k, hits=True), wanted(z, codes, k))
+        x, W_enc = normal(136, 5300), normal(5, 5300, seed=1)
+        given = dict(x=x, W_enc=W_enc, relu=False)
+        assert torch.equal(emulated("sae_encode", **given), call("sae_encode", on=reference, **given))
+
     def test_plans_are_all_taken(self):
         """Of every kind: lists in shared memory or not, one part or several, up to more than a warp's."""
         seen = set()

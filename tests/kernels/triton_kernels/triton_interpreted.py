@@ -103,7 +103,7 @@ def selection(case: Quantize) -> None:
         bias[::50] *= 2.0**41
         bias[7] = torch.inf
     if case.score == "l2":
-        bias = reference.factors(*reference.pack_digits(codes)[1:], "l2")[1]
+        bias = reference.l2_bias(*reference.pack_digits(codes)[1:])
     if case.score == "signed":
         factor = cosine(codes) * noise
     given = dict(z=z, codes=codes, factor=factor, bias=bias, k=case.k, return_hits=case.hits)
