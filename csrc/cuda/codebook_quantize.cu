@@ -19,10 +19,10 @@
 // once.
 
 #include "cuda/finish.h"
-#include "cuda/fixed.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/mask.h"
+#include "cuda/tiles.h"
 
 namespace cu_fast {
 namespace {
@@ -157,7 +157,7 @@ void launch_select_parts(const SelectJob& job, Stream stream) {
   }
   with_tile(job.plan.tokens, [&]<class Tile>(Tile) {
     const Grid2 grid{job.plan.parts, (job.p.score.T + Tile::kTokens - 1) / Tile::kTokens};
-    launch(select_exact<Tile>, grid, kThreads, stream, job);
+    launch(select_exact<Tile>, grid, {kThreads, Tile::kDynamicShared}, stream, job);
   });
 }
 

@@ -9,7 +9,7 @@
 // A warpgroup is four warps, the first a multiple of four. All its threads execute a multiply (wgmma)
 // together. Multiplies are asynchronous. Until wait_multiplies says that one is complete, its d must be
 // neither read nor written, and its a and its shared memory must not be written. Several multiplies into one
-// d may be in flight: they run in order.
+// d may be in flight: they run in order. Two d are the same registers, or have none in common.
 
 #pragma once
 
@@ -61,6 +61,13 @@ CU_FAST_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+// The block's dynamic shared memory (launch.h): one object, uninitialised, 16-byte aligned.
+template <class T>
+CU_FAST_DEVICE T& dynamic_shared_memory() {
+  extern __shared__ __align__(16) unsigned char dynamic_memory[];
+  return *reinterpret_cast<T*>(dynamic_memory);
+}
+
 // Copies `bytes`, a multiple of 16, from global to shared memory asynchronously, both aligned to 16. The
 // barrier counts the bytes as they arrive.
 CU_FAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
@@ -71,7 +78,7 @@ CU_FAST_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint6
       : "memory");
 }
 
-// The descriptor of multiply_tile's b in shared memory, without swizzle. b is made of core matrices of 8
+// The descriptor of a multiply's b in shared memory, without swizzle. b is made of core matrices of 8
 // columns by 16 bytes of k, the columns one after the other. The core matrix of the next 16 bytes of k is
 // `along_k` bytes away, that of the next 8 columns `along_columns`. Both, and the address, are multiples of
 // 16 less than 2^18.
@@ -81,6 +88,12 @@ CU_FAST_DEVICE uint64_t describe_tile(const void* shared, int along_k, int along
          uint64_t{static_cast<uint32_t>(along_columns) >> 4} << 32;
 }
 
+// Makes this thread's writes to shared memory, those of copy_async that it has waited for too, visible to
+// multiplies that are issued behind the next barrier: these read it as asynchronous copies do.
+CU_FAST_DEVICE void fence_writes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Called by the warpgroup before the first multiply of each group: orders it after earlier accesses to its
 // registers.
 CU_FAST_DEVICE void fence_multiplies() {
@@ -88,9 +101,10 @@ CU_FAST_DEVICE void fence_multiplies() {
 }
 // Before the first multiply and after the last wait: the compiler does not know that multiplies in flight still write
 // to d, and must not move a copy of it across.
-CU_FAST_DEVICE void fence_sums(int32_t (&d)[16][4]) {
+template <int kCount>
+CU_FAST_DEVICE void fence_sums(int32_t (&d)[kCount][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     asm volatile("" : "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])::"memory");
   }
 }
@@ -126,6 +140,25 @@ CU_FAST_DEVICE void multiply_tile(int32_t (&d)[16][4], const uint32_t (&a)[4], u
         "+r"(d[12][0]), "+r"(d[12][1]), "+r"(d[12][2]), "+r"(d[12][3]), "+r"(d[13][0]), "+r"(d[13][1]),
         "+r"(d[13][2]), "+r"(d[13][3]), "+r"(d[14][0]), "+r"(d[14][1]), "+r"(d[14][2]), "+r"(d[14][3]),
         "+r"(d[15][0]), "+r"(d[15][1]), "+r"(d[15][2]), "+r"(d[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// The same with a signed and 64 columns, into set `set` of kSets. Sums must fit into d: the emulation checks it.
+template <int kSets>
+CU_FAST_DEVICE void multiply_signed_tile(int32_t (&d)[8][kSets][4], int set, const uint32_t (&a)[4],
+                                         uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1;"
+      : "+r"(d[0][set][0]), "+r"(d[0][set][1]), "+r"(d[0][set][2]), "+r"(d[0][set][3]), "+r"(d[1][set][0]),
+        "+r"(d[1][set][1]), "+r"(d[1][set][2]), "+r"(d[1][set][3]), "+r"(d[2][set][0]), "+r"(d[2][set][1]),
+        "+r"(d[2][set][2]), "+r"(d[2][set][3]), "+r"(d[3][set][0]), "+r"(d[3][set][1]), "+r"(d[3][set][2]),
+        "+r"(d[3][set][3]), "+r"(d[4][set][0]), "+r"(d[4][set][1]), "+r"(d[4][set][2]), "+r"(d[4][set][3]),
+        "+r"(d[5][set][0]), "+r"(d[5][set][1]), "+r"(d[5][set][2]), "+r"(d[5][set][3]), "+r"(d[6][set][0]),
+        "+r"(d[6][set][1]), "+r"(d[6][set][2]), "+r"(d[6][set][3]), "+r"(d[7][set][0]), "+r"(d[7][set][1]),
+        "+r"(d[7][set][2]), "+r"(d[7][set][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 

@@ -13,6 +13,7 @@
 //    16 of 64 entries each, by dot products of four bytes.
 // 3. TensorTile: products of 16 codes, 8 tokens and 32 entries on the tensor cores. Every digit is loaded once
 //    for all nine products. Stages arrive by asynchronous copies while others are multiplied.
+//    Its twin for many tokens on Hopper: fixed_sm90.h. Which tile is chosen: tiles.h.
 // 4. At the end the levels of an output become one int64, which is rounded to fp32 once.
 //
 // Sums of rows beyond T or C are not used.
@@ -129,6 +130,7 @@ struct QuadTile {
   static constexpr int kTokens = kM, kRound = kM;
   static constexpr bool kListsInShared = true;
   static constexpr int kBlocks = 2;  // per multiprocessor
+  static constexpr int kDynamicShared = 0;
   static constexpr int kLoads = kM == 1 ? 4 : 1;
 
   struct Shared {};
@@ -173,6 +175,7 @@ struct TensorTile {
   static constexpr int kTokens = kMTokens, kRound = kTokens < 64 ? kTokens : 64;
   static constexpr bool kListsInShared = kTokens <= 16;
   static constexpr int kBlocks = kTokens <= 16 ? 2 : 1;
+  static constexpr int kDynamicShared = 0;
   static constexpr int kCodeWarps = kTileCodes / (16 * kA), kTokenWarps = kTokens / (8 * kB);
   static_assert(kCodeWarps * kTokenWarps == kWarps, "the warps share the tile");
   static constexpr int kStep = 32, kRows = kTokens + kTileCodes;
@@ -292,19 +295,5 @@ struct TensorTile {
     }
   }
 };
-
-// Calls run(tile) with the tile type that has so many tokens (tile_tokens, cuda/select.h).
-template <class Run>
-void with_tile(int64_t tokens, const Run& run) {
-  if (tokens == 1) {
-    run(QuadTile<1>());
-  } else if (tokens == 4) {
-    run(QuadTile<4>());
-  } else if (tokens == 16) {
-    run(TensorTile<16, 1, 1, 3>());
-  } else {
-    run(TensorTile<128, 2, 4, 2>());
-  }
-}
 
 }  // namespace cu_fast

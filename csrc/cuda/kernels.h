@@ -20,8 +20,7 @@ void launch_select_parts(const SelectJob& job, Stream stream);
 void launch_scan(const SelectJob& job, Stream stream);
 void launch_scan_rows(const SelectJob& job, Stream stream);
 void launch_scan_codes(const SelectJob& job, bool sample, Stream stream);
-// Called by launch_scan_codes for more than 32 tokens, on compute capability 9.0, if the library holds code
-// for 90a.
+// Called by launch_scan_codes for more than 32 tokens, if has_hopper().
 void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream);
 // Runs all chunks, and writes p.scores, p.ids and p.hits.
 void launch_codebook_quantize(const SelectJob& job, Stream stream);
@@ -48,5 +47,8 @@ void launch_codebook_bottleneck(const BottleneckParams& p, Stream stream);
 
 // Whether the library holds machine code for an architecture, like 90a (built.cpp).
 bool built_for(const char* arch);
+// Whether kernels for 90a can run: on compute capability 9.0, if the library holds them (scan_codes.cu).
+// CU_FAST_WGMMA=0 disables them.
+bool has_hopper();
 
 }  // namespace cu_fast

@@ -1,4 +1,5 @@
-// Launches a kernel: launch(kernel, grid, threads, stream, arguments...). Asynchronous.
+// Launches a kernel: launch(kernel, grid, block, stream, arguments...); block: threads, or {threads, bytes of
+// dynamic shared memory}. Asynchronous.
 
 #pragma once
 
@@ -15,6 +16,11 @@ namespace cu_fast {
 
 struct Grid2 {
   int64_t x, y = 1;
+};
+
+struct BlockSize {
+  BlockSize(int threads, int dynamic_shared = 0) : threads(threads), dynamic_shared(dynamic_shared) {}
+  int threads, dynamic_shared;
 };
 
 using Stream = cudaStream_t;
@@ -39,17 +45,23 @@ inline int multiprocessors() {
 // Every kernel calls start_kernel() first, so the next one may be set up before this one ends (programmatic
 // stream serialization, sm_90 and newer).
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid2 grid, int threads, Stream stream,
+void launch(void (*kernel)(Parameters...), Grid2 grid, BlockSize block, Stream stream,
             const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  config.blockDim = dim3(threads);
+  config.blockDim = dim3(block.threads);
+  config.dynamicSmemBytes = block.dynamic_shared;
   config.stream = stream;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  if (block.dynamic_shared > 0) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, block.dynamic_shared),
+        "a kernel's dynamic shared memory");
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not start");
 }
 

@@ -7,11 +7,11 @@
 //   W_digits   [E, 3, W] int8       contiguous
 //   z          [T, E] fp32          contiguous
 //
-// fix_rows, then one tile of tokens and codes per block (cuda/fixed.h).
+// fix_rows, then one tile of tokens and codes per block (cuda/tiles.h).
 
-#include "cuda/fixed.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/tiles.h"
 
 namespace cu_fast {
 namespace {
@@ -46,7 +46,7 @@ void launch_sae_encode(const EncodeParams& p, const FixedRows& rows, Stream stre
     with_tile(tile_tokens(p.score.T, p.score.E), [&]<class Tile>(Tile) {
       const Grid2 grid{(p.score.C + kTileCodes - 1) / kTileCodes,
                        (some.score.T + Tile::kTokens - 1) / Tile::kTokens};
-      launch(sae_encode_tile<Tile>, grid, kThreads, stream, some, rows);
+      launch(sae_encode_tile<Tile>, grid, {kThreads, Tile::kDynamicShared}, stream, some, rows);
     });
   }
 }

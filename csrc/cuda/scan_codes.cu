@@ -115,7 +115,8 @@ void launch_tiles(const SelectJob& job, bool sample, Stream stream) {
   }
 }
 
-// Whether scan_codes_sm90 can run; CU_FAST_WGMMA=0 disables it.
+}  // namespace
+
 bool has_hopper() {
 #ifdef CU_FAST_EMULATED
   return emulated_hopper();
@@ -128,8 +129,6 @@ bool has_hopper() {
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 #endif
 }
-
-}  // namespace
 
 void launch_scan_codes(const SelectJob& job, bool sample, Stream stream) {
   const int64_t T = job.p.score.T;

@@ -50,7 +50,7 @@ extern const Position* position;  // of the running thread
 template <class T>
 inline char type_key = 0;
 
-void* shared_object(const void* key, std::size_t bytes);
+void* shared_object(const void* key, std::size_t bytes, bool dynamic);
 void sync_block(Place place);
 void sync_warp(Place place);
 // Returns the values of all 32 lanes, valid until this lane's next collective.
@@ -106,7 +106,7 @@ template <class T>
 CU_FAST_DEVICE T& shared_memory() {
   static_assert(alignof(T) <= 16 && std::is_trivially_copyable_v<T>,
                 "shared memory is raw bytes, 16-byte aligned");
-  return *static_cast<T*>(emulation::shared_object(&emulation::type_key<T>, sizeof(T)));
+  return *static_cast<T*>(emulation::shared_object(&emulation::type_key<T>, sizeof(T), false));
 }
 
 CU_FAST_DEVICE void sync_block(emulation::Place place = emulation::Place::current()) {

@@ -14,6 +14,11 @@ struct Grid2 {
   int64_t x, y = 1;
 };
 
+struct BlockSize {
+  BlockSize(int threads, int dynamic_shared = 0) : threads(threads), dynamic_shared(dynamic_shared) {}
+  int threads, dynamic_shared;
+};
+
 using Stream = void*;
 
 // The order of threads follows from the seed and the number of launches since it was set.
@@ -35,18 +40,19 @@ namespace emulation {
 
 inline constexpr std::size_t kParameterBytes = 4096;  // CUDA's limit
 
-void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* context);
+void run_grid(Grid2 grid, BlockSize size, void (*body)(const void*), const void* context);
 
 }  // namespace emulation
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid2 grid, int threads, Stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), Grid2 grid, BlockSize size, Stream,
+            const Arguments&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "parameters are copied byte by byte");
   static_assert((sizeof(Parameters) + ... + 0) <= emulation::kParameterBytes,
                 "CUDA passes at most 4096 bytes of kernel parameters");
   const auto body = [&] { kernel(Parameters(arguments)...); };
   const auto run = [](const void* context) { (*static_cast<const decltype(body)*>(context))(); };
-  emulation::run_grid(grid, threads, run, &body);
+  emulation::run_grid(grid, size, run, &body);
 }
 
 }  // namespace cu_fast

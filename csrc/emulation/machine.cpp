@@ -103,6 +103,7 @@ void start_block(Block& block, Grid2 grid, int64_t index, int threads) {
       thread.started = false;
       thread.groups = 0;
       thread.copies.clear();
+      thread.fences = 0;
       thread.stack.prepare(thread.context, thread_main);
     }
     make_ready(warp, ~0u);
@@ -149,10 +150,15 @@ std::string deadlock(const Block& block) {
   return "deadlock";
 }
 
-void check_grid(Grid2 grid, int threads) {
+void check_grid(Grid2 grid, BlockSize size) {
+  const int threads = size.threads;
   const auto refuse = [](const std::string& what) { throw std::runtime_error("cu_fast emulation: " + what); };
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0) {
     refuse("a block of " + std::to_string(threads) + " threads, must be a multiple of 32 up to 1024");
+  }
+  if (size.dynamic_shared < 0 || size.dynamic_shared > static_cast<int>(kMostShared)) {
+    refuse("a block with " + std::to_string(size.dynamic_shared) + " bytes of dynamic shared memory, of " +
+           std::to_string(kMostShared));
   }
   if (grid.x < 1 || grid.x > 0x7fffffff || grid.y < 1 || grid.y > 65535) {
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
@@ -208,10 +214,11 @@ std::string text(Collective kind) {
   return kNames[static_cast<int>(kind)];
 }
 
-void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* context) {
+void run_grid(Grid2 grid, BlockSize size, void (*body)(const void*), const void* context) {
   static thread_local bool launching = false;
   if (launching) throw std::runtime_error("a kernel cannot launch a kernel");
-  check_grid(grid, threads);
+  check_grid(grid, size);
+  const int threads = size.threads;
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   const struct Launching {
@@ -230,6 +237,7 @@ void run_grid(Grid2 grid, int threads, void (*body)(const void*), const void* co
   machine.restless = kRestless[random.below(4)];
   machine.body = body;
   machine.context = context;
+  machine.dynamic_shared = static_cast<std::size_t>(size.dynamic_shared);
   machine.kernel = "its kernel has not called start_kernel";
   machine.failure.clear();
 

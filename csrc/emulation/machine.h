@@ -17,9 +17,11 @@ inline constexpr int kMaxThreads = 1024;
 inline constexpr int kMaxWarps = kMaxThreads / kLanes;
 inline constexpr int kMaxResident = 4;
 inline constexpr std::size_t kSharedBytes = 48 << 10;  // static shared memory of a block, on every GPU
+inline constexpr std::size_t kMostShared = 227 << 10;  // with dynamic shared memory, on Hopper
 inline constexpr std::size_t kMaxObjects = 32;
 inline constexpr std::size_t kGapBytes = 32;  // between objects: a write beyond one is seen
-inline constexpr std::size_t kArenaBytes = kSharedBytes + (kMaxObjects + 1) * (kGapBytes + 16);
+inline constexpr std::size_t kGaps = (kMaxObjects + 1) * (kGapBytes + 16);
+inline constexpr std::size_t kArenaBytes = kMostShared + kGaps;
 
 // Poison: what shared memory holds before it is written. It is NaN in float, bfloat16 and half, a large int32
 // that wins every maximum, and an index beyond every array. No byte of it is zero.
@@ -61,7 +63,14 @@ struct Thread {
   bool started;
   int64_t groups;  // closed so far
   std::vector<Copy> copies;
+  uint32_t fences;  // calls of fence_writes
   Stack stack;
+};
+
+// Who wrote 16 bytes by copy_async, and its calls of fence_writes before: equal to those now, there was none since.
+struct Landed {
+  const Thread* thread;
+  uint32_t fences;
 };
 
 // Masks have one bit per lane. A lane is ready, waits at a collective or at the block's barrier, has ended,
@@ -96,6 +105,7 @@ struct Block {
   Object objects[kMaxObjects];
   Warp warps[kMaxWarps];
   alignas(64) unsigned char arena[kArenaBytes];
+  Landed landed[kArenaBytes / 16];
 };
 
 struct Machine {
@@ -107,6 +117,7 @@ struct Machine {
   Random random;
   void (*body)(const void*);
   const void* context;
+  std::size_t dynamic_shared;   // bytes, of the launch
   std::string kernel, failure;  // kernel: from start_kernel's place
   std::unique_ptr<Block> blocks[kMaxResident];
 };
@@ -144,6 +155,8 @@ void poison_shared(Block& block);
 // Whether nothing was written beyond the block's objects.
 bool gaps_unwritten(const Block& block);
 void check_ended_copies(const Thread& thread);
+// Whether none of 128 bytes was written by a copy_async that its thread has not fenced since.
+bool fenced(const Block& block, const unsigned char* at);
 // Whether the bytes are within one of the block's objects.
 bool within_objects(const Block& block, const void* at, std::size_t bytes);
 void fill_with_poison(unsigned char* at, std::size_t bytes);
@@ -153,6 +166,7 @@ void multiply_fragments(const Warp& warp);
 // The same with a signed. Returns whether every sum fits into its int32.
 bool multiply_signed_fragments(const Warp& warp);
 void multiply(const uint8_t (&a)[16][32], const int8_t (&b)[8][32], int32_t (&sums)[16][8]);
+void multiply(const int8_t (&a)[16][32], const int8_t (&b)[8][32], int32_t (&sums)[16][8]);
 
 // hopper.cpp and hopper_multiply.cpp. Forgets all barriers, copies and multiplies of a block; of all blocks
 // if null.

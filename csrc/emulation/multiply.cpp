@@ -60,6 +60,11 @@ void multiply(const uint8_t (&a)[kRows][kDepth], const int8_t (&b)[kColumns][kDe
   multiply_any(a, b, sums);
 }
 
+void multiply(const int8_t (&a)[kRows][kDepth], const int8_t (&b)[kColumns][kDepth],
+              int32_t (&sums)[kRows][kColumns]) {
+  multiply_any(a, b, sums);
+}
+
 void multiply_fragments(const Warp& warp) {
   multiply_registers<uint8_t>(warp);
 }

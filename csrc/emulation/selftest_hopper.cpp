@@ -25,10 +25,30 @@ struct Tile {
   alignas(16) unsigned char bytes[kBytes];
 };
 
+// The two kinds of multiply, and their accumulators.
+struct Unsigned {
+  struct Sums {
+    int32_t of[16][4];
+  };
+  static void multiply(Sums& d, const uint32_t (&a)[4], uint64_t b, emulation::Place place) {
+    multiply_tile(d.of, a, b, place);
+  }
+};
+// Into set 1 of 2; set 0 must stay as it is.
+struct Signed {
+  struct Sums {
+    int32_t of[8][2][4];
+  };
+  static void multiply(Sums& d, const uint32_t (&a)[4], uint64_t b, emulation::Place place) {
+    multiply_signed_tile(d.of, 1, a, b, place);
+  }
+};
+
 // Two multiplies into one accumulator, and one into another. In d [4, threads, 16, 4] it leaves the first
 // accumulator before wait_multiplies, after the first multiply and after both, and the other accumulator. a
 // [2, threads, 4]: registers of both. b: what shared memory holds; `first` and `second`: where each tile
 // begins.
+template <class Kind>
 CU_FAST_KERNEL(1024, 1)
 multiply_kernel(int threads, const uint32_t* a, const unsigned char* b, int first, int second, int along_k,
                 int along_columns, int32_t* d) {
@@ -37,32 +57,34 @@ multiply_kernel(int threads, const uint32_t* a, const unsigned char* b, int firs
   const int t = thread_index();
   for (int i = t; i < kBytes; i += threads) tile.bytes[i] = b[i];
   uint32_t factors[2][4];
-  int32_t sums[16][4], others[16][4];
+  typename Kind::Sums sums, others;
   std::memcpy(factors[0], a + t * 4, sizeof(factors[0]));
   std::memcpy(factors[1], a + (threads + t) * 4, sizeof(factors[1]));
-  std::memcpy(sums, d + t * 64, sizeof(sums));
-  std::memcpy(others, d + (3 * threads + t) * 64, sizeof(others));
+  std::memcpy(&sums, d + t * 64, sizeof(sums));
+  std::memcpy(&others, d + (3 * threads + t) * 64, sizeof(others));
+  fence_writes();
   sync_block();
+  const auto place = [](emulation::Place here = emulation::Place::current()) { return here; };
   fence_multiplies();
-  multiply_tile(sums, factors[0], describe_tile(tile.bytes + first, along_k, along_columns));
-  multiply_tile(others, factors[1], describe_tile(tile.bytes + first, along_k, along_columns));
+  Kind::multiply(sums, factors[0], describe_tile(tile.bytes + first, along_k, along_columns), place());
+  Kind::multiply(others, factors[1], describe_tile(tile.bytes + first, along_k, along_columns), place());
   commit_multiplies();
   fence_multiplies();
-  multiply_tile(sums, factors[1], describe_tile(tile.bytes + second, along_k, along_columns));
+  Kind::multiply(sums, factors[1], describe_tile(tile.bytes + second, along_k, along_columns), place());
   commit_multiplies();
-  std::memcpy(d + t * 64, sums, sizeof(sums));
+  std::memcpy(d + t * 64, &sums, sizeof(sums));
   wait_multiplies<1>();
-  std::memcpy(d + (threads + t) * 64, sums, sizeof(sums));
-  std::memcpy(d + (3 * threads + t) * 64, others, sizeof(others));
+  std::memcpy(d + (threads + t) * 64, &sums, sizeof(sums));
+  std::memcpy(d + (3 * threads + t) * 64, &others, sizeof(others));
   wait_multiplies<0>();
-  std::memcpy(d + (2 * threads + t) * 64, sums, sizeof(sums));
+  std::memcpy(d + (2 * threads + t) * 64, &sums, sizeof(sums));
 }
 
-void multiply_twice(Array<uint32_t> a, Array<uint8_t> b, int first, int second, int along_k,
+void multiply_twice(bool is_signed, Array<uint32_t> a, Array<uint8_t> b, int first, int second, int along_k,
                     int along_columns, Array<int32_t> d) {
   const int threads = static_cast<int>(a.shape(1));
-  launch(multiply_kernel, {1}, threads, nullptr, threads, a.data(), b.data(), first, second, along_k,
-         along_columns, d.mutable_data());
+  launch(is_signed ? multiply_kernel<Signed> : multiply_kernel<Unsigned>, {1}, threads, nullptr, threads,
+         a.data(), b.data(), first, second, along_k, along_columns, d.mutable_data());
 }
 
 // Thread 0 sends pieces of 48 bytes through a ring of two places, two copies per piece; all other threads
@@ -141,12 +163,21 @@ constexpr const char* kMisuses[] = {
     "from shared",       "to outside",        "copies overlap",  "not waited for",    "barrier outside",
     "no multiply fence", "swizzle",           "tile outside",    "lanes differ",      "warps differ",
     "a warp less",       "places differ",     "not ended",       "not committed",     "a changed",
-    "d changed",         "b changed",         "b on its way",    "described by 8",
+    "d changed",         "b changed",         "b on its way",    "described by 8",    "writes not fenced",
+    "fenced before",     "signed overflow",   "dynamic beyond",  "static beyond",
 };
 
 struct Arena {
   alignas(16) unsigned char tile[8192];
   uint64_t barrier[4];
+};
+
+// Beyond what the launch, or a block beside its dynamic memory, has.
+struct Dynamic {
+  alignas(16) unsigned char of[1040];
+};
+struct Static {
+  alignas(16) unsigned char of[3072];
 };
 
 // Thread 37, or the warpgroup, does what the name says. global: 8 KiB.
@@ -188,6 +219,17 @@ CU_FAST_KERNEL(1024, 1) misuse_kernel(int which, const unsigned char* global) {
   if (name == "not waited for") return;
   if (name != "b on its way" && name != "wrong parity") sync_block();
 
+  if (chosen && name == "dynamic beyond") dynamic_shared_memory<Dynamic>();
+  if (chosen && name == "static beyond") shared_memory<Static>();
+  if (name == "writes not fenced" || name == "fenced before") {
+    if (chosen) copy_async(arena.tile + 112, global, true);
+    if (name == "fenced before") fence_writes();
+    commit_copies();
+    wait_copies<0>();
+    if (!chosen) fence_writes();
+    sync_block();
+  }
+
   int32_t d[16][4] = {};
   uint32_t a[4] = {1, 2, 3, 4};
   uint64_t b = describe_tile(arena.tile, name == "described by 8" ? 8 : 128, 256);
@@ -198,6 +240,14 @@ CU_FAST_KERNEL(1024, 1) misuse_kernel(int which, const unsigned char* global) {
   if (name == "warps differ" && warp_index() == 2) b -= uint64_t{128 >> 4} << 32;
   if (name == "a warp less" && warp_index() == 2) return;
   if (name != "no multiply fence") fence_multiplies();
+  int32_t full[8][1][4] = {};
+  if (name == "signed overflow") {
+    full[7][0][3] = chosen ? 0x7fffffff : 0;
+    for (int i = thread_index(); i < 8192; i += 128) arena.tile[i] = 1;
+    fence_writes();
+    sync_block();
+    multiply_signed_tile(full, 0, a, b);
+  }
   if (name == "places differ" && warp_index() == 1) {
     multiply_tile(d, a, b);
   } else {
@@ -215,7 +265,8 @@ void misuse(const std::string& name) {
   for (int i = 0; i < static_cast<int>(std::size(kMisuses)); ++i) {
     if (name != kMisuses[i]) continue;
     alignas(16) static unsigned char global[8192] = {};
-    return launch(misuse_kernel, {1}, 128, nullptr, i, static_cast<const unsigned char*>(global));
+    const int dynamic = name == "dynamic beyond" ? 1024 : name == "static beyond" ? 216 << 10 : 0;
+    return launch(misuse_kernel, {1}, {128, dynamic}, nullptr, i, static_cast<const unsigned char*>(global));
   }
   throw std::invalid_argument("no such misuse: " + name);
 }

@@ -1,5 +1,6 @@
 // Shared memory, and the copies in flight to it; interface: device.h.
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -11,6 +12,11 @@ namespace {
 bool within(const void* at, std::size_t bytes, const unsigned char* begin, std::size_t length) {
   const auto from = reinterpret_cast<uintptr_t>(begin), p = reinterpret_cast<uintptr_t>(at);
   return p >= from && p + bytes <= from + length;
+}
+
+// Of the arena that the launch needs: the rest stays as it is.
+std::size_t arena_bytes() {
+  return machine.dynamic_shared == 0 ? kSharedBytes + kGaps : kArenaBytes;
 }
 
 bool aligned(const void* at) {
@@ -33,8 +39,9 @@ bool within_objects(const Block& block, const void* at, std::size_t bytes) {
 
 void poison_shared(Block& block) {
   CU_FAST_PERMIT(block.arena, kArenaBytes);
-  fill_with_poison(block.arena, kArenaBytes);
+  fill_with_poison(block.arena, arena_bytes());
   CU_FAST_FORBID(block.arena, kArenaBytes);
+  std::fill_n(block.landed, arena_bytes() / 16, Landed{});
   block.objects_count = block.shared_bytes = 0;
 }
 
@@ -53,10 +60,10 @@ bool gaps_unwritten(const Block& block) {
     at = object.begin + object.bytes;
     at += at % sizeof(kPoison);
   }
-  return unwritten(kArenaBytes);
+  return unwritten(arena_bytes());
 }
 
-void* shared_object(const void* key, std::size_t bytes) {
+void* shared_object(const void* key, std::size_t bytes, bool dynamic) {
   if (!machine.running) fail("shared_memory", nullptr);
   Block& block = *machine.running->warp->block;
   std::size_t begin = kGapBytes;
@@ -67,13 +74,18 @@ void* shared_object(const void* key, std::size_t bytes) {
   }
   begin = (begin + 15) / 16 * 16;
   const std::size_t rounded = (bytes + 15) / 16 * 16;
-  if (block.shared_bytes + rounded > kSharedBytes || block.objects_count == kMaxObjects) {
-    fail("wants " + std::to_string(block.shared_bytes + rounded) + " bytes of shared memory for " +
-             std::to_string(block.objects_count + 1) + " objects; a block has " +
-             std::to_string(kSharedBytes),
+  if (dynamic && rounded > machine.dynamic_shared) {
+    fail("wants " + std::to_string(rounded) + " bytes of dynamic shared memory, launched with " +
+             std::to_string(machine.dynamic_shared),
          nullptr);
   }
-  block.shared_bytes += rounded;
+  if (!dynamic) block.shared_bytes += rounded;
+  const std::size_t most = std::min(kSharedBytes, kMostShared - machine.dynamic_shared);
+  if (block.shared_bytes > most || block.objects_count == kMaxObjects) {
+    fail("wants " + std::to_string(block.shared_bytes) + " bytes of shared memory for " +
+             std::to_string(block.objects_count + 1) + " objects; a block has " + std::to_string(most),
+         nullptr);
+  }
   block.objects[block.objects_count++] = {key, begin, bytes};
   CU_FAST_PERMIT(block.arena + begin, bytes);
   return block.arena + begin;
@@ -115,8 +127,16 @@ void wait_copies(int pending) {
       fail("copy_async from memory that was written before the copy had landed", &copy.place);
     }
     std::memcpy(copy.to, copy.bytes, 16);
+    Block& block = *thread.warp->block;
+    block.landed[(static_cast<unsigned char*>(copy.to) - block.arena) / 16] = {&thread, thread.fences};
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(landed));
+}
+
+bool fenced(const Block& block, const unsigned char* at) {
+  const Landed* const landed = block.landed + (at - block.arena) / 16;
+  return std::none_of(landed, landed + 8,
+                      [](const Landed& copy) { return copy.thread && copy.fences == copy.thread->fences; });
 }
 
 void check_ended_copies(const Thread& thread) {

@@ -35,9 +35,9 @@ def test_every_kernel_that_ships_has_run():
     for name, given in every_operator(3, 40, 300, 4, scan=False).items():
         if name in HOME:  # packing has no kernel: it is the reference, on a GPU
             emulated(name, **given)
-    for T in (1, 3, 30, 70):
-        emulated("sae_encode", x=normal(T, 24), W_enc=normal(40, 24), relu=True)
-        select(normal(T, 40), codes)
+    for T, wgmma in ((1, True), (3, True), (30, True), (70, False), (70, True)):
+        emulated("sae_encode", x=normal(T, 24), W_enc=normal(40, 24), relu=True, wgmma=wgmma)
+        select(normal(T, 40), codes, wgmma=wgmma)
         deleted(deletions.deletion(T, 24, 40, 9))
     for T, wgmma in ((4, True), (8, True), (32, True), (40, False), (73, True)):
         select(normal(T, 40), codes, scan=plane_of(codes), wgmma=wgmma)
@@ -58,7 +58,7 @@ class TestEnds:
     """Shapes that end where their memory ends, and are no multiple of anything. The address sanitizer sees each byte."""
 
     @pytest.mark.parametrize("dtype", hurtful.DTYPES)
-    @pytest.mark.parametrize("T, E, D", [(1, 1, 39), (3, 31, 37), (5, 33, 38), (17, 67, 39)])
+    @pytest.mark.parametrize("T, E, D", [(1, 1, 39), (3, 31, 37), (5, 33, 38), (17, 67, 39), (70, 67, 65)])
     @layouts
     def test_encode(self, layout, T, E, D, dtype):
         x, W_enc = layout(normal(T, D).to(dtype)), layout(normal(E, D, seed=1).to(dtype))

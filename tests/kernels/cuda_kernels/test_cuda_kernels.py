@@ -317,10 +317,12 @@ def test_digits_at_their_limits(T, E, signs):
     C = 20 if E > 100 else 70
     z, digits = extreme(T, E, C, signs)
     given = dict(digits=digits, factor=1e-7 * normal(C, seed=1))
-    kernels()
-    got = emulated("sae_encode", x=z, W_digits=digits, W_factor=given["factor"])
-    assert ("sae_encode_tile<TensorTile" in str(kernels())) == (T > 4 and E <= 43648)
-    assert torch.equal(got, call("sae_encode", on=reference, x=z, W_digits=digits, W_factor=given["factor"]))
+    want = call("sae_encode", on=reference, x=z, W_digits=digits, W_factor=given["factor"])
+    for wgmma in (False, True):
+        kernels()
+        assert torch.equal(emulated("sae_encode", x=z, W_digits=digits, W_factor=given["factor"], wgmma=wgmma), want)
+        tile = "QuadTile" if T <= 4 or E > 43648 else "WarpgroupTile" if T > 64 and wgmma else "TensorTile"
+        assert f"sae_encode_tile<{tile}" in str(kernels())
     want = call("codebook_quantize", on=reference, z=z, **given, k=8, return_hits=True)
     assert same(emulated("codebook_quantize", z=z, **given, k=8, return_hits=True), want)
     given |= dict(zip(("scan_plane", "scan_terms", "scan_mean"), reference.pack_scan(*given.values(), E)))

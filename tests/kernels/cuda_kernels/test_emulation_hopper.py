@@ -1,5 +1,5 @@
 """The twins of Hopper's intrinsics (csrc/emulation/hopper.h) against what each is specified to do and must refuse; and
-the scan that uses them against the one that does not."""
+the kernels that use them against those that do not."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def registers_of_a(a):
 
 
 def matrix_of_d(registers):
-    """[64, 128] from [128, 64] registers."""
-    d = np.zeros((64, 128), np.int32)
+    """[64, 128] from [128, 64] registers, [64, 64] from [128, 32]."""
+    d = np.zeros((64, 2 * registers.shape[1]), np.int32)
     for thread in range(128):
         warp, group, in_group = thread // 32, thread % 32 >> 2, thread % 4
-        for i in range(64):
+        for i in range(registers.shape[1]):
             d[16 * warp + group + 8 * (i >> 1 & 1), 8 * (i >> 2) + in_group * 2 + (i & 1)] = registers[thread, i]
     return d
 
 
 def place_tile(memory, b, begin, along_k, along_columns):
-    """[128, 32] signed bytes into shared memory, K-major without swizzle: core matrices of 8 columns by 16 bytes."""
-    for column in range(128):
+    """[N, 32] signed bytes into shared memory, K-major without swizzle: core matrices of 8 columns by 16 bytes."""
+    for column in range(len(b)):
         for k in range(32):
             at = begin + column // 8 * along_columns + k // 16 * along_k + column % 8 * 16 + k % 16
             memory[at] = b[column, k].view(np.uint8)
@@ -57,25 +57,34 @@ def wrapped(x):
     return x.astype(np.uint64).astype(np.uint32).view(np.int32)
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "first, second, along_k, along_columns",
     [(0, 256, 128, 512), (256, 0, 128, 512), (16, 4096 + 16, 2048, 128), (1024, 13 * 1024, 144, 320)],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_multiply(machine, seed, groups, first, second, along_k, along_columns):
+def test_multiply(machine, seed, groups, first, second, along_k, along_columns, signed):
+    """u8 s8 of 128 columns, sums modulo 2^32; s8 s8 of 64, sums that fit, into one of two sets of accumulators."""
     machine.set_seed(seed)
     random = np.random.default_rng(seed)
     a = random.integers(0, 256, (2, groups, 64, 32), np.uint8)
-    b = random.integers(-128, 128, (2, 128, 32), np.int8)
-    a[0, 0, :2], b[0, :2] = 255, -128  # the largest sums
-    d = random.integers(-(2**31), 2**31, (4, groups * 128, 64), np.int32)
+    b = random.integers(-128, 128, (2, 64 if signed else 128, 32), np.int8)
+    a[0, 0, :2], b[0, :2] = 128 if signed else 255, -128  # the largest sums
+    largest = 2**31 - 2 * 32 * 2**14 if signed else 2**31
+    d = random.integers(-largest, largest, (4, groups * 128, 64), np.int32)
     memory = random.integers(0, 256, machine.BYTES, np.uint8)
     place_tile(memory, b[0], first, along_k, along_columns)
     place_tile(memory, b[1], second, along_k, along_columns)
     registers = np.concatenate([registers_of_a(m) for m in a.reshape(-1, 64, 32)]).reshape(2, groups * 128, 4)
     out = d.copy()
-    machine.multiply(registers, memory, first, second, along_k, along_columns, out)
+    machine.multiply(signed, registers, memory, first, second, along_k, along_columns, out)
+    if signed:  # [4, threads, 8, 2, 4]: set 1 is multiplied into, set 0 stays
+        sets, before = (x.reshape(4, -1, 8, 2, 4) for x in (out, d))
+        assert np.array_equal(sets[0], before[0]) and np.array_equal(sets[3, ..., 0, :], before[3, ..., 0, :])
+        assert all(np.array_equal(sets[i, ..., 0, :], before[0, ..., 0, :]) for i in (1, 2))
+        out, d = (x[..., 1, :].reshape(4, -1, 32) for x in (sets, before))
+        a = a.view(np.int8)
     for group in range(groups):
         mine = slice(128 * group, 128 * group + 128)
         a0, a1 = a[:, group].astype(np.int64)
@@ -139,6 +148,11 @@ REFUSED = {
     "b changed": "shared memory changed while this multiply_tile read it",
     "b on its way": "shared memory changed while this multiply_tile read it",
     "described by 8": "describe_tile: must be multiples of 16",
+    "writes not fenced": "multiply_tile reads what copy_async wrote, without fence_writes in between",
+    "fenced before": "multiply_tile reads what copy_async wrote, without fence_writes in between",
+    "signed overflow": "multiply_signed_tile with a sum beyond int32",
+    "dynamic beyond": "thread 37 .*wants 1040 bytes of dynamic shared memory, launched with 1024",
+    "static beyond": "thread 37 .*wants 11296 bytes of shared memory for 2 objects; a block has 11264",
 }
 # Whether these are seen is a matter of when the copy lands, or which thread comes first.
 SOMETIMES = {"not initialised", "wrong parity", "b on its way", "not waited for"}
@@ -233,3 +247,47 @@ def test_codebook_quantize(seed, T, E, C, k, multiprocessors):
         emulated.set_seed(seed)
         emulated.set_wgmma(chosen)
         assert all(map(hurtful.equal, call("codebook_quantize", on=emulated, **given), wanted))
+
+
+# -- exact scores ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", hurtful.DTYPES)
+@pytest.mark.parametrize(
+    "T, D, E",  # a tile is 128 tokens and 64 codes; a stage is 64 entries, and the sixth is where the first was
+    [(65, 1, 64), (127, 63, 1), (128, 64, 65), (129, 65, 63), (136, 449, 70), (137, 320, 128), (280, 150, 40)],
+)
+def test_sae_encode(T, D, E, dtype):
+    seed = T + D
+    layout = hurtful.LAYOUTS[(seed + dtype.itemsize) % len(hurtful.LAYOUTS)]
+    given = dict(
+        x=hurtful.strided(hurtful.matrix(T, D, "faulty" if seed % 2 else "gaussian", dtype, seed), layout),
+        W_enc=hurtful.strided(hurtful.matrix(E, D, "gaussian", dtype, seed + 1), layout),
+        b_enc=hurtful.matrix(1, E, "gaussian", dtype, seed + 2)[0] if T % 3 else None,
+        b_pre=hurtful.matrix(1, D, "gaussian", dtype, seed + 3)[0] if E % 2 else None,
+        relu=D % 2 == 0,
+    )
+    wanted = call("sae_encode", on=reference, **given)
+    emulated = emulation.load()
+    emulated.set_wgmma(True)
+    emulated.launched()
+    for again in range(3):
+        emulated.set_seed(seed + again)
+        assert hurtful.equal(call("sae_encode", on=emulated, **given), wanted)
+    assert "TensorTile" not in emulated.launched()
+
+
+@pytest.mark.parametrize("T, E, C, k", [(65, 64, 64, 5), (128, 33, 300, 12), (136, 400, 65, 20), (150, 70, 129, 9)])
+def test_every_code_scored(T, E, C, k):
+    emulated = emulation.load()
+    given = problem(T, T, E, C) | dict(k=k, scan=None, mask=hurtful.masks(T, C, 0.3, T), return_hits=True)
+    given["z"][[3, T - 1], E // 2] = torch.nan
+    wanted = call("codebook_quantize", on=reference, **given)
+    for chosen in (False, True, True):
+        for multiprocessors in (1, 40):
+            emulated.set_seed(T + chosen)
+            emulated.set_multiprocessors(multiprocessors)
+            emulated.set_wgmma(chosen)
+            emulated.launched()
+            assert all(map(hurtful.equal, call("codebook_quantize", on=emulated, **given), wanted))
+            assert ("WarpgroupTile" in emulated.launched()) == chosen
