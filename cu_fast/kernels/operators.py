@@ -114,6 +114,9 @@ STEPS = {
     for operator in (
         Operator("cosine_factor", lambda a: _fp32(a.step, len(a.step))),
         Operator("l2_bias", lambda a: _fp32(a.step, len(a.step))),
+        Operator(
+            "code_changes", lambda a: (_fp32(a.scores, *a.ids.shape), a.ids.new_empty(a.ids.shape, dtype=torch.bool))
+        ),
         Operator("token_scales", lambda a: (_fp32(a.x, len(a.x)), _fp32(a.x, len(a.x)))),
     )
 }

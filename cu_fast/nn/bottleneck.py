@@ -154,7 +154,9 @@ class CodebookBottleneck(TrainingPath):
         """x without what the deleted codes among each token's k decode to (contract, section 9)."""
         self._check_folded()
         scores, ids, _ = self._select(x, self.config.k)
-        change, deleted = _changes(ids, scores, self.config, masks, mask_row)
+        score_weights, mean = self.config.weight == "score", self.config.weight == "mean"
+        changes = ops.choice.plain("code_changes")
+        change, deleted = changes(ids, scores, *masks, mask_row, self.config.num_codes, score_weights, mean)
         # A row with NaN or Inf has no ids, and the weight NaN, which makes its row NaN.
         ids = torch.where(deleted, ids, -1)
         if self.folded.table is None:
@@ -364,25 +366,6 @@ class CodebookBottleneck(TrainingPath):
         book.counts = book.counts[kept.to(book.counts.device)]
         self.train(self.training)
         return kept
-
-
-def _changes(
-    ids: Tensor, scores: Tensor, config: BottleneckConfig, masks: ops.LatentMasks, mask_row: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What masks add to the weight of each kept code, fp32 [T, k], and which codes they change, bool [T, k]."""
-    row = mask_row.long().clamp(0, len(masks.latents) - 1)
-    listed = masks.latents[row]
-    listed = torch.where(listed < 0, config.num_codes, listed).contiguous()  # the end of a list sorts behind every code
-    place = torch.searchsorted(listed, ids.contiguous()).clamp(max=listed.shape[1] - 1)
-    masked = (mask_row >= 0)[:, None]
-    faulty = reference.is_missing(masks.latents, mask_row)[:, None] | (masked & scores.isnan())
-    deleted = (listed.gather(1, place) == ids) & (ids >= 0) & masked
-    weight = torch.relu(scores) if config.weight == "score" else torch.ones_like(scores)
-    if config.weight == "mean":
-        weight = weight / config.k
-    gain, clamp, _ = masks.change[row].gather(1, place[..., None].expand(-1, -1, 3)).unbind(2)
-    change = torch.where(deleted, (gain * weight + clamp) - weight, 0.0)
-    return torch.where(faulty, torch.nan, change), deleted
 
 
 def refuse_gradient(x: Tensor, y: Tensor) -> Tensor:

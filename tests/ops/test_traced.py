@@ -85,6 +85,8 @@ def cases(device):
         "delete_latents": lambda: ops.delete_latents(z, latents("threshold", "constant_norm"), *deletion, **how),
         "token_scales": lambda: ops.delete_latents(z, latents("topk", "layer_norm"), *deletion, **how),
     }
+    arguments = ids, normal(T, K, seed=10).to(device), *deletion[0], deletion[1], C, True, True
+    made["code_changes"] = lambda: ops.choice.plain("code_changes")(*arguments)
     if device == "meta":  # on a CPU the native library packs
         made["pack_digits"] = lambda: ops.pack_codes(codes, "dot")[:3]
         made["cosine_factor"] = lambda: ops.pack_codes(codes)[:3]
@@ -134,6 +136,9 @@ def test_opcheck(name, mask):
     """Schemas, fakes, and that no result shares memory with an argument."""
     steps = reference.pack_digits(normal(C, E))[1:]
     given = {"cosine_factor": [steps], "l2_bias": [steps], "token_scales": [(normal(T, E), n, 2.0) for n in range(3)]}
+    listed, row = torch.tensor([[1, 4, -1]], dtype=torch.int32), torch.tensor([0, -1, 0], dtype=torch.int32)
+    kept = torch.tensor([[4, 0], [3, 1], [-1, 2]], dtype=torch.int32), normal(3, 2), listed, normal(1, 3, 3), row
+    given["code_changes"] = [(*kept, C, True, False), (*kept, C, False, True)]
     operator = getattr(torch.ops.cu_fast_reference, name).default
     for arguments in given.get(name, []):
         torch.library.opcheck(operator, arguments)

@@ -38,7 +38,7 @@ from cu_fast.kernels.reference.fixed import (
     l2_bias,
     scores_of,
 )
-from cu_fast.kernels.reference.latents import MAX_LATENTS, delete_latents
+from cu_fast.kernels.reference.latents import MAX_LATENTS, code_changes, delete_latents
 from cu_fast.kernels.reference.packing import pack_digits, pack_scan
 from cu_fast.kernels.reference.scales import LANES, LAYER_NORM_EPS, root, sum16, token_scales
 
@@ -51,6 +51,7 @@ __all__ = [
     "MAX_LATENTS",
     "MOST_WIDTH",
     "NO_SCAN",
+    "code_changes",
     "codebook_bottleneck",
     "codebook_quantize",
     "cosine_factor",

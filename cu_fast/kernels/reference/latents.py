@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cu_fast.kernels.reference.codebook import is_missing
 from cu_fast.kernels.reference.fixed import fix_rows, integer_dot, integers_of, scores_of
 from cu_fast.kernels.reference.scales import root, sum16, token_scales
 
@@ -135,3 +136,44 @@ def _delete(
     y = torch.where((hits > 0)[:, None], (kept + delta).to(residual.dtype), residual)
     y = torch.where(faulty[:, None], torch.nan, y).to(residual.dtype)
     return y, hits, torch.where(faulty, torch.nan, torch.where(hits > 0, dose, 0.0))
+
+
+def code_changes(
+    ids: Tensor,
+    scores: Tensor,
+    mask_latents: Tensor,
+    mask_change: Tensor,
+    mask_row: Tensor,
+    num_codes: int,
+    score_weights: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """What masks of codes add to the weight of each code that a token keeps.
+
+    Args:
+        ids: int32 [T, k], -1 = none.
+        scores: fp32 [T, k].
+        mask_latents: int32 [U, M], codes in ascending order; -1 ends a list.
+        mask_change: fp32 [U, M, 3], gain, clamp and idle; idle is not looked at.
+        mask_row: int32 [T], -1 = nothing deleted.
+        num_codes: C.
+        score_weights: a code's weight is relu(score); else 1.
+        mean: a weight is divided by k.
+
+    Returns:
+        fp32 [T, k], 0 where nothing changes, NaN in a token whose row does not exist, or whose scores are NaN under a mask;
+        bool [T, k], which codes are changed.
+    """
+    row = mask_row.long().clamp(0, len(mask_latents) - 1)
+    listed = mask_latents[row]
+    listed = torch.where(listed < 0, num_codes, listed).contiguous()  # the end of a list sorts behind every code
+    place = torch.searchsorted(listed, ids.contiguous()).clamp(max=listed.shape[1] - 1)
+    masked = (mask_row >= 0)[:, None]
+    faulty = is_missing(mask_latents, mask_row)[:, None] | (masked & scores.isnan())
+    deleted = (listed.gather(1, place) == ids) & (ids >= 0) & masked
+    weight = torch.relu(scores) if score_weights else torch.ones_like(scores)
+    if mean:
+        weight = weight / ids.shape[1]
+    gain, clamp, _ = mask_change[row].gather(1, place[..., None].expand(-1, -1, 3)).unbind(2)
+    change = torch.where(deleted, (gain * weight + clamp) - weight, 0.0)
+    return torch.where(faulty, torch.nan, change), deleted
