@@ -13,7 +13,7 @@
 //                  below the last of the list. A deleted code's
 //                  key goes to the list of deleted codes, or to none: the mask is a predicate, not a score.
 // 3.               A row with NaN or Inf, or whose mask row does not exist, leaves kPoison.
-// 4. finish        One warp per token merges its parts, and writes ids, scores and hits.
+// 4. finish        A block per token takes the k best (cuda/finish.h), and writes ids, scores and hits.
 //
 // After a scan, select_exact does only the rows that the scan could not do; a block without any returns at
 // once.
@@ -23,6 +23,7 @@
 #include "cuda/launch.h"
 #include "cuda/mask.h"
 #include "cuda/tiles.h"
+#include "cuda/top_list.h"
 
 namespace cu_fast {
 namespace {
@@ -127,24 +128,23 @@ select_exact(SelectJob job) {
   }
 }
 
-CU_FAST_KERNEL(32, 16)
+CU_FAST_KERNEL(kThreads, 2)
 finish(SelectJob job) {
   start_kernel();
   MergeShared& shared = shared_memory<MergeShared>();
   const SelectParams& p = job.p;
   const int64_t token = block_index_x();
   const Merged merged = merge_parts(job, token, shared);
-  for (int64_t i = lane_index(); i < p.k; i += 32) {
-    const uint64_t key = merged.kept[i];
-    const bool empty = merged.poisoned || key == kEmpty;
-    float score = merged.poisoned ? quiet_nan() : empty ? 0.0f : score_of(key);
+  for (int64_t i = thread_index(); i < p.k; i += kThreads) {
+    const uint64_t key = merged.poisoned ? kEmpty : merged.kept[i];
+    float score = merged.poisoned ? quiet_nan() : key == kEmpty ? 0.0f : score_of(key);
     if (p.relu && score <= 0) score = 0;
     p.scores[token * p.k + i] = score;
-    p.ids[token * p.k + i] = empty ? -1 : id_of(key);
+    p.ids[token * p.k + i] = key == kEmpty ? -1 : id_of(key);
   }
   if (p.hits == nullptr) return;
-  const int32_t hits = count_hits(merged, p.k);
-  if (lane_index() == 0) p.hits[token] = hits;
+  const int32_t hits = count_hits(merged, p.k, shared);
+  if (thread_index() == 0) p.hits[token] = hits;
 }
 
 }  // namespace
@@ -164,7 +164,7 @@ void launch_select_parts(const SelectJob& job, Stream stream) {
 void launch_codebook_quantize(const SelectJob& job, Stream stream) {
   for_each_chunk(job, [&](const SelectJob& chunk) {
     launch_select_parts(chunk, stream);
-    launch(finish, Grid2{chunk.p.score.T}, 32, stream, chunk);
+    launch(finish, Grid2{chunk.p.score.T}, kThreads, stream, chunk);
   });
 }
 

@@ -1,20 +1,26 @@
-// Merges the sorted lists of a token's parts into its k best codes, and counts hits. By one warp.
+// A token's k best codes, from where its selection left them, and its hits. By a block of kThreads.
 //
-//   what           shape                      layout
-//   kept, deleted  [T, capacity, parts] keys  a part's list is sorted; equal ranks are contiguous
-//   merged         [k] keys                   sorted, in shared memory, or in global memory for k > kFusedK
+//   what            shape                      left by
+//   exact, id       [T, candidates]            score_candidates: a score, or NaN; bit 31 of id: deleted
+//   kept, deleted   [T, capacity, parts] keys  select_exact: a part's list is sorted; equal ranks are contiguous
+//   merged          [k] keys                   sorted, in shared memory, or in global memory for k > kFusedK
+//
+// 1. After a scan: the k best (cuda/best_keys.h) of the scores.
+// 2. One list: it is copied. Several: the k-th best of so many first ranks that they hold k keys is a bound that few
+//    other keys reach. Ranks are doubled as long as one does; the k best of these are the k best of all.
 
 #pragma once
 
 #include "core/params.h"
-#include "cuda/select.h"
-#include "cuda/top_list.h"
+#include "cuda/best_keys.h"
 
 namespace cu_fast {
 
-// Shared memory of the warp that merges.
+// Shared memory of the block that merges.
 struct MergeShared {
-  uint64_t queue[kQueue];
+  BestShared best;
+  uint32_t any;
+  int32_t hits;
   uint64_t kept[SelectTuning::kFusedK];
   uint64_t deleted[SelectTuning::kFusedK];
 };
@@ -23,30 +29,60 @@ struct MergeShared {
 struct Merged {
   const uint64_t* kept;
   const uint64_t* deleted;  // null: hits are not counted
-  bool poisoned;            // the row holds NaN or Inf, or its mask does not exist
+  bool poisoned;            // the row holds NaN or Inf, or its mask does not exist; the lists are not written
 };
 
-// lists: [capacity, stride], the first `parts` columns sorted. Merges rank by rank: the best key of every
-// part, then the second best, and so on. Stops at the first rank at which no part adds a key.
-CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t stride, int64_t capacity,
-                                uint64_t* into, int64_t k, uint64_t* queue) {
-  TopList::clear(into, 1, k);
-  TopList best(into, 1, k, queue);
-  for (int64_t i = 0; i < capacity; ++i) {
-    bool useful = false;
-    for (int64_t first = 0; first < parts; first += 32) {
-      const int64_t part = first + lane_index();
-      useful |= best.push(part < parts ? lists[i * stride + part] : kEmpty);
-    }
-    if (!useful) break;
+// A candidate as it is loaded. It does not count if its score is NaN or its id negative.
+struct Scored {
+  float score;
+  int32_t id;
+};
+
+CU_FAST_DEVICE uint64_t word_of(Scored x) {
+  return x.score == x.score && x.id >= 0 ? key_of(x.score, x.id) : kEmpty;
+}
+
+// Whether it holds for any thread of the block.
+CU_FAST_DEVICE bool any_thread(bool x, uint32_t& shared) {
+  sync_block();  // the previous answer has been read
+  if (thread_index() == 0) shared = 0;
+  sync_block();
+  if (any_lane(x) && lane_index() == 0) atomic_or(&shared, 1u);
+  sync_block();
+  return shared != 0;
+}
+
+// lists: [capacity, parts], the columns sorted. Writes the k best keys.
+CU_FAST_DEVICE void merge_lists(const uint64_t* lists, int64_t parts, int64_t capacity, uint64_t* into,
+                                int64_t k, MergeShared& shared) {
+  const auto key = [&](int64_t i) { return lists[i]; };
+  if (parts == 1) {
+    for (int64_t i = thread_index(); i < k; i += kThreads) into[i] = lists[i];
+    sync_block();
+    return;
   }
-  best.merge();
+  int64_t ranks = (k + parts - 1) / parts;
+  if (ranks < capacity) {
+    Words first(ranks * parts, key);
+    const uint64_t bound = kth_word<false>(first, k, shared.best.kth);
+    for (bool reaches = true; reaches && ranks < capacity;) {
+      reaches = false;
+      for (int64_t part = thread_index(); part < parts; part += kThreads) {
+        const uint64_t next = lists[ranks * parts + part];
+        reaches |= next != kEmpty && next >= bound;
+      }
+      reaches = any_thread(reaches, shared.any);
+      if (reaches) ranks = 2 * ranks < capacity ? 2 * ranks : capacity;
+    }
+  }
+  best_keys(ranks * parts, k, key, into, shared.best);
 }
 
 // Whether the scan could not do this token: its row or its mask is faulty, or it has more candidates than places.
 CU_FAST_DEVICE bool scan_failed(const SelectJob& job, int64_t token) {
   const float unit = job.work.terms[token].unit;
-  return unit != unit || job.work.count[token] > job.plan.candidates;
+  const int32_t count = job.work.count[token];  // on its way together with the unit
+  return (unit != unit) | (count > job.plan.candidates);
 }
 
 // Whether select_exact does this token, after score_candidates: the scan failed, or its guess is not proven.
@@ -57,24 +93,41 @@ CU_FAST_DEVICE bool needs_exact(const SelectJob& job, int64_t token) {
 // `token` counts from the start of the chunk.
 CU_FAST_DEVICE Merged merge_parts(const SelectJob& job, int64_t token, MergeShared& shared) {
   const SelectParams& p = job.p;
-  const int64_t places = p.parts * p.capacity;
-  const int64_t parts = job.plan.scans && !needs_exact(job, token) ? job.plan.score_parts : p.parts;
   uint64_t* const kept = job.merged == nullptr ? shared.kept : job.merged + token * p.k;
   uint64_t* const deleted = job.merged_deleted == nullptr ? shared.deleted : job.merged_deleted + token * p.k;
-  merge_lists(p.kept + token * places, parts, p.parts, p.capacity, kept, p.k, shared.queue);
-  if (p.deleted != nullptr) {
-    merge_lists(p.deleted + token * places, parts, p.parts, p.capacity, deleted, p.k, shared.queue);
+  const int kinds = p.deleted == nullptr ? 1 : 2;
+  const Merged merged = {kept, p.deleted == nullptr ? nullptr : deleted, false};
+  if (job.plan.scans && !needs_exact(job, token)) {
+    const float* const exact = job.work.exact + token * job.plan.candidates;
+    const int32_t* const ids = job.work.id + token * job.plan.candidates;
+#pragma unroll 1
+    for (int kind = 0; kind < kinds; ++kind) {
+      const bool flagged = kind == 1;
+      const uint32_t others = flagged ? 0x80000000u : 0;
+      const auto scored = [&](int64_t i) { return Scored{exact[i], static_cast<int32_t>(ids[i] ^ others)}; };
+      best_keys(job.work.count[token], p.k, scored, flagged ? deleted : kept, shared.best);
+    }
+    return merged;
   }
-  return {kept, p.deleted == nullptr ? nullptr : deleted, kept[0] == kPoison};
+  const int64_t places = p.parts * p.capacity;
+  // Every part of a faulty row begins with kPoison.
+  if (p.kept[token * places] == kPoison) return {kept, nullptr, true};
+#pragma unroll 1
+  for (int kind = 0; kind < kinds; ++kind) {
+    const bool flagged = kind == 1;
+    const uint64_t* const lists = (flagged ? p.deleted : p.kept) + token * places;
+    merge_lists(lists, p.parts, p.capacity, flagged ? deleted : kept, p.k, shared);
+  }
+  return merged;
 }
 
 // Hits: how many of the k best codes would be deleted ones, if there were no mask.
-CU_FAST_DEVICE int32_t count_hits(const Merged& merged, int64_t k) {
-  if (merged.deleted == nullptr || merged.poisoned) return 0;
-  int32_t hits = 0;
-  for (int64_t first = 0; first < k; first += 32) {
-    const int64_t i = first + lane_index();
-    const uint64_t key = i < k ? merged.deleted[i] : kEmpty;
+CU_FAST_DEVICE int32_t count_hits(const Merged& merged, int64_t k, MergeShared& shared) {
+  if (merged.deleted == nullptr) return 0;
+  if (thread_index() == 0) shared.hits = 0;
+  sync_block();
+  for (int64_t i = thread_index(); i < k; i += kThreads) {
+    const uint64_t key = merged.deleted[i];
     int64_t better = 0, high = k;  // kept codes above it
     while (better < high) {
       const int64_t middle = (better + high) / 2;
@@ -84,9 +137,10 @@ CU_FAST_DEVICE int32_t count_hits(const Merged& merged, int64_t k) {
         high = middle;
       }
     }
-    hits += count_bits(ballot(key != kEmpty && i + better < k));
+    if (key != kEmpty && i + better < k) atomic_add(&shared.hits, 1);
   }
-  return hits;
+  sync_block();
+  return shared.hits;
 }
 
 }  // namespace cu_fast

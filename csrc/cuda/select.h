@@ -26,6 +26,7 @@ struct SelectTuning {
   static constexpr int64_t kSampleShare = 4;
   static constexpr bool kScansIfPossible = true;
   static constexpr int64_t kFusedK = 12;
+  static constexpr int kHeld = 1;  // fewer than the candidates that there may be
   static constexpr int64_t kTilesAtOnce = 2;
   static constexpr int64_t kRows = 136;  // more than a tile of exact scores
   static constexpr int64_t kMostMemory = int64_t{2} << 20;
@@ -36,7 +37,8 @@ struct SelectTuning {
       8;                                       // if it has more than 8 k too; the chunk is smaller for such k
   static constexpr int64_t kSampleShare = 16;  // one tile in 16 gives the first threshold
   static constexpr bool kScansIfPossible = false;  // else if it is predicted to be faster
-  static constexpr int64_t kFusedK = 512;          // the largest k whose merged list is in shared memory
+  static constexpr int64_t kFusedK = 1024;         // the largest k whose merged list is in shared memory
+  static constexpr int kHeld = 8;                  // words per thread that a block loads at once
   static constexpr int64_t kTilesAtOnce = 65535;   // of scan_codes: gridDim.y <= 65535
   static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
   // Bytes of a selection's memory, and of the encoder's. One token may need more, where k or the sample is huge.
@@ -69,8 +71,8 @@ struct ScanWork {
   float* reached;   // [chunk], at most the k-th best score; below tau, the guess was wrong
   int32_t* count;   // [chunk], candidates found; above plan.candidates, more than were stored
   int32_t* id;      // [chunk, candidates]; bit 31: deleted
-  float *lower, *upper;  // [chunk, candidates]; lower is -inf for a deleted code: it must not raise tau
-  float* scored;         // [chunk, candidates], the score, NaN until it is known
+  float *lower, *upper;   // [chunk, candidates]; lower is -inf for a deleted code: it must not raise tau
+  float *scored, *exact;  // [chunk, candidates], scores, else NaN: after the first pass, and after both
 };
 
 // Rows of z as integers (core/fixed.h), of one chunk.
@@ -87,7 +89,7 @@ struct SelectPlan {
   int64_t chunk;                        // tokens per chunk
   int64_t tokens;                       // of a tile of select_exact
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
-  int64_t score_parts;                  // of score_candidates; at most parts
+  int64_t score_parts;                  // blocks per token of score_candidates
   int64_t candidates;                   // places per token
   int64_t sample_tiles;                 // of scan_codes
   int64_t rank;                         // in the sample, of the first threshold
@@ -192,8 +194,8 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
     const int64_t parts = std::clamp<int64_t>(blocks / token_tiles, 1, ceil_divide(C, kTile));
     plan.part_codes = ceil_divide(ceil_divide(C, parts), kTile) * kTile;
     plan.parts = ceil_divide(C, plan.part_codes);
-    plan.score_parts = std::clamp<int64_t>(2 * card.multiprocessors / plan.chunk, 1, plan.parts);
-    plan.capacity = plan.scans ? k : std::min(k, plan.part_codes);
+    plan.score_parts = std::max<int64_t>(1, 2 * card.multiprocessors / plan.chunk);
+    plan.capacity = std::min(k, plan.part_codes);
   };
   cut(2 * card.multiprocessors);
   // Too large: fewer tokens at a time, and of one token fewer parts.
@@ -265,6 +267,7 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   work.lower = arena.take<float>(candidates);
   work.upper = arena.take<float>(candidates);
   work.scored = arena.take<float>(candidates);
+  work.exact = arena.take<float>(candidates);
 }
 
 inline int64_t memory_of(const SelectPlan& plan, int64_t E, int64_t k) {

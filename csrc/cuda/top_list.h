@@ -33,10 +33,10 @@ class TopList {
     sync_warp();
   }
 
-  // Offers one key per lane (kEmpty: none). Returns whether any was above the worst of the list.
-  CU_FAST_DEVICE bool push(uint64_t key) {
+  // Offers one key per lane (kEmpty: none).
+  CU_FAST_DEVICE void push(uint64_t key) {
     uint32_t better = ballot(key > worst_);
-    if (better == 0) return false;
+    if (better == 0) return;
     if (queued_ + count_bits(better) > kQueue) {
       merge();
       better = ballot(key > worst_);
@@ -45,7 +45,6 @@ class TopList {
       queue_[queued_ + count_bits(better & ((1u << lane_index()) - 1))] = key;
     }
     queued_ += count_bits(better);
-    return true;
   }
 
   // Merges the queue into the list. Before that the list lacks the queued keys.

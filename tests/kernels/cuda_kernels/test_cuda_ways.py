@@ -53,6 +53,53 @@ class TestWays:
             assert scan.check()[way] == CHUNK and (scan.count == C).all()
             agrees(z, codes, 5)
 
+    @pytest.mark.parametrize("C", [16, 40, 100, 256, PLACES])  # scored by teams of 32, 16, 8 and 4; a second window
+    @pytest.mark.parametrize("E", [40, 600, 1100])
+    def test_every_candidate_counts(self, C, E):
+        # All codes are candidates, in no order, and each is among the best of some row.
+        z, codes = normal(24, E), normal(1, E, seed=1) + 1e-6 * normal(C, E)
+        scan = Scan(z, codes, k=C // 8)
+        assert scan.check()["certified"] == 24 and (scan.count == C).all()
+        mask = hurtful.masks(24, C, 0.5, 2)
+        for multiprocessors in (1, 40):
+            agrees(z, codes, C // 8, multiprocessors=multiprocessors)
+            agrees(z, codes, C // 8, mask, multiprocessors=multiprocessors)
+
+    def test_fewer_than_k_are_left(self):
+        # Of codes, of those that are deleted, and of scores that are finite.
+        z, codes, bias = normal(9, 20), normal(200, 20, seed=1), torch.zeros(200)
+        bias[22:], bias[175:] = NAN, INF
+        for deleted in (190, 15, 5):
+            bits = torch.arange(224).reshape(7, 32) % 200 < deleted
+            mask = ((bits.long() << torch.arange(32)).sum(1).to(torch.int32)[None], torch.zeros(9).int())
+            for k in (13, 25):
+                given = dict(z=z, codes=codes, bias=bias, k=k, mask=mask, scan=plane_of(codes))
+                want = call("codebook_quantize", on=reference, **given, return_hits=True)
+                assert same(select(**given), want) and same(select(**given | dict(scan=None)), want)
+
+    @pytest.mark.parametrize("k", [5, 12, 40, 70])
+    @pytest.mark.parametrize("T", [1, 3, 20])
+    def test_one_part_holds_the_best(self, T, k):
+        z, apart, masks = normal(T, 20), normal(3000, 20, seed=1), hurtful.masks(T, 3000, 0.5, 2)
+        apart[64:128] *= 10
+        apart[1000:1003] = apart[64]  # equal scores, in another part
+        equal = apart[:1].expand(3000, -1)  # the smallest ids are the best
+        assert plan(T, 3000, 20, k, False, 40)["parts"] > 8
+        for codes in (apart, equal):
+            for mask in (None, masks):
+                assert same(select(z, codes, k=k, mask=mask, multiprocessors=40), wanted(z, codes, k, mask))
+
+    def test_more_columns_than_a_block_decodes(self):
+        z, codes, table = normal(3, 24), normal(300, 24, seed=1), normal(300, 2100, seed=2)
+        for k in (5, 20):  # merged in shared memory, or by the one block of a token
+            receipt, expected = torch.zeros(2, 2, dtype=torch.int64)
+            given = dict(codes=codes, table=table, k=k, mask=hurtful.masks(3, 300, 0.3, 3), reselect=True)
+            want = call("codebook_bottleneck", on=reference, x=z, **given, receipt=expected)
+            for scan in (None, plane_of(codes)):
+                receipt.zero_()
+                assert torch.equal(bottleneck(z, **given, scan=scan, receipt=receipt), want)
+                assert torch.equal(receipt, expected) and expected[1] > 0
+
     def test_misled(self):
         # The best are all in the first tile, which is in the sample: more are expected than there are.
         z, codes, mask = normal(CHUNK, 40), normal(1100, 40, seed=1), hurtful.masks(CHUNK, 1100, 0.1, 2)
