@@ -21,7 +21,7 @@ struct SelectTuning {
   static constexpr int64_t kChunk = 72;        // more than a tile of scan_codes
   static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
   static constexpr int64_t kCandidatesOfK = 0;
-  static constexpr int64_t kSampleShare = 4;
+  static constexpr int64_t kSampleShare = 4, kSampleMost = 512;
   static constexpr double kScanStart = 0;
   static constexpr int64_t kFusedK = 12;
   static constexpr int64_t kTilesAtOnce = 2;
@@ -31,9 +31,10 @@ struct SelectTuning {
   static constexpr int64_t kCandidates = 2048;  // a row with more is scored against every code,
   static constexpr int64_t kCandidatesOfK =
       8;                                       // if it has more than 8 k too; the chunk is smaller for such k
-  static constexpr int64_t kSampleShare = 16;  // one tile in 16 gives the first threshold
-  static constexpr double kScanStart = 10;     // microseconds to launch the scan's kernels
-  static constexpr int64_t kFusedK = 512;      // the largest k whose merged list is in shared memory
+  static constexpr int64_t kSampleShare = 16;  // one code in 16 gives the first threshold,
+  static constexpr int64_t kSampleMost = 8192;    // but no more than so many, or 16 k
+  static constexpr double kScanStart = 10;        // microseconds to launch the scan's kernels
+  static constexpr int64_t kFusedK = 512;         // the largest k whose merged list is in shared memory
   static constexpr int64_t kTilesAtOnce = 65535;  // of scan_codes: gridDim.y <= 65535
   static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
 #endif
@@ -41,8 +42,8 @@ struct SelectTuning {
 
 // Codes per tile of scan_codes: 32 per warp.
 inline constexpr int64_t kScanTile = 256;
-// Maxima per tile of the sample: one per four codes.
-inline constexpr int64_t kMaximaOfTile = kScanTile / 4;
+// Maxima per group of the sample: one per four codes.
+inline constexpr int64_t kMaximaOfGroup = kScanGroup / 4;
 
 // A row's terms of approx and of its error (core/scan.h).
 struct alignas(16) RowTerms {
@@ -55,7 +56,7 @@ struct alignas(16) RowTerms {
 struct ScanWork {
   uint32_t* bytes;  // [ceil(chunk / 4), K, 2, 8, 4], two digits of each row; layout: scan_rows.cu
   RowTerms* terms;  // [chunk]
-  float* maxima;    // [chunk, sample_tiles * kMaximaOfTile], the largest approximation of four codes each
+  float* maxima;    // [chunk, sample_groups * kMaximaOfGroup], the largest approximation of four codes each
   float* tau;       // [chunk], a guess of the k-th best score: a little below it
   float* reached;   // [chunk], at most the k-th best score; below tau, the guess was wrong
   int32_t* count;   // [chunk], candidates found; above plan.candidates, more than were stored
@@ -80,7 +81,7 @@ struct SelectPlan {
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // of score_candidates; at most parts
   int64_t candidates;                   // places per token
-  int64_t sample_tiles;                 // of scan_codes
+  int64_t sample_groups;                // of scan_codes, of 64 codes each
   int64_t rank;                         // in the sample, of the first threshold
 };
 
@@ -136,12 +137,11 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
   plan.parts = ceil_divide(C, plan.part_codes);
   plan.score_parts = std::clamp<int64_t>(2 * multiprocessors / plan.chunk, 1, plan.parts);
   plan.capacity = plan.scans ? k : std::min(k, plan.part_codes);
-  const int64_t tiles = ceil_divide(C, kScanTile);
-  plan.sample_tiles = std::min(
-      tiles, std::max(ceil_divide(tiles, SelectTuning::kSampleShare), ceil_divide(16 * k, kScanTile)));
+  const int64_t share = std::min(ceil_divide(C, SelectTuning::kSampleShare), SelectTuning::kSampleMost);
+  plan.sample_groups = std::min(scan_groups(C), ceil_divide(std::max(share, 16 * k), kScanGroup));
   // So many of the k best should be in the sample; their number varies by its root.
   const double sampled =
-      static_cast<double>(k) * std::min(plan.sample_tiles * kScanTile, C) / std::max<int64_t>(C, 1);
+      static_cast<double>(k) * std::min(plan.sample_groups * kScanGroup, C) / std::max<int64_t>(C, 1);
   plan.rank = static_cast<int64_t>(std::ceil(sampled + 3 * std::sqrt(sampled) + 1));
   return plan;
 }
@@ -191,7 +191,7 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   ScanWork& work = job.work;
   work.bytes = arena.take<uint32_t>((plan.chunk + 3) / 4 * steps * 64);
   work.terms = arena.take<RowTerms>(plan.chunk);
-  work.maxima = arena.take<float>(plan.chunk * plan.sample_tiles * kMaximaOfTile);
+  work.maxima = arena.take<float>(plan.chunk * plan.sample_groups * kMaximaOfGroup);
   work.tau = arena.take<float>(plan.chunk);
   work.reached = arena.take<float>(plan.chunk);
   work.count = arena.take<int32_t>(plan.chunk);
