@@ -27,9 +27,10 @@ CARDS = {
 }  # fmt: skip
 # Products of fp32 per cycle and multiprocessor that are not fused: half of 128.
 SUMS = 64
-# Of scan_codes, after the products of a tile of 256 codes and 64 tokens: cycles of a multiprocessor. Assumed; to be
-# counted in the machine code.
-EPILOGUE_CYCLES = 6000.0
+# Of scan_codes, after the products of a tile of 256 codes and 64 tokens: cycles of a multiprocessor, for one round of
+# candidates. Two warps on each scheduler: the cheap test, 551 instructions, and a round, 670, as counted in the machine code;
+# and the waits of a round for memory, 1,200 cycles, assumed.
+EPILOGUE_CYCLES = 3600.0
 # Microseconds of the host per launch, assumed: called eagerly, and replayed from a graph.
 HOST_EAGER, HOST_GRAPH = 3.0, 1.0
 SCAN_LAUNCHES, EXACT_LAUNCHES, ENCODE_LAUNCHES = 8, 3, 2
@@ -61,7 +62,7 @@ class Rates(NamedTuple):
     memory: float
     cache: float
     products: float
-    scan_products: float
+    many_products: float
     dot_products: float
 
 
@@ -121,7 +122,7 @@ def tile_tokens(T: int) -> int:
 def scored_exactly(T: int, E: int, C: int, rates: Rates) -> Cost:
     """select_exact, and the encoder: every tile of tokens reads all codes, the first time from memory."""
     tile, entries = tile_tokens(T), C * E
-    rate = rates.dot_products if tile <= 4 else rates.products
+    rate = rates.dot_products if tile <= 4 else rates.products if T <= 64 else rates.many_products
     return Cost(DIGITS * entries, math.ceil(T / tile) * DIGITS * entries, T * entries * DIGITS**2 / rate)
 
 
@@ -136,7 +137,7 @@ def scanned(T: int, E: int, C: int, made: Plan, card: str) -> Cost:
     entries, chunks = C * E * (1 + made.sample), math.ceil(T / made.chunk)
     tile = 4 if T <= 4 else 8 if T <= 8 else 32 if T <= 32 else 64
     tiles = sum(math.ceil(min(made.chunk, T - t) / tile) for t in range(0, T, made.chunk))
-    rate = rates.products if T <= 32 else rates.scan_products
+    rate = rates.products if T <= 32 else rates.many_products
     ends = tiles * C * (1 + made.sample) / SCAN_TILE * EPILOGUE_CYCLES * tile / 64
     return Cost(
         chunks * entries,

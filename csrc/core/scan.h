@@ -7,7 +7,8 @@
 //   q_t ~ step_t b_t     on a CPU b = low + base high, both in [-range, range], base = 2 range, and high is zero except
 //                        in outliers; on a GPU b = 256 d_0 + d_1, the highest digits of q, and step_t = 256
 //
-//   approx(t, j) = (<b_t, c_j> scale_j) (2^-a step_t) + (<q_t, mean> factor_j) 2^-a + bias_j
+//   approx(t, j) = (<b_t, c_j> scale_j) (2^-a step_t) + (<q_t, mean> factor_j) 2^-a + bias_j       on a CPU
+//                  (<b_t, c_j> (step_t scale_j) + <q_t, mean> factor_j) 2^-a + bias_j              on a GPU, fused
 //
 //   |approx - score| <= norm_in residual_j + miss size_j + l1_out |scale_j| / 2
 //                       + kScanRounding (norm magnitude_g + |bias_j|) + kScanTiny
@@ -26,7 +27,8 @@
 //
 // No row is too small or too large for this, and hardly a code: one whose |factor| is neither 0 nor in
 // [kLeastFactor, kMostFactor] has residual = Inf. step_t, step_j and miss are taken as 1 where they are less. So, in the
-// order that is written above, only the last products and sums can leave fp32's range:
+// order that is written above, only the last products and sums can leave fp32's range (what comes before stays below
+// 2^110):
 // - One that underflows, or is flushed, loses at most 2^-126: kScanTiny. What a residual_j or <q, mean> factor_j that
 //   underflows loses is less than kScanRounding norm magnitude.
 // - One that overflows has a bound that is Inf or NaN, since magnitude_g and bias_j hold it: the code is a candidate,

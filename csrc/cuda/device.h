@@ -88,6 +88,11 @@ CU_FAST_DEVICE float add(float a, float b) {
   return __fadd_rn(a, b);
 }
 
+// a b + c, rounded once: for bounds alone, as no score is fused.
+CU_FAST_DEVICE float fuse(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+
 // x, but the compiler does not know it: what depends on it is not computed before this point, where registers
 // may be scarce.
 CU_FAST_DEVICE int computed_here(int x) {

@@ -31,7 +31,7 @@ struct Peaks {
   int64_t major, minor;
   double memory, cache;  // bytes
   double products;       // of int8, by mma.sync
-  double scan_products;  // the same in the scan of more than 32 tokens: wgmma on 9.0
+  double many_products;  // the same of more than 64 tokens, of a scan 32: wgmma on 9.0
   double dot_products;   // by dp4a
 };
 
@@ -60,7 +60,7 @@ inline Peaks rates_of(const Card& card) {
           found->memory * kMemoryShare * k,
           found->cache * kCacheShare * k,
           found->products * kProductsShare * k,
-          found->scan_products * kProductsShare * k,
+          found->many_products * kProductsShare * k,
           found->dot_products * kDotShare * k};
 }
 

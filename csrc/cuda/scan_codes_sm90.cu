@@ -1,4 +1,4 @@
-// scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is done with them: scan_codes.h.
+// scan_codes for many tokens on Hopper: the same sums, by warpgroups. What is done with them: end_tile.h.
 //
 //   I_i(t, j) = <d_i of row t, c_j>       i = 0, 1
 //
@@ -16,22 +16,28 @@
 //    Loads in flight have registers of their own, because a multiply may still read the factors.
 // 4. Stages are counted over all tiles of a block: those of the next tile arrive while this one ends.
 //
-// Shared memory past the last token or step is not initialised. It is multiplied anyway: sums past the last
-// token are never read, int8 has no NaN, and past the last step the codes are zeros.
+// Shared memory past the last token or step is not initialised. It is multiplied anyway: past the last token any sums
+// will do (end_tile.h), int8 has no NaN, and past the last step the codes are zeros.
 
 #include "cuda/device_sm90.h"
 #include "cuda/scan_codes.h"
 
+#include <type_traits>
+
 namespace cu_fast {
 namespace {
 
-constexpr int kTokens = 64, kColumns = kTokens / 4;
+constexpr int kTokens = 64, kColumns = kTokens / 4, kGroups = kThreads / 64;
 constexpr int kSteps = 2, kStages = 4, kAhead = 4;
 static_assert(kAhead % kSteps == 0 && kAhead % 2 == 0,
               "kAhead = 4 unrolled steps are whole stages of kSteps = 2, and alternate between 2 factors");
 
+template <bool kSample>
 struct Shared {
   alignas(16) uint32_t bytes[kStages][kColumns][kSteps][64];
+  TileRows<kTokens> rows;
+  // Not in the ring, which is filled meanwhile.
+  std::conditional_t<kSample, TileDeleted<kTokens>, TileList<kTokens>> end;
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -40,13 +46,12 @@ CU_FAST_KERNEL(kThreads, 1)
 scan_codes_sm90(SelectJob job) {
 #ifdef CU_FAST_HAS_HOPPER
   start_kernel();
-  Shared& shared = shared_memory<Shared>();
+  auto& shared = shared_memory<Shared<kSample>>();
   const SelectParams& p = job.p;
   const int t0 = block_index_x() * kTokens;  // within the chunk
-  const int q = lane_index() % 4;
+  const int q = lane_index() % 4, g = lane_index() / 4;
   const int steps = static_cast<int>((p.score.E + 31) / 32);
-  const int tiles = static_cast<int>((p.score.C + kScanTile - 1) / kScanTile);
-  const int visited = kSample ? static_cast<int>(job.plan.sample_tiles) : tiles;
+  const int visited = static_cast<int>(visits(job, kSample, kGroups));
   // Stages per tile, and of all tiles of this block.
   const int stages = (steps + kAhead - 1) / kAhead * (kAhead / kSteps);
   const int all_stages = (visited - block_index_y() + grid_size_y() - 1) / grid_size_y() * stages;
@@ -74,25 +79,31 @@ scan_codes_sm90(SelectJob job) {
     }
     fence_barrier_init();
   }
+  load_rows(job, t0, kSample, shared.rows);
+  if constexpr (!kSample) clear_list(shared.end);
   sync_block();
   if (lane_index() == 0) {
     for (int i = 0; i < kStages - 1 && i < all_stages; ++i) copy_stage(i);
   }
 
   int stage = 0;
+  [[maybe_unused]] int turn = 0;
   for (int visit = block_index_y(); visit < visited; visit += grid_size_y()) {
-    // The sample's tiles are spread over the codes: neighbours may be alike.
-    const WarpCodes codes(p, kSample ? static_cast<int>(int64_t{visit} * tiles / visited) : visit);
-    int32_t sums[2][kColumns][4] = {};
+    const int group = kSample ? sample_of_warp<kGroups>(job, visit) : 0;
+    const int tile = visit * int{kScanTile};
+    const WarpCodes codes(p, kSample ? first_of_sample(job, group) : tile + 32 * warp_index());
+    int32_t sums[2][kColumns][4];
+    start_sums(shared.rows, sums);
     fence_sums(sums[0]);
     fence_sums(sums[1]);
     uint4 ahead[kAhead][2];
     Factors factors[2];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      ahead[i][0] = codes.load_any(8 * i + q);
-      ahead[i][1] = codes.load_any(8 * i + 4 + q);
+      ahead[i][0] = codes.load(8 * i + q);
+      ahead[i][1] = codes.load(8 * i + 4 + q);
     }
+    if constexpr (kSample) load_deleted(job, t0, codes.first, shared.end);
     for (int begin = 0; begin < steps; begin += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -101,8 +112,8 @@ scan_codes_sm90(SelectJob job) {
         const uint4 none = make_uint4(0, 0, 0, 0);
         Factors& a = factors[i % 2];
         a.set(word < codes.words ? ahead[i][0] : none, word + 4 < codes.words ? ahead[i][1] : none);
-        ahead[i][0] = codes.load_any(word + 8 * kAhead);
-        ahead[i][1] = codes.load_any(word + 8 * kAhead + 4);
+        ahead[i][0] = codes.load(word + 8 * kAhead);
+        ahead[i][1] = codes.load(word + 8 * kAhead + 4);
         if (i % kSteps == 0) barrier_wait(&shared.full[slot], parity);
         sync_warp();
         fence_multiplies();
@@ -127,11 +138,18 @@ scan_codes_sm90(SelectJob job) {
         }
       }
     }
+    const FourCodes four(p, codes.first + 4 * g);  // loaded while the last multiplies run
     sync_warp();
     wait_multiplies<0>();
     fence_sums(sums[0]);
     fence_sums(sums[1]);
-    end_tile<kSample>(job, codes, t0, visit, visited, sums);
+    if constexpr (kSample) {
+      const int64_t place = group * kMaximaOfGroup + 8 * (warp_index() % 2);
+      end_sample(job, t0, place, four, shared.rows, shared.end, sums);
+    } else {
+      end_tile(job, t0, tile, shared.rows, CheapCodes(four), sums, shared.end, turn);
+      turn ^= 1;
+    }
   }
 #else
   __trap();  // has_hopper() keeps it from being launched here
@@ -141,7 +159,7 @@ scan_codes_sm90(SelectJob job) {
 }  // namespace
 
 void launch_scan_codes_sm90(const SelectJob& job, bool sample, Stream stream) {
-  const int64_t tiles = sample ? job.plan.sample_tiles : (job.p.score.C + kScanTile - 1) / kScanTile;
+  const int64_t tiles = visits(job, sample, kGroups);
   // A block is persistent and takes tile after tile. The registers of a multiprocessor suffice for one block.
   const int64_t token_tiles = (job.p.score.T + kTokens - 1) / kTokens;
   const Grid2 grid{token_tiles, std::clamp<int64_t>(multiprocessors() / token_tiles, 1, tiles)};

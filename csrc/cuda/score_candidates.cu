@@ -31,7 +31,7 @@ CU_FAST_KERNEL(kThreads, 4)
 scan_threshold(SelectJob job) {
   start_kernel();
   KthShared& shared = shared_memory<KthShared>();
-  const int64_t token = block_index_x(), n = job.plan.sample_tiles * kMaximaOfTile;
+  const int64_t token = block_index_x(), n = job.plan.sample_groups * kMaximaOfGroup;
   if (scan_failed(job, token)) return;
   const float* const maxima = job.work.maxima + token * n;
   const float tau = kth_largest(n, job.plan.rank, [&](int64_t i) { return maxima[i]; }, shared);

@@ -23,7 +23,7 @@ struct SelectTuning {
   static constexpr int64_t kChunk = 72;        // more than a tile of scan_codes
   static constexpr int64_t kCandidates = 300;  // more than the 256 of a block of score_candidates
   static constexpr int64_t kCandidatesOfK = 0;
-  static constexpr int64_t kSampleShare = 4;
+  static constexpr int64_t kSampleShare = 4, kSampleMost = 512;
   static constexpr bool kScansIfPossible = true;
   static constexpr int64_t kFusedK = 12;
   static constexpr int kHeld = 1;  // fewer than the candidates that there may be
@@ -35,7 +35,8 @@ struct SelectTuning {
   static constexpr int64_t kCandidates = 2048;  // a row with more is scored against every code,
   static constexpr int64_t kCandidatesOfK =
       8;                                       // if it has more than 8 k too; the chunk is smaller for such k
-  static constexpr int64_t kSampleShare = 16;  // one tile in 16 gives the first threshold
+  static constexpr int64_t kSampleShare = 16;  // one code in 16 gives the first threshold,
+  static constexpr int64_t kSampleMost = 8192;     // but no more than so many, or 16 k
   static constexpr bool kScansIfPossible = false;  // else if it is predicted to be faster
   static constexpr int64_t kFusedK = 1024;         // the largest k whose merged list is in shared memory
   static constexpr int kHeld = 8;                  // words per thread that a block loads at once
@@ -52,8 +53,8 @@ inline constexpr double kScanStart = 50, kExactStart = 5;
 
 // Codes per tile of scan_codes: 32 per warp.
 inline constexpr int64_t kScanTile = 256;
-// Maxima per tile of the sample: one per four codes.
-inline constexpr int64_t kMaximaOfTile = kScanTile / 4;
+// Maxima per group of the sample: one per four codes.
+inline constexpr int64_t kMaximaOfGroup = kScanGroup / 4;
 
 // A row's terms of approx and of its error (core/scan.h).
 struct alignas(16) RowTerms {
@@ -66,7 +67,7 @@ struct alignas(16) RowTerms {
 struct ScanWork {
   uint32_t* bytes;  // [ceil(chunk / 4), K, 2, 8, 4], two digits of each row; layout: scan_rows.cu
   RowTerms* terms;  // [chunk]
-  float* maxima;    // [chunk, sample_tiles * kMaximaOfTile], the largest approximation of four codes each
+  float* maxima;    // [chunk, sample_groups * kMaximaOfGroup], the largest approximation of four codes each
   float* tau;       // [chunk], a guess of the k-th best score: a little below it
   float* reached;   // [chunk], at most the k-th best score; below tau, the guess was wrong
   int32_t* count;   // [chunk], candidates found; above plan.candidates, more than were stored
@@ -91,7 +92,7 @@ struct SelectPlan {
   int64_t parts, part_codes, capacity;  // of select_exact, and keys that each part keeps
   int64_t score_parts;                  // blocks per token of score_candidates
   int64_t candidates;                   // places per token
-  int64_t sample_tiles;                 // of scan_codes
+  int64_t sample_groups;                // of scan_codes, of 64 codes each
   int64_t rank;                         // in the sample, of the first threshold
 };
 
@@ -130,13 +131,13 @@ inline SelectPrediction predict_select(int64_t T, int64_t C, int64_t E, int64_t 
   const double codes = static_cast<double>(std::max<int64_t>(C, 1)), entries = codes * E, tokens = T;
   SelectPrediction made = {};
   const int64_t tile = tile_tokens(T, E);  // each reads all codes
-  made.exact =
-      kExactStart +
-      std::max({entries * kDigits / rates.memory, tiles_of(tile) * entries * kDigits / rates.cache,
-                tokens * entries * (kDigits * kDigits) / (tile <= 4 ? rates.dot_products : rates.products)});
+  const double products = tile <= 4 ? rates.dot_products : T <= 64 ? rates.products : rates.many_products;
+  made.exact = kExactStart +
+               std::max({entries * kDigits / rates.memory, tiles_of(tile) * entries * kDigits / rates.cache,
+                         tokens * entries * (kDigits * kDigits) / products});
   // The threshold is the maximum of plan.rank among those of the sample, each of a few codes.
-  constexpr double kOfMaximum = static_cast<double>(kScanTile) / kMaximaOfTile;
-  const double sampled = std::min(codes, static_cast<double>(plan.sample_tiles * kScanTile));
+  constexpr double kOfMaximum = static_cast<double>(kScanGroup) / kMaximaOfGroup;
+  const double sampled = std::min(codes, static_cast<double>(plan.sample_groups * kScanGroup));
   const double above = std::min(1.0, plan.rank * kOfMaximum / std::max(sampled, 1.0));
   made.candidates = codes_reaching(1 - std::pow(1 - above, 1 / kOfMaximum), C, E);
   made.scored = codes_reaching(k / codes, C, E);
@@ -148,7 +149,7 @@ inline SelectPrediction predict_select(int64_t T, int64_t C, int64_t E, int64_t 
       kScanStart * chunks +
       (1 + sampled / codes) *
           std::max({chunks * entries / rates.memory, tiles_of(scan_tile) * entries * cached / rates.cache,
-                    2 * tokens * entries / (T <= 32 ? rates.products : rates.scan_products)}) +
+                    2 * tokens * entries / (T <= 32 ? rates.products : rates.many_products)}) +
       tokens * made.scored * E * std::max(kDigits / rates.cache, kDigits * kDigits / rates.dot_products);
   return made;
 }
@@ -174,12 +175,11 @@ inline SelectPlan plan_select(int64_t T, int64_t C, int64_t E, int64_t k, bool h
   const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   SelectPlan plan = {};
   plan.candidates = std::max(SelectTuning::kCandidates, SelectTuning::kCandidatesOfK * k);
-  const int64_t tiles = ceil_divide(C, kScanTile);
-  plan.sample_tiles = std::min(
-      tiles, std::max(ceil_divide(tiles, SelectTuning::kSampleShare), ceil_divide(16 * k, kScanTile)));
+  const int64_t share = std::min(ceil_divide(C, SelectTuning::kSampleShare), SelectTuning::kSampleMost);
+  plan.sample_groups = std::min(scan_groups(C), ceil_divide(std::max(share, 16 * k), kScanGroup));
   // So many of the k best should be in the sample; their number varies by its root.
   const double sampled =
-      static_cast<double>(k) * std::min(plan.sample_tiles * kScanTile, C) / std::max<int64_t>(C, 1);
+      static_cast<double>(k) * std::min(plan.sample_groups * kScanGroup, C) / std::max<int64_t>(C, 1);
   plan.rank = static_cast<int64_t>(std::ceil(sampled + 3 * std::sqrt(sampled) + 1));
   plan.scans = select_scans(T, C, E, k, has_plane, plan, card);
   const int64_t most =
@@ -259,7 +259,7 @@ inline void take_memory(SelectJob& job, Arena& arena) {
   ScanWork& work = job.work;
   work.bytes = arena.take<uint32_t>((plan.chunk + 3) / 4 * steps * 64);
   work.terms = arena.take<RowTerms>(plan.chunk);
-  work.maxima = arena.take<float>(plan.chunk * plan.sample_tiles * kMaximaOfTile);
+  work.maxima = arena.take<float>(plan.chunk * plan.sample_groups * kMaximaOfGroup);
   work.tau = arena.take<float>(plan.chunk);
   work.reached = arena.take<float>(plan.chunk);
   work.count = arena.take<int32_t>(plan.chunk);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -146,6 +147,10 @@ CU_FAST_DEVICE float multiply(float a, float b) {
 }
 CU_FAST_DEVICE float add(float a, float b) {
   return a + b;
+}
+
+CU_FAST_DEVICE float fuse(float a, float b, float c) {
+  return std::fma(a, b, c);
 }
 
 CU_FAST_DEVICE int computed_here(int x) {

@@ -11,8 +11,8 @@ namespace {
 
 std::vector<int64_t> select_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool has_plane) {
   const SelectPlan plan = plan_select(T, C, E, k, has_plane, this_card());
-  return {plan.scans,    plan.chunk,       plan.parts,        plan.part_codes,
-          plan.capacity, plan.score_parts, plan.sample_tiles, plan.rank};
+  return {plan.scans,    plan.chunk,       plan.parts,         plan.part_codes,
+          plan.capacity, plan.score_parts, plan.sample_groups, plan.rank};
 }
 
 // Scans one chunk and returns arrays of ScanWork: count, tau, id, lower, upper, scored, maxima, reached, terms (per row; the
@@ -45,7 +45,7 @@ std::vector<Tensor> scan_state(const Tensor& z, const Tensor& digits, const Tens
   add_array(work.lower, {T, places}, floats);
   add_array(work.upper, {T, places}, floats);
   add_array(work.scored, {T, places}, floats);
-  add_array(work.maxima, {T, plan.sample_tiles, kMaximaOfTile}, floats);
+  add_array(work.maxima, {T, plan.sample_groups, kMaximaOfGroup}, floats);
   add_array(work.reached, {T}, floats);
   add_array(work.terms, {T, sizeof(RowTerms) / 4}, floats);
   add_array(work.bytes, {(T + 3) / 4, steps, 2, 32}, ints);

@@ -44,8 +44,8 @@ std::string cuda_selection_plan(int64_t T, int64_t C, int64_t E, int64_t k, bool
   const SelectPlan plan = plan_select(T, C, E, k, scan, card);
   std::ostringstream text;
   if (plan.scans) {
-    text << "int8 scan: " << plan.chunk << " tokens at a time, " << plan.sample_tiles << " of "
-         << (C + kScanTile - 1) / kScanTile << " tiles of codes for the first threshold, " << plan.score_parts
+    text << "int8 scan: " << plan.chunk << " tokens at a time, " << plan.sample_groups << " of "
+         << scan_groups(C) << " groups of codes for the first threshold, " << plan.score_parts
          << " blocks per token for its candidates";
   } else {
     text << "every code scored: " << plan.chunk << " tokens at a time, " << plan.parts << " x "

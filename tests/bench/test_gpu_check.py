@@ -268,7 +268,7 @@ def test_rates_are_those_that_plans_are_made_with(roofline):
         # The plan expects about as many candidates as were counted.
         assert made.predicted[0] == pytest.approx(whole + scored.microseconds(rates), rel=0.05)
     assert roofline.rates_of("H100").memory == pytest.approx(0.9 * 3.35e6)
-    assert roofline.rates_of("H100").scan_products == pytest.approx(0.6 * 989e6)
+    assert roofline.rates_of("H100").many_products == pytest.approx(0.6 * 989e6)
     assert scan.memory == 2 * entries * 17 / 16
 
 

@@ -5,6 +5,10 @@ that the kernel may use (bytes; stack and local memory are spills). By hand: `ha
 and must not be there. LDG.128 stands for LDG.E.NA.128.CONSTANT too: any modifiers between and behind. IMMA@sm_80 is asked
 of sm_80 only. FFMA>30 in `never` allows 30: a division and a square root are sequences of them.
 
+`tail_sm_90a` is `instructions cycles`, at most, of what a scan of the codes does behind its last wait for a product or a
+copy, which is what it does with the sums. Cycles are those that one warp stalls if it goes through that code once, top to
+bottom: what the instructions themselves say, without what they wait for in memory.
+
     python tests/kernels/test_machine_code.py --write
 
 writes what the library uses now; `has` and `never` stay. Another nvcc may use other registers than the one it was
@@ -34,6 +38,7 @@ STATIC_SHARED = 48 * 1024
 RESERVED_SHARED = 1024  # by the system, counted from compute capability 9.0 on
 # Instructions are read for one architecture of each generation: most of the time goes into this.
 DISASSEMBLED = ("sm_80", "sm_90a", "sm_120")
+TAILS = ("sm_80", "sm_90a")
 
 
 class Usage(NamedTuple):
@@ -43,10 +48,16 @@ class Usage(NamedTuple):
     shared: int
 
 
+class Tail(NamedTuple):
+    instructions: int
+    cycles: int
+
+
 class Row(NamedTuple):
     has: list[str]
     never: list[str]
     limits: dict[str, Usage]  # by architecture
+    tails: dict[str, Tail]  # likewise, of some
 
 
 def cuobjdump() -> str | None:
@@ -107,6 +118,25 @@ def instructions(text: str) -> dict[tuple[str, str], Counter[str]]:
     }
 
 
+# An instruction is 128 bits, its lower half on the first of two lines. Bits 105 to 108 are the cycles until the next.
+INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*).*/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/",
+    re.MULTILINE,
+)
+
+
+def tails(text: str) -> dict[tuple[str, str], Tail]:
+    """Of each scan of the codes that waits for anything, from `cuobjdump -sass`."""
+    found = {}
+    for key, body in by_kernel(text, r"^\s*Function : (\w+)").items():
+        code = [(opcode, int(high, 16) >> 41 & 15) for opcode, high in INSTRUCTION.findall(body) if opcode != "NOP"]
+        waits = [i for i, (opcode, _) in enumerate(code) if "DEPBAR" in opcode.split(".")]
+        if waits and key[0].startswith("scan_codes"):
+            stalls = [stall for _, stall in code[waits[-1] + 1 :]]
+            found[key] = Tail(len(stalls), sum(stalls))
+    return found
+
+
 def count(word: str, opcodes: Counter[str]) -> int:
     base, *modifiers = word.split(".")
     return sum(
@@ -121,19 +151,27 @@ def read_table(path: Path) -> dict[str, Row]:
                 line["has"].split(),
                 line["never"].split(),
                 {arch: Usage(*map(int, line[arch].split())) for arch in line if arch.startswith("sm_")},
+                {
+                    column.removeprefix("tail_"): Tail(*map(int, line[column].split()))
+                    for column in line
+                    if column.startswith("tail_") and line[column]
+                },
             )
             for line in csv.DictReader(file)
         }
 
 
-def write_table(path: Path, table: dict[str, Row], found: dict[tuple[str, str], Usage]) -> None:
+def write_table(
+    path: Path, table: dict[str, Row], found: dict[tuple[str, str], Usage], ends: dict[tuple[str, str], Tail]
+) -> None:
     archs = sorted({arch for _, arch in found}, key=lambda arch: int(re.search(r"\d+", arch).group()))
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kernel", "has", "never", *archs])
+        writer.writerow(["kernel", "has", "never", *archs, *(f"tail_{arch}" for arch in TAILS)])
         for kernel in sorted({name for name, _ in found}):
-            row = table.get(kernel, Row([], NEVER.split(), {}))
+            row = table.get(kernel, Row([], NEVER.split(), {}, {}))
             cells = [" ".join(map(str, found[kernel, arch])) for arch in archs]
+            cells += [" ".join(map(str, ends.get((kernel, arch), ()))) for arch in TAILS]
             writer.writerow([kernel, " ".join(row.has), " ".join(row.never), *cells])
 
 
@@ -159,13 +197,26 @@ def usage_problems(table: dict[str, Row], found: dict[tuple[str, str], Usage]) -
 def instruction_problems(table: dict[str, Row], found: dict[tuple[str, str], Counter[str]]) -> list[str]:
     problems = []
     for (name, arch), opcodes in found.items():
-        row = table.get(name, Row([], [], {}))
+        row = table.get(name, Row([], [], {}, {}))
         for word, _, only in (has.partition("@") for has in row.has):
             if only in ("", arch) and not count(word, opcodes):
                 problems.append(f"{name} on {arch} has no {word}")
         for word, _, most in (never.partition(">") for never in row.never):
             if (n := count(word, opcodes)) > int(most or 0):
                 problems.append(f"{name} on {arch} has {n} {word}, at most {most or 0}")
+    return problems
+
+
+def tail_problems(table: dict[str, Row], found: dict[tuple[str, str], Tail]) -> list[str]:
+    problems = []
+    for (name, arch), tail in found.items():
+        most = table[name].tails.get(arch) if name in table else None
+        if most is None:
+            problems.append(f"{name} on {arch}: no tail in the table")
+            continue
+        for what, is_now, limit in zip(Tail._fields, tail, most):
+            if is_now > limit:
+                problems.append(f"{name} on {arch}: {is_now} {what} behind the last wait, at most {limit}")
     return problems
 
 
@@ -204,11 +255,16 @@ class TestLibrary:
     def test_instructions(self, committed, arch):
         if arch not in code_archs():
             pytest.skip(f"the library was built without {arch}")
-        found = instructions(dump("-sass", "-arch", arch, native.LIBRARY))
+        text = dump("-sass", "-arch", arch, native.LIBRARY)
+        found = instructions(text)
         assert {name for name, _ in found} == {*committed}
         # Read to the end: a kernel leaves, or, where it is not for this architecture, traps.
         assert all("EXIT" in opcodes or "BPT.TRAP" in opcodes for opcodes in found.values())
         problems = instruction_problems(committed, found)
+        if arch in TAILS:
+            ends = tails(text)
+            assert {name for name, _ in ends} == {name for name, row in committed.items() if arch in row.tails}
+            problems += tail_problems(committed, ends)
         assert not problems, "\n".join(problems)
 
 
@@ -265,6 +321,28 @@ compressed
         /*0000*/                   FMUL R1, R2, R3 ;                   /* 0x0000000302017220 */
         /*0010*/              @P0  EXIT ;                              /* 0x000000000000794d */
 """
+# From a library: stalls of 4, 5, 2, 13, 1 and 0.
+WAITING = """
+Fatbin elf code:
+================
+arch = sm_80
+
+		Function : _ZN7cu_fast12_GLOBAL__N_110scan_codesILi64ELb0EEEvNS0_1PE
+        /*4c50*/                   LDGDEPBAR ;                         /* 0x00000000000079af */
+                                                                       /* 0x000e280000000000 */
+        /*4c60*/                   DEPBAR.LE SB0, 0x0 ;                /* 0x000080000000791a */
+                                                                       /* 0x000fc80000000000 */
+        /*4c70*/              @!P3 BRA 0x1c0b0 ;                       /* 0x0000000400ec7947 */
+                                                                       /* 0x000fea0003800000 */
+        /*4c80*/                   IADD3 R12, P1, R18, UR6, RZ ;       /* 0x00000006120c7c10 */
+                                                                       /* 0x000fe4000ff3e0ff */
+        /*4c90*/                   ISETP.GE.AND.EX P0, PT, R13, R15, PT, P0 ;   /* 0x0000000f0d00720c */
+                                                                       /* 0x000fda0003f06300 */
+        /*4ca0*/                   IMAD R0, R9, R14.reuse, RZ ;        /* 0x0000000e09007224 */
+                                                                       /* 0x0c0fe200078e02ff */
+        /*4cb0*/                   NOP ;                               /* 0x0000000000007918 */
+                                                                       /* 0x000fc00000000000 */
+"""
 SCAN = "scan<64, false>"
 
 
@@ -279,8 +357,11 @@ class TestReading:
     @pytest.fixture
     def table(self, tmp_path):
         path = tmp_path / "table.csv"
-        table = {SCAN: Row(["IMMA", "LDG.128"], NEVER.split(), {}), "pack": Row([], [*NEVER.split(), "IMMA"], {})}
-        write_table(path, table, usage(USAGE))
+        table = {
+            SCAN: Row(["IMMA", "LDG.128"], NEVER.split(), {}, {}),
+            "pack": Row([], [*NEVER.split(), "IMMA"], {}, {}),
+        }
+        write_table(path, table, usage(USAGE), {})
         return read_table(path)
 
     def test_what_is_read(self, table):
@@ -313,7 +394,7 @@ class TestReading:
 
     def test_spills_that_were_written_to_the_table(self, tmp_path):
         spilled = usage(USAGE.replace("STACK:0", "STACK:16"))
-        write_table(tmp_path / "table.csv", {}, spilled)
+        write_table(tmp_path / "table.csv", {}, spilled, {})
         problems = usage_problems(read_table(tmp_path / "table.csv"), spilled)
         assert f"{SCAN} on sm_80: stack 16, local 0, but never LDL STL" in problems
 
@@ -331,16 +412,34 @@ class TestReading:
         assert instruction_problems(table, instructions(SASS.replace(before, after))) == [problem]
 
     def test_what_one_architecture_must_have(self):
-        row = Row(["IGMMA@sm_90a", "EXIT@sm_80"], [], {})
+        row = Row(["IGMMA@sm_90a", "EXIT@sm_80"], [], {}, {})
         opcodes = Counter(["IMMA"])
         assert instruction_problems({"a": row}, {("a", "sm_90a"): opcodes}) == ["a on sm_90a has no IGMMA"]
         assert instruction_problems({"a": row}, {("a", "sm_80"): opcodes}) == ["a on sm_80 has no EXIT"]
 
     def test_some_are_allowed(self):
-        table = {"pack": Row([], ["FMUL>1"], {})}
+        table = {"pack": Row([], ["FMUL>1"], {}, {})}
         assert instruction_problems(table, instructions(SASS)) == []
         two = SASS.replace("@P0  EXIT", "@P0  FMUL.FTZ")
         assert instruction_problems(table, instructions(two)) == ["pack on sm_80 has 2 FMUL, at most 1"]
+
+    @pytest.mark.parametrize(
+        "most, problems",
+        [
+            (Tail(4, 21), []),
+            (Tail(3, 21), ["scan_codes<64, false> on sm_80: 4 instructions behind the last wait, at most 3"]),
+            (Tail(4, 20), ["scan_codes<64, false> on sm_80: 21 cycles behind the last wait, at most 20"]),
+            (None, ["scan_codes<64, false> on sm_80: no tail in the table"]),
+        ],
+    )
+    def test_tails(self, tmp_path, most, problems):
+        used = usage(USAGE.replace("4scanI", "10scan_codesI"))
+        kernel, ends = "scan_codes<64, false>", tails(WAITING)
+        assert ends == {(kernel, "sm_80"): Tail(4, 5 + 2 + 13 + 1)}
+        write_table(tmp_path / "table.csv", {}, used, {(kernel, "sm_80"): most} if most else {})
+        table = read_table(tmp_path / "table.csv")
+        assert table[kernel].tails == ({"sm_80": most} if most else {}) and not table["pack"].tails
+        assert tail_problems(table, ends) == problems
 
     def test_names(self):
         assert readable("_ZN7cu_fast4packENS_1PE") == "pack"
@@ -355,4 +454,5 @@ class TestReading:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"] or not code_archs() or cuobjdump() is None:
         sys.exit("usage: test_machine_code.py --write, with a library that has CUDA, and cuobjdump (cu-fast[test])")
-    write_table(TABLE, read_table(TABLE) if TABLE.exists() else {}, usage(dump("-res-usage", native.LIBRARY)))
+    ends = {key: tail for arch in TAILS for key, tail in tails(dump("-sass", "-arch", arch, native.LIBRARY)).items()}
+    write_table(TABLE, read_table(TABLE) if TABLE.exists() else {}, usage(dump("-res-usage", native.LIBRARY)), ends)

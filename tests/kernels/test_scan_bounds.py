@@ -325,12 +325,14 @@ def test_candidates_of_the_guess(E, C, k, bytes, digits):
     """Codes per row whose upper bound reaches the guess that the scan starts from, which is none too high."""
     z, codes = normal(16, E), normal(C, E, seed=1)
     groups = C // GROUP
-    samples = min(math.ceil(groups / 16), 32)
-    sampled = (torch.arange(samples) * groups // samples)[:, None] * GROUP + torch.arange(GROUP)
-    expected = k * samples / groups
-    rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
-    for byte_range, most in ((127, bytes), (None, digits)):
+    # A sixteenth of the codes: on a CPU at most 2,048. On a GPU, which takes digits, at most 8,192, or 16 k, and then the
+    # largest of every four.
+    on_gpu = math.ceil(max(min(C / 16, 8192), 16 * k) / GROUP)
+    for byte_range, samples, of, most in ((127, min(math.ceil(groups / 16), 32), 1, bytes), (None, on_gpu, 4, digits)):
+        sampled = (torch.arange(samples) * groups // samples)[:, None] * GROUP + torch.arange(GROUP)
+        expected = k * samples / groups
+        rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
         approx, bound = emulated(z, codes, cosine(codes), None, byte_range)
-        guess = approx[:, sampled.flatten()].topk(rank).values[:, -1:]
+        guess = approx[:, sampled.flatten()].reshape(16, -1, of).amax(2).topk(rank).values[:, -1:]
         assert (approx.topk(k).values[:, -1:] >= guess).all()
         assert (approx + bound >= guess).sum(1).double().mean() <= most

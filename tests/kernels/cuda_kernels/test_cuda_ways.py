@@ -8,12 +8,12 @@ import torch
 from calls import call
 from hurtful import normal
 from test_cuda_kernels import INF, NAN, bottleneck, emulated, kernels, plane_of, pytestmark, same, select
-from test_cuda_scan import CHUNK, PLACES, Scan
+from test_cuda_scan import CHUNK, PLACES, Scan, sampled_groups
 
 from cu_fast.kernels import reference
 
 __all__ = ["pytestmark"]
-PLAN = ("scans", "chunk", "parts", "part_codes", "capacity", "score_parts", "sample_tiles", "rank")
+PLAN = ("scans", "chunk", "parts", "part_codes", "capacity", "score_parts", "sample_groups", "rank")
 
 
 def plan(T, C, E, k, scans, multiprocessors=3):
@@ -101,13 +101,22 @@ class TestWays:
                 assert torch.equal(receipt, expected) and expected[1] > 0
 
     def test_misled(self):
-        # The best are all in the first tile, which is in the sample: more are expected than there are.
+        # The best are all in the sample: more are expected than there are.
         z, codes, mask = normal(CHUNK, 40), normal(1100, 40, seed=1), hurtful.masks(CHUNK, 1100, 0.1, 2)
-        codes[:256:4] *= 10
+        for group in sampled_groups(1100, 30):
+            codes[64 * group : 64 * group + 64 : 8] *= 10
         for given in (dict(k=30), dict(k=30, mask=mask, counts_hits=True)):
             assert Scan(z, codes, **given).check()["misled"] > CHUNK / 4
         agrees(z, codes, 30)
         agrees(z, codes, 30, mask)
+
+    @pytest.mark.parametrize("C, k, groups", [(8, 1, 1), (70, 8, 2), (900, 5, 4), (2600, 5, 8), (2600, 60, 15)])
+    def test_sample(self, C, k, groups):
+        # A quarter of the codes, no more than 512, no less than 16 k; four groups to a block if there are many tokens.
+        assert plan(3, C, 40, k, True)["sample_groups"] == groups == len(sampled_groups(C, k))
+        for T, wgmma in ((3, False), (40, False), (40, True)):
+            z, codes, mask = normal(T, 40), normal(C, 40, seed=1), hurtful.masks(T, C, 0.3, 2)
+            Scan(z, codes, k=k, mask=mask, wgmma=wgmma).check()
 
     def test_mask_rows_that_do_not_exist(self):
         row = torch.tensor([-1, 0, 2, 3, -2, 5] + 14 * [1]).int()
@@ -145,6 +154,12 @@ class TestWays:
         assert scan.check()["certified" if C < PLACES else "overflowed"] == 3
         assert (scan.upper[:, :C].nan_to_num(1) < 2.0**-119).all() if C < PLACES else (scan.count == C).all()
         assert agrees(z, codes, 9)[1].tolist() == 3 * [list(range(9))]
+
+    def test_a_row_of_zeros_and_codes_without_bounds(self):
+        # 0 times Inf is no bound: every code stays. Scores are the biases.
+        z, codes, bias = torch.zeros(3, 32), normal(150, 32), normal(150, seed=1)
+        scan = Scan(z, codes, factor=torch.full((150,), 2.0**41), bias=bias, k=9)
+        assert scan.check()["certified"] == 3 and (scan.count == 150).all() and (scan.score == bias).all()
 
     def test_biases_that_are_cut(self):
         # A code of zeros scores its bias alone, which is 0 if it is too small: then ids decide, in bounds too.
