@@ -120,10 +120,10 @@ def tile_tokens(T: int) -> int:
 
 
 def scored_exactly(T: int, E: int, C: int, rates: Rates) -> Cost:
-    """select_exact, and the encoder: every tile of tokens reads all codes, the first time from memory."""
+    """select_exact, and the encoder: a tile of tokens reads all codes, the first time from memory; 64 codes all tokens."""
     tile, entries = tile_tokens(T), C * E
     rate = rates.dot_products if tile <= 4 else rates.products if T <= 64 else rates.many_products
-    return Cost(DIGITS * entries, math.ceil(T / tile) * DIGITS * entries, T * entries * DIGITS**2 / rate)
+    return Cost(DIGITS * entries, (math.ceil(T / tile) + T / 64) * DIGITS * entries, T * entries * DIGITS**2 / rate)
 
 
 def rows_fixed(T: int, E: int, digits: int) -> Cost:
@@ -148,8 +148,8 @@ def scanned(T: int, E: int, C: int, made: Plan, card: str) -> Cost:
 
 
 def threshold_found(T: int, C: int, made: Plan) -> Cost:
-    """scan_threshold: four passes over a maximum per four codes of the sample."""
-    return Cost(0, 4 * T * made.sample * C / 4 * 4, 0)
+    """scan_threshold: a maximum per four codes of the sample, fp32."""
+    return Cost(0, T * made.sample * C, 0)
 
 
 def candidates_scored(T: int, E: int, C: int, k: int, rates: Rates) -> Cost:

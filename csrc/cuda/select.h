@@ -130,11 +130,11 @@ inline SelectPrediction predict_select(int64_t T, int64_t C, int64_t E, int64_t 
   const Peaks rates = rates_of(card);
   const double codes = static_cast<double>(std::max<int64_t>(C, 1)), entries = codes * E, tokens = T;
   SelectPrediction made = {};
-  const int64_t tile = tile_tokens(T, E);  // each reads all codes
+  const int64_t tile = tile_tokens(T, E);  // each reads all codes, and each 64 codes all tokens
   const double products = tile <= 4 ? rates.dot_products : T <= 64 ? rates.products : rates.many_products;
-  made.exact = kExactStart +
-               std::max({entries * kDigits / rates.memory, tiles_of(tile) * entries * kDigits / rates.cache,
-                         tokens * entries * (kDigits * kDigits) / products});
+  made.exact = kExactStart + std::max({entries * kDigits / rates.memory,
+                                       (tiles_of(tile) + tokens / 64) * entries * kDigits / rates.cache,
+                                       tokens * entries * (kDigits * kDigits) / products});
   // The threshold is the maximum of plan.rank among those of the sample, each of a few codes.
   constexpr double kOfMaximum = static_cast<double>(kScanGroup) / kMaximaOfGroup;
   const double sampled = std::min(codes, static_cast<double>(plan.sample_groups * kScanGroup));

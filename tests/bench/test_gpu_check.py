@@ -284,7 +284,8 @@ def test_a_prediction_by_hand(roofline):
     assert launches == 5 and list(kernels) == ["fix_rows", "sae_encode", "select_exact", "chain", "finish_decode"]
     assert not roofline.plan(1, 512, 25_000, 8, "H100").scans
     encode = roofline.scored_exactly(2048, 4096, 4096, roofline.rates_of("H100"))
-    assert encode.arithmetic == pytest.approx(9 * 2048 * 4096**2 / (0.6 * 613e6))
+    assert encode.arithmetic == pytest.approx(9 * 2048 * 4096**2 / (0.6 * 989e6))
+    assert encode.cache == pytest.approx((16 + 32) * 3 * 4096**2)
 
 
 @pytest.mark.parametrize("E, C, k", [(2048, 65_536, 64), (512, 25_000, 8)])

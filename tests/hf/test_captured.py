@@ -11,15 +11,14 @@ import pytest
 import recorded
 import torch
 import transformers
-from tiny_models import add_masks, attach_to, build, inputs
-from tiny_saes import firing, hidden, make_sae, mask_of
+from tiny_models import inputs
+from tiny_saes import mask_of
+from tiny_splices import KINDS, LAYERS, with_autoencoder, with_codebooks
 
-from cu_fast import attach
 from cu_fast.hf import StaleCacheError, capture
 from cu_fast.hf.request import POISON
 from cu_fast.masks import tables
 
-LAYERS = ("model.layers.0", "model.layers.1")
 TOPICS = ("a", None, ["b", "a"], {"a", "b"}, [None, "b"], "a")
 
 
@@ -33,34 +32,9 @@ def given():
     return inputs("llama")
 
 
-def with_codebooks(given, **changes):
-    attachment = attach_to(build("llama"), *LAYERS, **changes)
-    add_masks(attachment, given)
-    return attachment
-
-
-def with_autoencoder(given, elsewhere=False):
-    sae = make_sae()
-    module, side = ("model.layers.1.mlp", "in") if elsewhere else (LAYERS[1], "out")
-    place = "model.layers.1.mlp:in -> model.layers.1.mlp" if elsewhere else LAYERS[1]
-    attachment = attach(build("llama"), {place: sae}, splice="delta")
-    latents = firing(sae, hidden("llama", module, given, side))
-    for i, name in enumerate("ab"):
-        attachment.add_mask(mask_of(sae, sorted(latents[i : i + 8 : 2]), name))
-    return attachment
-
-
-MODELS = {
-    "replace": with_codebooks,
-    "codebook that keeps": lambda given: with_codebooks(given, splice="delta"),
-    "autoencoder": with_autoencoder,
-    "autoencoder at two places": lambda given: with_autoencoder(given, elsewhere=True),
-}
-
-
-@pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(params=[kind for kind in KINDS if kind != "top-k-autoencoder"])  # which looks at values on a CPU
 def attachment(request, given):
-    return MODELS[request.param](given)
+    return KINDS[request.param](given)
 
 
 def captured_logits(attachment, given):

@@ -12,13 +12,13 @@ import threading
 import pytest
 import torch
 from tiers import heavy
-from tiny_models import add_masks, attach_to, build, inputs, logits
+from tiny_models import build, inputs, logits
 from tiny_saes import firing, hidden, make_sae, mask_of
+from tiny_splices import KINDS, LAYERS, with_autoencoder, with_codebooks
 
 from cu_fast import attach
 from cu_fast.hf import StaleCacheError, compiled, forwards
 
-LAYERS = ("model.layers.0", "model.layers.1")
 TOPICS = (None, "a", "b", ["a", "b"], [None, "b"], {"a", "b"}, None)
 
 
@@ -33,43 +33,15 @@ def given():
     return inputs("llama")
 
 
-def with_codebooks(given, **changes):
-    attachment = attach_to(build("llama"), *LAYERS, **changes)
-    add_masks(attachment, given)
-    return attachment
-
-
-def with_autoencoders(given, kind="threshold", elsewhere=False):
-    """At one layer, or read in front of an MLP and changed behind it."""
-    sae = make_sae(kind)
-    reads, writes = ("model.layers.1.mlp:in", "model.layers.1.mlp") if elsewhere else (LAYERS[1], LAYERS[1])
-    attachment = attach(build("llama"), {f"{reads} -> {writes}" if elsewhere else writes: sae}, splice="delta")
-    module, _, side = reads.partition(":")
-    x = hidden("llama", module, given, side or "out")
-    latents = firing(sae, x)
-    for i, name in enumerate("ab"):
-        attachment.add_mask(mask_of(sae, sorted(latents[i : i + 8 : 2]), name))
-    return attachment
-
-
-MODELS = {
-    "replace": with_codebooks,
-    "codebook that keeps": lambda given: with_codebooks(given, splice="delta"),
-    "autoencoder": with_autoencoders,
-    "top-k autoencoder": lambda given: with_autoencoders(given, "topk"),
-    "autoencoder at two places": lambda given: with_autoencoders(given, elsewhere=True),
-}
-
-
-@pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(params=KINDS)
 def attachment(request, given):
-    return MODELS[request.param](given)
+    return KINDS[request.param](given)
 
 
-@pytest.fixture(params=["replace", "autoencoder at two places"], ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(params=["replace", "autoencoder-at-two-places"])
 def some(request, given):
     """Compiling takes its time: a model of each kind."""
-    return MODELS[request.param](given)
+    return KINDS[request.param](given)
 
 
 def traced(model, fullgraph=True):
@@ -249,7 +221,7 @@ def test_what_would_not_be_seen_is_refused(given):
 
 def test_a_forward_with_gradients(given):
     """Where nothing is deleted a splice that keeps the hidden state hands the gradient on: it is looked up."""
-    attachment = with_autoencoders(given)
+    attachment = with_autoencoder(given)
     call, seen = traced(attachment.model)
     with attachment.unlearn(None):
         call(**given, use_cache=False).logits.sum().backward()

@@ -59,7 +59,7 @@ def test_times_by_hand():
     p = Planned(2048, 65_536, 2048, 64)
     scored = 2048 * p.scored * 2048 * 3 / 5.5e6
     assert p.scan == pytest.approx(100 + 17 / 16 * 32 * 1.5 * entries / 5.5e6 + scored, abs=1)
-    assert p.exact == pytest.approx(5 + 9 * 2048 * entries / (0.6 * 613e6), abs=1)
+    assert p.exact == pytest.approx(5 + 9 * 2048 * entries / (0.6 * 989e6), abs=1)
     p = Planned(2048, 65_536, 2048, 64, "B300")
     scored = 2048 * p.scored * 2048 * 3 / 8e6
     assert p.scan == pytest.approx(100 + 17 / 16 * 2 * 2048 * entries / (0.6 * 82e6) + scored, abs=1)
@@ -157,7 +157,7 @@ def test_expected_candidates_are_those_of_the_plans_sample(E, C, k):
 
 
 def test_a_scan_whose_candidates_have_no_places_is_refused():
-    p = Planned(256, 65_536, 16_384, 64)
+    p = Planned(256, 65_536, 16_384, 64, "A100")
     assert p.scan < p.exact and p.candidates > p.places == 2048 and not p.scans
     p = Planned(256, 65_536, 8192, 64)
     assert p.scan < p.exact and p.candidates < 2048 and p.scans
