@@ -88,7 +88,10 @@ class Request:
         """The rows as an int32 vector on a device, copied there once per stream."""
         key = device, stream_of(device)
         if key not in self._rows_on:
-            self._rows_on[key] = torch.tensor(self.rows, dtype=torch.int32).to(device)
+            rows = torch.tensor(self.rows, dtype=torch.int32)
+            if device.type == "cuda":
+                rows = rows.pin_memory()  # so that the host need not wait for the copy
+            self._rows_on[key] = rows.to(device, non_blocking=True)
         return self._rows_on[key]
 
 
