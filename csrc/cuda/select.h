@@ -28,6 +28,7 @@ struct SelectTuning {
   static constexpr int64_t kFusedK = 12;
   static constexpr int kHeld = 1;  // fewer than the candidates that there may be
   static constexpr int64_t kTilesAtOnce = 2;
+  static constexpr int kResidentSteps = 8;
   static constexpr int64_t kRows = 136;  // more than a tile of exact scores
   static constexpr int64_t kMostMemory = int64_t{2} << 20;
 #else
@@ -41,6 +42,8 @@ struct SelectTuning {
   static constexpr int64_t kFusedK = 1024;         // the largest k whose merged list is in shared memory
   static constexpr int kHeld = 8;                  // words per thread that a block loads at once
   static constexpr int64_t kTilesAtOnce = 65535;   // of scan_codes: gridDim.y <= 65535
+  // Of 32 entries: what a block of scan_codes_sm90 has shared memory for.
+  static constexpr int kResidentSteps = 52;
   static constexpr int64_t kRows = 8192;  // of z in digits at a time: so their memory does not grow with T
   // Bytes of a selection's memory, and of the encoder's. One token may need more, where k or the sample is huge.
   static constexpr int64_t kMostMemory = int64_t{512} << 20;

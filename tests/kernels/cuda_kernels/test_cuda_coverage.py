@@ -41,6 +41,8 @@ def test_every_kernel_that_ships_has_run():
         deleted(deletions.deletion(T, 24, 40, 9))
     for T, wgmma in ((4, True), (8, True), (32, True), (40, False), (73, True)):
         select(normal(T, 40), codes, scan=plane_of(codes), wgmma=wgmma)
+    for k, multiprocessors in ((20, 1), (4, 40)):  # blocks of several tiles, in the sample too; of one
+        select(normal(72, 40), codes, k=k, scan=plane_of(codes), wgmma=True, multiprocessors=multiprocessors)
     assert kernels() == SHIPPED and len(SHIPPED) > 20
 
 

@@ -185,7 +185,8 @@ class TestWays:
             Scan(z, codes, k=1, wgmma=wgmma).check()
             agrees(z, codes, 1, wgmma=wgmma)
         ran = {name for name in kernels() if name.startswith("scan_codes")}
-        assert len(ran) == 2 and all(name.startswith(kernel) for name in ran)
+        # One block per tile of tokens takes all three tiles, and keeps the tokens if they are few steps.
+        assert len(ran) == 2 + (wgmma and T > 64) and all(name.startswith(kernel) for name in ran)
 
     def test_widest(self):
         # The largest sums: all three digits of z are 127, the bytes of two codes 127 and -127.
