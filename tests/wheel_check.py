@@ -2,7 +2,8 @@
 
     python tests/wheel_check.py torch==2.13.0
 
-The argument is the torch to install. With CU_FAST_BUILD=require a wheel without CUDA is an error.
+The argument is the torch to install. With CU_FAST_BUILD=require a wheel without CUDA is an error. CU_FAST_PORTABLE=0: the
+wheel is for this machine alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOST = 60 * 2**20  # bytes
+# What every system of this platform has: https://peps.python.org/pep-0600, auditwheel's policy. Beside it torch's libraries.
+PLATFORM = "manylinux_2_28_x86_64"
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+SYSTEM = r"lib(c|m|pthread|dl|rt|gcc_s|stdc\+\+|torch|torch_cpu|c10)\.so[.\d]*|ld-linux-x86-64\.so\.2"
+VERSION = r"Name: (\S+) +Flags:"
+TORCH = r"aoti_torch_\w+|torch_\w+|_ITM_(de)?registerTMCloneTable|__gmon_start__"
 # What `import cu_fast` and its operators need; all of transformers is not.
 NEEDED = ["numpy"]
 TESTS = [
@@ -75,6 +82,40 @@ def check_file(wheel: Path) -> None:
     check(torch == ["torch>=2.11"], f"it must require torch>=2.11, whatever is newer, and requires {torch}")
 
 
+def portability_problems(wheel: str, text: str) -> list[str]:
+    """Why a wheel does not run on every system of its platform. text: what readelf says of its library."""
+    problems = []
+    if not wheel.endswith(f"-{PLATFORM}.whl"):
+        problems.append(f"{wheel} must have the tag {PLATFORM}; it was built with CU_FAST_PORTABLE=0")
+    libraries = re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", text)
+    versions = re.findall(VERSION, text)
+    symbols = re.findall(r" UND (\w\S*)", text)
+    stack = re.findall(r"^ +GNU_STACK +(?:0x\w+ +)+(\w+)", text, re.MULTILINE)
+    if not (libraries and versions and symbols and len(stack) == 1):
+        return [*problems, "readelf did not say what is needed"]
+    problems += [f"it needs {name}" for name in libraries if not re.fullmatch(SYSTEM, name)]
+    for version in dict.fromkeys(versions):
+        name, _, number = version.partition("_")
+        numbers = tuple(map(int, number.split("."))) if re.fullmatch(r"\d+(\.\d+)*", number) else None
+        if numbers is None or numbers > NEWEST.get(name, ()):
+            problems.append(f"it needs symbols of {version}")
+    # A system's symbol has a version: without one it would come from whatever library of torch's holds a copy.
+    problems += [f"it needs {name}, of no version" for name in symbols if not re.fullmatch(rf"{TORCH}|\S+@\S+", name)]
+    if "E" in stack[0]:
+        problems.append("its stack is executable")
+    return problems
+
+
+def check_portable(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("cu_fast/_C.abi3.so", folder)
+    command = ["readelf", "-W", "--dynamic", "--version-info", "--dyn-syms", "--program-headers", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    problems = portability_problems(wheel.name, text)
+    check(not problems, "\n".join(problems))
+    print(f"it needs symbols of {', '.join(sorted({*re.findall(VERSION, text)}))}: within {PLATFORM}")
+
+
 def check_installed(wheel: Path, torch: str, folder: Path) -> tuple[Path, str]:
     """Returns the installed library and what it says that it was built for."""
     venv.create(folder / "venv", with_pip=True)
@@ -122,6 +163,8 @@ def main() -> None:
     )
     check_file(wheels[0])
     with tempfile.TemporaryDirectory() as folder:
+        if os.environ.get("CU_FAST_PORTABLE") != "0":
+            check_portable(wheels[0], Path(folder))
         check_machine_code(*check_installed(wheels[0], sys.argv[1], Path(folder)))
     print("the wheel is good")
 

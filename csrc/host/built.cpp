@@ -25,12 +25,14 @@ std::string cuda_build() {
 // Why the NVIDIA driver cannot run this library, or "": torch may be of an older CUDA, and work with it.
 std::string cuda_driver_failure() {
 #ifdef CU_FAST_CUDA
+  constexpr int kMajor = CUDART_VERSION / 1000;
+  constexpr const char* kNeeds = kMajor == 12 ? ", R525 or newer" : kMajor == 13 ? ", R580 or newer" : "";
   int driver = 0;
   cudaDriverGetVersion(&driver);  // without a driver it stays 0; any of the same major version will do
-  if (driver / 1000 < CUDART_VERSION / 1000)
-    return "the NVIDIA driver is older than CUDA " + std::to_string(CUDART_VERSION / 1000) +
-           ", which the native library was built with; update the driver, or install cu-fast again from its "
-           "sources with an older CUDA toolkit";
+  if (driver / 1000 < kMajor)
+    return "the NVIDIA driver is older than CUDA " + std::to_string(kMajor) +
+           ", which the native library was built with; update the driver" + kNeeds +
+           ", or install cu-fast again from its sources with an older CUDA toolkit";
 #endif
   return "";
 }

@@ -87,7 +87,8 @@ def cuda_failure(device: torch.device | int | None = None) -> str | None:
         return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch >= 2.11"
     if not torch.cuda.is_available():
         return (
-            "torch.cuda.is_available() is False; check with nvidia-smi, and CUDA_VISIBLE_DEVICES, that there is a GPU"
+            "torch.cuda.is_available() is False; check with nvidia-smi, and CUDA_VISIBLE_DEVICES, that there is a GPU, "
+            f"and that its driver is new enough for torch's CUDA {torch.version.cuda}"
         )
     if old := torch.ops.cu_fast.cuda_driver_failure():
         return old

@@ -394,7 +394,9 @@ class TestCudaFailure:
     def test_no_gpu(self, gpu, monkeypatch):
         gpu()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert native.cuda_failure().startswith("torch.cuda.is_available() is False; check with nvidia-smi")
+        reason = native.cuda_failure()
+        assert reason.startswith("torch.cuda.is_available() is False; check with nvidia-smi")
+        assert reason.endswith("its driver is new enough for torch's CUDA 13.0")
 
     def test_old_driver(self, gpu):
         gpu(driver="it is old")
