@@ -132,8 +132,9 @@ def rows_fixed(T: int, E: int, digits: int) -> Cost:
 
 
 def scanned(T: int, E: int, C: int, made: Plan, card: str) -> Cost:
-    """scan_codes, both launches. Each chunk reads the plane; each tile of codes reads the tile of tokens."""
-    rates, (multiprocessors, _, _, clock) = rates_of(card), CARDS[card]
+    """scan_codes, both launches. Each chunk reads the plane; each tile of codes the tile of tokens, unless a block keeps it."""
+    rates, (multiprocessors, *capability, clock) = rates_of(card), CARDS[card]
+    keeps = capability == [9, 0] and T > 32 and 32 * constant("kResidentSteps", "select.h") >= E
     entries, chunks = C * E * (1 + made.sample), math.ceil(T / made.chunk)
     tile = 4 if T <= 4 else 8 if T <= 8 else 32 if T <= 32 else 64
     tiles = sum(math.ceil(min(made.chunk, T - t) / tile) for t in range(0, T, made.chunk))
@@ -141,7 +142,7 @@ def scanned(T: int, E: int, C: int, made: Plan, card: str) -> Cost:
     ends = tiles * C * (1 + made.sample) / SCAN_TILE * EPILOGUE_CYCLES * tile / 64
     return Cost(
         chunks * entries,
-        tiles * entries * (1 + tile * ROW_DIGITS / SCAN_TILE),
+        tiles * entries * (1 if keeps else 1 + tile * ROW_DIGITS / SCAN_TILE),
         T * entries * ROW_DIGITS / rate,
         ends / (multiprocessors * clock),
     )

@@ -144,9 +144,11 @@ inline SelectPrediction predict_select(int64_t T, int64_t C, int64_t E, int64_t 
   const double above = std::min(1.0, plan.rank * kOfMaximum / std::max(sampled, 1.0));
   made.candidates = codes_reaching(1 - std::pow(1 - above, 1 / kOfMaximum), C, E);
   made.scored = codes_reaching(k / codes, C, E);
-  // Each tile of codes reads a tile's digits too.
+  // Each tile of codes reads a tile's digits too, unless they stay in shared memory.
   const int64_t scan_tile = T <= 4 ? 4 : T <= 8 ? 8 : T <= 32 ? 32 : 64;
-  const double cached = 1 + 2.0 * scan_tile / kScanTile;
+  const bool resident =
+      card.major == 9 && card.minor == 0 && T > 32 && E <= 32 * SelectTuning::kResidentSteps;
+  const double cached = resident ? 1 : 1 + 2.0 * scan_tile / kScanTile;
   const double chunks = tiles_of(SelectTuning::kChunk * SelectTuning::kCandidates / plan.candidates);
   made.scan =
       kScanStart * chunks +
