@@ -13,7 +13,7 @@
 //
 // 1. List the slots that hold a code that is not deleted. A slot without a code and with the weight NaN marks
 //    a row that held NaN or Inf before the selection: y_t is NaN.
-// 2. For each run of kRun vectors of y_t: add up in registers, finish, store.
+// 2. For each run of vectors of y_t: add up in registers, finish, store. Meanwhile fetch what later slots read.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec.
 
@@ -34,45 +34,56 @@ int64_t list_slots(const DecodeParams& p, int64_t token, DecodeSlot* slots) {
   return n;
 }
 
-constexpr int64_t kAhead = 4;  // prefetch distance in rows of the table
+// Vectors of y_t that are added up in registers, and how many where fewer are left.
+constexpr int kFew = 4, kRun = std::max(kFew, Vec::kSums);
+// Rows that are fetched ahead, the next tokens' among them: the hardware cannot guess them. As many bytes of each dtype.
+template <class T>
+constexpr int64_t kAhead = 32 / sizeof(T);
 
-// Writes y[token, d .. d + 16 kRun). With kRun = 1 it may end at D before that.
-template <int kRun, class T>
-inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* slots, int64_t n, int64_t d) {
-  const int64_t left = kRun > 1 ? kRun * kLanes : p.D - d;  // only a single vector may be cut short
-  Vec sum[kRun];
+// Writes y[token, d .. d + 16 kWide). With kWide = 1 it may end at D before that. `end`: of the worker's places in ids.
+template <int kWide, class T>
+inline void decode_run(const DecodeParams& p, int64_t token, const DecodeSlot* slots, int64_t n, int64_t d,
+                       int64_t end) {
+  const int64_t left = kWide > 1 ? kWide * kLanes : p.D - d;  // only a single vector may be cut short
+  const T* const column = static_cast<const T*>(p.table.data) + d;
+  Vec sum[kWide];
 #pragma GCC unroll 16
-  for (int v = 0; v < kRun; ++v) sum[v] = Vec::broadcast(0);
+  for (int v = 0; v < kWide; ++v) sum[v] = Vec::broadcast(0);
   for (int64_t i = 0; i < n; ++i) {
-    const T* const row = static_cast<const T*>(p.table.data) + slots[i].id * p.table.stride + d;
+    const int64_t ahead = token * p.k + i + kAhead<T>;
+    const int32_t later = ahead < end && p.ids[ahead] >= 0 ? p.ids[ahead] : slots[i].id;
+    const T* const row = column + slots[i].id * p.table.stride;
+    const T* const next = column + later * p.table.stride;
     const Vec weight = Vec::broadcast(slots[i].weight);
-    if (i + kAhead < n) {  // prefetch: the hardware cannot guess the next row of the table
-      const auto* next = static_cast<const T*>(p.table.data) + slots[i + kAhead].id * p.table.stride + d;
-      for (size_t at = 0; at < kRun * kLanes * sizeof(T); at += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(next) + at);
-      }
-    }
 #pragma GCC unroll 16
-    for (int v = 0; v < kRun; ++v) {
+    for (int v = 0; v < kWide; ++v) {
+      if (v * kLanes * sizeof(T) % 64 == 0) __builtin_prefetch(next + v * kLanes);
       sum[v] = sum[v] + weight * load_first(row + v * kLanes, left - v * kLanes);
     }
   }
+  if (p.mean) {
+    const Vec k = Vec::broadcast(static_cast<float>(p.k));
 #pragma GCC unroll 16
-  for (int v = 0; v < kRun; ++v) {
-    const int64_t at = d + v * kLanes;
-    Vec y = sum[v];
-    if (p.mean) y = y / Vec::broadcast(static_cast<float>(p.k));
-    if (p.bias != nullptr) y = y + load_first(p.bias + at, left - v * kLanes);
-    if (p.residual.data != nullptr) {
-      with_row(p.residual, token, [&](const auto* row) { y = y + load_first(row + at, left - v * kLanes); });
-    }
-    store_first(y, static_cast<T*>(p.y) + token * p.D + at, left - v * kLanes);
+    for (int v = 0; v < kWide; ++v) sum[v] = sum[v] / k;
   }
+  if (p.bias != nullptr) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kWide; ++v) sum[v] = sum[v] + load_first(p.bias + d + v * kLanes, left - v * kLanes);
+  }
+  if (p.residual.data != nullptr) {
+    with_row(p.residual, token, [&](const auto* row) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kWide; ++v) sum[v] = sum[v] + load_first(row + d + v * kLanes, left - v * kLanes);
+    });
+  }
+  T* const y = static_cast<T*>(p.y) + token * p.D + d;
+#pragma GCC unroll 16
+  for (int v = 0; v < kWide; ++v) store_first(sum[v], y + v * kLanes, left - v * kLanes);
 }
 
 template <class T>
 void decode_tokens(const DecodeParams& p, int64_t t_begin, int64_t t_end, DecodeSlot* slots) {
-  constexpr int kRun = 8;
+  const int64_t end = t_end * p.k;
   for (int64_t token = t_begin; token < t_end; ++token) {
     const int64_t n = list_slots(p, token, slots);
     if (n < 0) {
@@ -82,8 +93,9 @@ void decode_tokens(const DecodeParams& p, int64_t t_begin, int64_t t_end, Decode
       continue;
     }
     int64_t d = 0;
-    for (; d + kRun * kLanes <= p.D; d += kRun * kLanes) decode_run<kRun, T>(p, token, slots, n, d);
-    for (; d < p.D; d += kLanes) decode_run<1, T>(p, token, slots, n, d);
+    for (; d + kRun * kLanes <= p.D; d += kRun * kLanes) decode_run<kRun, T>(p, token, slots, n, d, end);
+    for (; d + kFew * kLanes <= p.D; d += kFew * kLanes) decode_run<kFew, T>(p, token, slots, n, d, end);
+    for (; d < p.D; d += kLanes) decode_run<1, T>(p, token, slots, n, d, end);
   }
 }
 

@@ -141,6 +141,8 @@ class Active(Forwards):
         """Whether a forward in silence may have been meant to delete: there is a mask that does not always hold."""
         if not self.topics.masks.keys() <= self.topics.always:
             return True
+        if not len(self._open):
+            return False
         with self._lock:
             return any(request.beyond for request in self._open)  # its mask may have been removed since
 
@@ -221,7 +223,7 @@ class Active(Forwards):
                 f"this {what} was computed under {text_of(filled)}, and now {text_of(present)} holds; start with a "
                 f"new one, or continue inside the context that it comes from"
             )
-        return torch.tensor(present)
+        return torch.full((), present, dtype=torch.int64, device="cpu")
 
 
 class _Ticket:

@@ -106,16 +106,16 @@ class Forwards:
         Raises:
             RuntimeError: as :meth:`now`.
         """
-        request = self.now()
-        self._thread.batch[runner] = batch
-        self._thread.first.pop(runner, None)
-        self._thread.gates.pop(runner, None)
-        self._thread.handed.pop(runner, None)
+        request, thread = self.now(), self._thread
+        thread.batch[runner] = batch
+        thread.first.pop(runner, None)
+        thread.gates.pop(runner, None)
+        thread.handed.pop(runner, None)
         if first is not None:
-            self._thread.first[runner] = first
+            thread.first[runner] = first
         self._forget_read(runner)
         if request is not None and request.deletes:
-            self._thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
+            thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
 
     def judge(self, runner: int, state: GateState, counted: Tensor) -> None:
         """The gates of this forward count these tokens, and go on from a state. After :meth:`enter`.
@@ -146,8 +146,9 @@ class Forwards:
         self._forget_read(runner)
 
     def _forget_read(self, runner: int) -> None:
-        for index in [i for i in self._thread.read if self.layers[i].runner == runner]:
-            del self._thread.read[index]
+        if read := self._thread.read:
+            for index in [i for i in read if self.layers[i].runner == runner]:
+                del read[index]
 
     def _check_ran(self, expected: Iterator[int]) -> None:
         if missed := [self.layers[i].name for i in expected if i not in self._thread.ran]:
@@ -169,17 +170,17 @@ class Forwards:
             RuntimeError: the rows are not known, or the layer cannot delete: each message says why.
             ValueError: another number of sequences than of entries in ``unlearn``.
         """
-        layer = self.layers[index]
-        self._check_capture(x.device)
+        layer, thread, device, shape = self.layers[index], self._thread, x.device, x.shape
+        self._check_capture(device)
         if layer.reads == layer.writes:
             self._observe(x, layer)
         request = self.now()
-        batch = self._thread.batch.get(layer.runner)
-        if not layer.batch_first and x.dim() == 3:
-            layer.batch_first = x.shape[0] == batch != x.shape[1]
+        batch = thread.batch.get(layer.runner)
+        if not layer.batch_first and len(shape) == 3:
+            layer.batch_first = shape[0] == batch != shape[1]
         if request is None:
             return None
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // shape[-1]
         if request.of == "sequence":
             self._check_batch(x, batch, len(request.rows), layer)
         elif request.of == "token" and tokens != len(request.rows):
@@ -193,19 +194,19 @@ class Forwards:
                 f"layer {layer.name!r} ran outside its model, whose caches could not be looked at; call the model"
             )
         check_can_delete(layer, request)
-        hold = self._thread.hold = request.hold
+        hold = thread.hold = request.hold
         if hold is None:
             return self.mask_rows(x, index)  # another thread closed the request just now: this time now() raises
-        if not capturing(x.device):  # a replay does it before
-            layer.table.read_on(x.device, hold.streams)
-        self._thread.ran.add(index)
+        if not capturing(device):  # a replay does it before
+            layer.table.read_on(device, hold.streams)
+        thread.ran.add(index)
         # The tokens of a sequence are adjacent, and so are its copies under beam search: repeating rows fits both.
-        rows = self._gated(request, x, index) if request.gated else request.rows_on(x.device)
-        if len(rows) != tokens:
-            rows = rows[:, None].expand(-1, tokens // len(rows)).reshape(-1)
-        first = self._thread.first.get(layer.runner) if layer.skip_first else None
+        rows = self._gated(request, x, index) if request.gated else request.rows_on(device)
+        if (n := rows.shape[0]) != tokens:
+            rows = rows[:, None].expand(-1, tokens // n).reshape(-1)
+        first = thread.first.get(layer.runner) if layer.skip_first else None
         # Where it is not certain which tokens are the first, none is left alone.
-        if first is not None and first.shape == x.shape[:-1]:
+        if first is not None and first.shape == shape[:-1]:
             is_square = first.shape[0] == first.shape[1] > 1
             if layer.batch_first or not is_square:
                 rows = torch.where(first.reshape(-1).to(rows.device), -1, rows)

@@ -27,7 +27,7 @@ from cu_fast.hf.states import (
     STAMP,
     STATES,
     VALUE,
-    caches_of,
+    caches_in,
     check_encoded,
     check_filled,
     check_order,
@@ -92,12 +92,13 @@ class LayerHook:
 
     def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
         """What leaves the place: x itself where a splice that keeps the hidden state deletes nothing."""
-        layer, splice = self.layer, getattr(module, CHILD)
+        layer, splice = self.layer, module._modules.get(CHILD)
         if splice is not layer.bottleneck and getattr(splice, "_orig_mod", None) is not layer.bottleneck:
             raise RuntimeError(
                 f"the bottleneck of layer {layer.name!r} was replaced since attach(), and masks are made for the other one"
             )
-        self._check_width(x, splice.d_out, "d_out" if splice.d_in != splice.d_out else "width")
+        if x.shape[-1] != splice.d_out:
+            self._check_width(x, splice.d_out, "d_out" if splice.d_in != splice.d_out else "width")
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.export and torch.jit.trace would bake the present masks in; use torch.compile, or detach() first"
@@ -226,34 +227,36 @@ class ModelHook:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook. Raises StaleCacheError where a state that is given was computed under other masks."""
+        active, compiling = self.active, torch.compiler.is_compiling()
         given = {**dict(zip(self.arguments, args)), **kwargs}
         batch = next((given[name].shape[0] for name in self.sequences if isinstance(given.get(name), Tensor)), UNKNOWN)
         first = None
-        if self.skip_first and (torch.compiler.is_compiling() or self.active.deletes()):
+        if self.skip_first and (compiling or active.deletes()):
             first = self._first(given)
-        if torch.compiler.is_compiling():
+        if compiling:
             self._enter(batch, first)
         else:
-            self.active.enter(self.runner, batch, first)
+            active.enter(self.runner, batch, first)
             self._judge(given, first)
         for name in STATES:
             value = given.get(name)
+            if value is None:
+                continue
             known = (Cache, PagedAttentionCache) if name in self.recurrent else (Cache, PagedAttentionCache, Tensor)
-            if not (value is None or isinstance(value, known)) and self.active.topics.masks:
+            if not isinstance(value, known) and active.topics.masks:
                 raise StaleCacheError(
                     f"{name} is {type(value).__name__}, and only a transformers.Cache can tell what it was computed "
                     f"under; pass use_cache=False, or None for {name}"
                 )
-        for value in (*args, *kwargs.values()):
-            for cache in caches_of(value):
-                # Inside generate transformers moves rows too, but only within a sequence.
-                if not torch.compiler.is_compiling() and not self.active.expand.get():
-                    check_order(cache)
-                setattr(cache, STAMP, check_filled(self.active, cache, length_of(cache), "KV cache"))
+        for cache in caches_in((*args, *kwargs.values())):
+            # Inside generate transformers moves rows too, but only within a sequence.
+            if not compiling and not active.expand.get():
+                check_order(cache)
+            setattr(cache, STAMP, check_filled(active, cache, length_of(cache), "KV cache"))
         if self.encoder_is_swapped and given.get("encoder_outputs") is not None:
-            check_encoded(self.active, given["encoder_outputs"])
-        if self.tower_is_swapped and not torch.compiler.is_compiling() and not self.active.expand.get():
-            check_towers(self.active, given)
+            check_encoded(active, given["encoder_outputs"])
+        if self.tower_is_swapped and not compiling and not active.expand.get():
+            check_towers(active, given)
 
     def _enter(self, batch: int, first: Tensor | None) -> None:
         active, runner = self.active, self.runner
@@ -269,7 +272,7 @@ class ModelHook:
         """bool [B, S], the tokens that some layer's masks leave alone; None = there are none, or they are not known."""
         if any(isinstance(value, PagedAttentionCache) for value in given.values()):
             return first_of_paged(given, SEQUENCES, self.skip_first)
-        caches = [cache for value in given.values() for cache in caches_of(value)]
+        caches = caches_in(given.values())
         length = length_of(caches[0]) if caches else 0
         if caches and not knows_length(caches[0]) and length:
             return None  # it holds one token or more
@@ -278,10 +281,11 @@ class ModelHook:
     def _judge(self, given: Mapping[str, Any], first: Tensor | None) -> None:
         """Let the gates of a gated request go on from what they have seen of the sequences in the cache."""
         request = self.active.now()
-        runs_layers = any(layer.runner == self.runner for layer in self.active.layers)
-        if request is None or not request.gated or not runs_layers:
+        if request is None or not request.gated:
             return
-        caches = [cache for value in given.values() for cache in caches_of(value)]
+        if not any(layer.runner == self.runner for layer in self.active.layers):
+            return
+        caches = caches_in(given.values())
         state = getattr(caches[0], GATES, None) if caches and int(length_of(caches[0])) else None
         counted = real_tokens(given, SEQUENCES)
         if counted is not None:
@@ -289,25 +293,26 @@ class ModelHook:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: stamps the caches and the output. Raises RuntimeError where a swapped layer did not run."""
-        state = None
-        if torch.compiler.is_compiling():
-            self.active.carried.pop(self.runner, None)
-            torch.ops.cu_fast.leave(ORDER, self.active.handle, self.runner)
+        active, state, compiling = self.active, None, torch.compiler.is_compiling()
+        if compiling:
+            active.carried.pop(self.runner, None)
+            torch.ops.cu_fast.leave(ORDER, active.handle, self.runner)
         else:
-            state = self.active.judged(self.runner)
-            self.active.leave(self.runner)
+            state = active.judged(self.runner)
+            active.leave(self.runner)
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
-        for value in (*args, *kwargs.values(), *made):
-            for cache in caches_of(value):
-                if state is not None:
-                    setattr(cache, GATES, state)
-                if getattr(cache, STAMP, None) is None:  # this forward made the cache
-                    setattr(cache, STAMP, check_filled(self.active, cache, None, "KV cache"))
-                mark_order(self.active, cache)
+        for cache in caches_in((*args, *kwargs.values(), *made)):
+            if state is not None:
+                setattr(cache, GATES, state)
+            if getattr(cache, STAMP, None) is None:  # this forward made the cache
+                setattr(cache, STAMP, check_filled(active, cache, None, "KV cache"))
+            mark_order(active, cache)
         if isinstance(output, ModelOutput):
-            setattr(output, STAMP, check_filled(self.active, output, None, "output"))
-            if not torch.compiler.is_compiling():
-                setattr(output, VALUE, identity_of(output))
+            # Where nothing is traced past its own __setattr__, which looks through its fields each time.
+            put = setattr if compiling else object.__setattr__
+            put(output, STAMP, check_filled(active, output, None, "output"))
+            if not compiling:
+                put(output, VALUE, identity_of(output))
 
     def ended(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook that is called where the forward failed, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ def caches_of(value: Any) -> tuple[Cache, ...]:
         else (value,)
     )
     return tuple(part for part in parts if isinstance(part, Cache))
+
+
+def caches_in(values: Iterable[Any]) -> list[Cache]:
+    """:func:`caches_of` all of these arguments."""
+    return [cache for value in values if isinstance(value, Cache) for cache in caches_of(value)]
 
 
 def length_of(cache: Cache) -> int | Tensor:

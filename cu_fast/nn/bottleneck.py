@@ -85,7 +85,7 @@ class CodebookBottleneck(TrainingPath):
         self.register_buffer("rms", torch.ones((), dtype=torch.float32))
         self.register_buffer("rms_steps", torch.zeros((), dtype=torch.int64))
         self.folded: Folded | None = None
-        self._folded_version: tuple | None = None
+        self._folded_version: list[tuple[int, int]] | None = None
         self._folded_sample: Tensor | None = None
         self._sha256: tuple[tuple, str] | None = None
         self.register_load_state_dict_post_hook(_fold_loaded)
@@ -127,16 +127,24 @@ class CodebookBottleneck(TrainingPath):
             return self._forward_training(x)
         if self.splice == "delta" and mask_table is None:
             return x
+        if not torch.is_grad_enabled():  # no_grad alone takes a microsecond
+            return self._evaluate(x, mask_table, mask_row)
         with torch.no_grad():
-            flat = x.detach().reshape(-1, self.config.d_model)
-            compute = self._delete if self.splice == "delta" else self._forward_inference
-            y = compute(flat, mask_table, mask_row)
-            y = y.to(x.dtype).reshape(x.shape)
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self._evaluate(x.detach(), mask_table, mask_row)
+        if x.requires_grad and not torch.compiler.is_compiling():
             y = refuse_gradient(x, y)
         return y
 
     # -- evaluation ------------------------------------------------------------------------------------------
+
+    def _evaluate(self, x: Tensor, mask_table: Tensor | ops.LatentMasks | None, mask_row: Tensor | None) -> Tensor:
+        D, compute = self.config.d_model, self._delete if self.splice == "delta" else self._forward_inference
+        shape, dtype = x.shape, x.dtype
+        is_flat = len(shape) == 2 and shape[1] == D
+        y = compute(x if is_flat else x.reshape(-1, D), mask_table, mask_row)
+        if y.dtype is not dtype:
+            y = y.to(dtype)
+        return y if is_flat else y.reshape(shape)
 
     def _forward_inference(self, x: Tensor, mask_table: Tensor | None, mask_row: Tensor | None) -> Tensor:
         self._check_folded()
@@ -144,10 +152,10 @@ class CodebookBottleneck(TrainingPath):
         if folded.table is None:
             return self._decode_through(x, mask_table, mask_row)
         return ops.codebook_bottleneck(
-            x.float() / self.rms if self.autoencoder is None else x,
+            x.float() / self.rms if folded.W_enc is None else x,
             self._encoder(), folded.codes, folded.table, folded.b_dec, mask_table, mask_row, k=config.k,
-            activation=config.activation, mask_mode=self.mask_mode, weight=config.weight, receipt=self.passed,
-            impl=self.impl,
+            activation=config.activation, mask_mode=self.mask_mode, weight=config.weight,
+            receipt=self._buffers["passed"], impl=self.impl,
         )  # fmt: skip
 
     def _delete(self, x: Tensor, masks: ops.LatentMasks, mask_row: Tensor) -> Tensor:
@@ -190,7 +198,8 @@ class CodebookBottleneck(TrainingPath):
         return ops.sae_encode(q, W_dec, activation="none", impl=self.impl)
 
     def _encoder(self) -> tuple[ops.PackedCodes, Tensor] | None:
-        return None if self.autoencoder is None else (self.folded.W_enc, self.folded.b_pre)
+        folded = self.folded
+        return None if folded.W_enc is None else (folded.W_enc, folded.b_pre)
 
     def _select(self, x: Tensor, k: int, **options: Any) -> ops.Selection:
         encoder = self._encoder()
@@ -284,12 +293,24 @@ class CodebookBottleneck(TrainingPath):
             self.fold()
 
     def _weights(self) -> tuple[Tensor, ...]:
-        sae = self.autoencoder  # by name: self.parameters() walks all modules, in every call
-        weights = () if sae is None else (sae.W_enc, sae.b_enc, sae.b_pre, sae.W_dec, sae.b_dec)
-        return (self.codebook.codes, self.rms, *weights)
+        # In every call: from the modules' own dictionaries, as an attribute takes ten times as long to find.
+        try:
+            sae, codes = self._modules.get("autoencoder"), self._modules["codebook"]._parameters["codes"]
+            if sae is None:
+                return codes, self._buffers["rms"]
+            own = sae._parameters
+            return codes, self._buffers["rms"], own["W_enc"], own["b_enc"], own["b_pre"], own["W_dec"], own["b_dec"]
+        except KeyError:  # a parametrization computes it, or it is no parameter
+            sae = self.autoencoder
+            weights = () if sae is None else (sae.W_enc, sae.b_enc, sae.b_pre, sae.W_dec, sae.b_dec)
+            return self.codebook.codes, self.rms, *weights
 
-    def _version(self) -> tuple:
-        return tuple(map(_tensor_version, self._weights()))
+    def _version(self) -> list[tuple[int, int]]:
+        weights = self._weights()
+        try:
+            return [(weight.data_ptr(), weight._version) for weight in weights]
+        except RuntimeError:  # a tensor of inference mode counts none
+            return [_tensor_version(weight) for weight in weights]
 
     def _sample(self) -> Tensor:
         """About SAMPLE elements of each parameter, evenly spread: the bits of fp32, int32 on the CPU."""
@@ -330,7 +351,7 @@ class CodebookBottleneck(TrainingPath):
         A checkpoint read as fp32, or as the bf16 that it was stored in, is the same codebook. A codebook rounded to
         bf16 is another.
         """
-        codes = self.codebook.codes
+        codes = self._weights()[0]
         version = _tensor_version(codes)
         # In training nothing is remembered: a fused optimizer writes to the codes without counting a version.
         if self.training or self._sha256 is None or self._sha256[0] != version:

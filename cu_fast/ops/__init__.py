@@ -22,12 +22,14 @@ inference: an input that requires grad raises; ``cu_fast.nn`` holds the training
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cu_fast.kernels import reference
+from cu_fast.ops.arguments import check_bottleneck, check_quantize
 from cu_fast.ops.checks import (
     INTS,
     check_choice,
@@ -153,13 +155,23 @@ def codebook_quantize(
         TypeError: an argument with a wrong dtype.
         RuntimeError: z requires grad, or the implementation asked for cannot run.
     """
-    C = check_packed("packed", packed, "z", z)
-    check_k(k, C)
-    check_mask(mask_table, mask_row, z.shape[0], C, z.device)
-    refuse_grad("codebook_quantize", z=z)
-    op, scan = choose("codebook_quantize", impl, z.device), packed.scan or reference.NO_SCAN
-    scores, ids, hits = op(z, packed.digits, packed.factor, packed.bias, k, mask_table, mask_row, return_hits, *scan)
-    return Selection(scores, ids, hits if return_hits else None)
+    op = _native("codebook_quantize", impl, z, mask_table, mask_row)
+    checks_itself = op is not None and type(k) is int and _packed_for(packed, z)
+    if not checks_itself:
+        check_quantize(z, packed, k, mask_table, mask_row)
+        op = choose("codebook_quantize", impl, z.device)
+    scan = packed.scan or reference.NO_SCAN
+    try:
+        scores, ids, hits = op(
+            z, packed.digits, packed.factor, packed.bias, k, mask_table, mask_row, return_hits, *scan
+        )
+        return Selection(scores, ids, hits if return_hits else None)
+    except RuntimeError as error:
+        if not checks_itself:
+            raise
+        refused = error
+    check_quantize(z, packed, k, mask_table, mask_row)
+    raise refused
 
 
 def sae_encode(
@@ -247,6 +259,33 @@ def masked_decode(
         TypeError: an argument with a wrong dtype.
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
+    given = ids, weights, table, bias, residual, mask_table, mask_row
+    op = _native("masked_decode", impl, *given)
+    checks_itself = op is not None and ids.dtype is torch.int32 and reduce in REDUCES
+    if not checks_itself:
+        _check_decode(*given, reduce)
+        op = choose("masked_decode", impl, table.device)
+        given = ids.int(), *given[1:]
+    try:
+        return op(*given, reduce == "mean")
+    except RuntimeError as error:
+        if not checks_itself:
+            raise
+        refused = error
+    _check_decode(*given, reduce)
+    raise refused
+
+
+def _check_decode(
+    ids: Tensor,
+    weights: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask_table: Tensor | None,
+    mask_row: Tensor | None,
+    reduce: Reduce,
+) -> None:
     check_matrix("table", table)
     C, D = table.shape
     if ids.dtype not in INTS or ids.dim() != 2 or ids.shape[1] == 0:
@@ -263,9 +302,7 @@ def masked_decode(
     check_mask(mask_table, mask_row, T, C, table.device)
     check_choice("reduce", reduce, REDUCES)
     refuse_grad("masked_decode", weights=weights, table=table, bias=bias, residual=residual)
-    op = choose("masked_decode", impl, table.device)
     check_values("ids", ids, C)
-    return op(ids.int(), weights, table, bias, residual, mask_table, mask_row, reduce == "mean")
 
 
 def codebook_bottleneck(
@@ -311,31 +348,58 @@ def codebook_bottleneck(
         RuntimeError: an input requires grad, or the implementation asked for cannot run.
     """
     W_enc, b_pre = encoder or (None, None)
-    if W_enc is None:
-        C = check_packed("packed", packed, "x", x)
-        encode = None, None, None, None
-    else:
-        rows = check_packed("W_enc", W_enc, "x", x)
-        if rows != packed.width:
-            raise ValueError(f"W_enc has {rows} rows; it should have {packed.width}, the width of the codes in packed")
-        check_vector("b_pre", b_pre, W_enc.width, "D", x.device)
-        C = check_packed("packed", packed, "x", x, as_wide=False)
-        encode = W_enc.digits, W_enc.factor, W_enc.bias, b_pre
-    check_matrix("table", table)
-    if table.shape[0] != C:
-        raise ValueError(f"table has shape {shape(table)}; it should have {C} rows, one per code")
-    check_vector("b_dec", b_dec, table.shape[1], "D", x.device)
-    check_device("table", table, "x", x)
-    check_k(k, C)
-    check_mask(mask_table, mask_row, x.shape[0], C, x.device)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_choice("mask_mode", mask_mode, MASK_MODES)
-    check_choice("weight", weight, WEIGHTS)
-    if receipt is not None and (receipt.dtype != torch.int64 or shape(receipt) != [2] or receipt.stride(0) != 1):
-        raise ValueError(f"receipt is {receipt.dtype} {shape(receipt)}; it should be int64 [2], contiguous")
-    refuse_grad("codebook_bottleneck", x=x, table=table)
-    op, scan = choose("codebook_bottleneck", impl, x.device), packed.scan or reference.NO_SCAN
-    return op(
-        x, *encode, activation == "relu", packed.digits, packed.factor, packed.bias, k, mask_table, mask_row,
-        mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,
-    )  # fmt: skip
+    op = _native("codebook_bottleneck", impl, x, table, b_dec, b_pre, mask_table, mask_row, receipt)
+    checks_itself = (
+        op is not None
+        and type(k) is int
+        and (_packed_for(packed, x) if W_enc is None else _packed_for(W_enc, x) and _packed_for(packed, W_enc.factor))
+        and activation in ACTIVATIONS
+        and mask_mode in MASK_MODES
+        and weight in WEIGHTS
+    )
+    given = x, W_enc, b_pre, packed, table, b_dec, mask_table, mask_row, k, activation, mask_mode, weight, receipt
+    if not checks_itself:
+        check_bottleneck(*given)
+        op = choose("codebook_bottleneck", impl, x.device)
+    encode = (None, None, None, None) if W_enc is None else (W_enc.digits, W_enc.factor, W_enc.bias, b_pre)
+    scan = packed.scan or reference.NO_SCAN
+    try:
+        return op(
+            x, *encode, activation == "relu", packed.digits, packed.factor, packed.bias, k, mask_table, mask_row,
+            mask_mode == "reselect", *scan, table, b_dec, weight == "score", weight == "mean", receipt,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if not checks_itself:
+            raise
+        refused = error
+    check_bottleneck(*given)
+    raise refused
+
+
+# The native operators check shapes, dtypes and values too, for those that call them directly. So on a CPU, where reading
+# a tensor's attributes from Python takes as long as a small kernel, they check first, and the checks here run where one
+# refuses, to say why.
+
+
+def _native(name: str, impl: Impl, first: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
+    """The native operator for a CPU, where it would refuse by itself what the checks of shapes, dtypes and values do.
+
+    None where another implementation runs, and where what it does not look at is not certain: a tensor that is none, or
+    a subclass's, is elsewhere, or requires a gradient.
+    """
+    if torch.compiler.is_compiling() or first is None:
+        return None
+    grad = torch.is_grad_enabled()
+    for tensor in (first, *others):
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu or (grad and tensor.requires_grad)):
+            return None
+    op = choose(name, impl, _CPU)
+    return op if op is getattr(torch.ops.cu_fast, name, None) else None
+
+
+_CPU, _PLAIN = torch.device("cpu"), (Tensor, nn.Parameter)
+
+
+def _packed_for(packed: Any, rows: Tensor) -> bool:
+    """Whether rows on the CPU are as wide as codes that are packed there; of packed rows their factor [E] stands for [T, E]."""
+    return type(packed) is PackedCodes and packed.factor.is_cpu and rows.shape[-1:] == (packed.width,)

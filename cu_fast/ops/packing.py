@@ -132,7 +132,7 @@ def check_packed(name: str, packed: PackedCodes, rows_name: str, rows: Tensor, a
         raise TypeError(f"{name} is {type(packed).__name__}; it should be packed: pass what pack_codes makes of it")
     check_matrix(rows_name, rows, width=packed.width if as_wide else None, of=f"the codes in {name}")
     check_device(name, packed.factor, rows_name, rows)
-    return len(packed.factor)
+    return packed.factor.shape[0]  # len() calls Python
 
 
 def choose_scan(C: int, E: int) -> Literal["int8", "none"]:

@@ -69,6 +69,14 @@ def test_a_forward_that_was_told_nothing_raises(attachment, model, given, genera
     logits(model, given)  # there is nothing left that could have been meant
 
 
+def test_a_thread_beside_a_block_whose_masks_were_removed(attachment, model, given):
+    with attachment.unlearn("a"):
+        for name in "ab":
+            attachment.remove_mask(name)
+        assert SILENT in str(in_thread(lambda: logits(model, given))["error"])
+    logits(model, given)
+
+
 def test_a_pool_that_works_after_the_block(attachment, generate):
     release = threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -133,7 +133,12 @@ class TestMeaning:
         (dict(table=torch.ones(699, 24)), ValueError, ["table", "700 rows"]),
         (dict(table=torch.ones(700, 24).int()), TypeError, ["table", "int32"]),
         (dict(b_dec=torch.ones(3)), ValueError, ["b_dec", "[24]"]),
+        (dict(table=torch.ones(700, 24, device="meta")), ValueError, ["table is on meta"]),
+        (dict(table=[[1.0] * 24] * 700), TypeError, ["table is list"]),
+        (dict(table=None), TypeError, ["table is NoneType"]),
+        (dict(x=None), TypeError, ["x is NoneType"]),
         (dict(k=0), ValueError, ["k is 0"]),
+        (dict(k=True), TypeError, ["k is True"]),
         (dict(mask_row=torch.zeros(2, dtype=torch.int32)), ValueError, ["mask_table is None"]),
         (dict(mask_mode="zero"), ValueError, ["mask_mode is 'zero'", "'ablate' or 'reselect'"]),
         (dict(weight="two"), ValueError, ["weight is 'two'", "'score'"]),
@@ -142,6 +147,7 @@ class TestMeaning:
         (dict(receipt=torch.zeros(3, dtype=torch.int64)), ValueError, ["receipt", "[3]"]),
         (dict(receipt=torch.zeros(2, 2, dtype=torch.int64)[:, 0]), ValueError, ["receipt", "contiguous"]),
         (dict(x=torch.ones(2, 24, requires_grad=True)), RuntimeError, ["x requires grad"]),
+        (dict(table=torch.ones(700, 24, requires_grad=True)), RuntimeError, ["table requires grad"]),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(change, error, words):

@@ -221,9 +221,11 @@ packed_64 = ops.pack_codes(torch.ones(64, 8))
         (dict(z=torch.ones(2, 3, 8)), ValueError, ["z", "two dimensions"]),
         (dict(z=torch.ones(2, 8, dtype=torch.float64)), TypeError, ["z", "float64"]),
         (dict(z=[[1.0] * 8]), TypeError, ["z", "list"]),
+        (dict(z=None), TypeError, ["z is NoneType"]),
         (dict(k=0), ValueError, ["k is 0", "64"]),
         (dict(k=65), ValueError, ["k is 65", "64"]),
         (dict(k=2.0), TypeError, ["k is 2.0"]),
+        (dict(k=True), TypeError, ["k is True"]),
         (dict(mask_row=None), ValueError, ["mask_row is None"]),
         (dict(mask_table=None), ValueError, ["mask_table is None"]),
         (dict(mask_table=torch.zeros(1, 3, dtype=torch.int32)), ValueError, ["mask_table", "2]"]),
@@ -235,11 +237,13 @@ packed_64 = ops.pack_codes(torch.ones(64, 8))
         (dict(impl="fast"), ValueError, ["impl", "'fast'"]),
         (dict(z=torch.ones(2, 8, requires_grad=True)), RuntimeError, ["z requires grad", "cu_fast.nn"]),
         (dict(z=torch.ones(2, 8, device="meta")), ValueError, ["meta"]),
+        (dict(mask_table=torch.zeros(1, 2, dtype=torch.int32, device="meta")), ValueError, ["mask_table is on meta"]),
     ],
 )
-def test_wrong_arguments_are_named(change, error, words):
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_wrong_arguments_are_named(change, error, words, impl):
     arguments = dict(
-        z=torch.ones(2, 8), k=4, impl="reference",
+        z=torch.ones(2, 8), k=4, impl=impl,
         mask_table=torch.zeros(1, 2, dtype=torch.int32), mask_row=torch.zeros(2, dtype=torch.int32),
     ) | change  # fmt: skip
     with pytest.raises(error) as caught:

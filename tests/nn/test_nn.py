@@ -135,12 +135,69 @@ def test_evaluation_has_no_gradient_and_says_so():
         bottleneck()(x).sum().backward()
 
 
+def test_leading_dimensions_are_tokens():
+    made, x = bottleneck(), torch.randn(6, 24)
+    y = made(x)
+    for shape in ((2, 3, 24), (6, 1, 24), (3, 48)):
+        assert torch.equal(made(x.reshape(shape)), y.reshape(shape))
+    assert torch.equal(made(x[0]), y[0])
+
+
 def test_writing_to_a_parameter_is_seen():
     made, x = bottleneck(), torch.randn(3, 24)
     before = made(x)
     with torch.no_grad():
         made.autoencoder.b_dec += 1
     torch.testing.assert_close(made(x), before + 3, rtol=1e-5, atol=1e-5)
+
+
+WRITES = {
+    "in place": lambda module, name, new: getattr(module, name).detach().copy_(new),
+    "replaced": lambda module, name, new: setattr(
+        module, name, torch.nn.Parameter(new) if name in module._parameters else new
+    ),
+    "through data": lambda module, name, new: getattr(module, name).data.copy_(new),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    "name",
+    ["codebook.codes", "rms", *(f"autoencoder.{w}_{p}" for w, p in zip("WbbWb", ["enc", "enc", "pre", "dec", "dec"]))],
+)
+def test_every_weight_that_is_written_to_is_seen(write, name):
+    made, fresh, x = bottleneck(), bottleneck(1), torch.randn(3, 24)
+    before, sha256 = made(x), made.codebook_sha256()
+    owner, _, attribute = name.rpartition(".")
+    module = made.get_submodule(owner)
+    WRITES[write](module, attribute, torch.rand_like(getattr(module, attribute)) + 0.5)
+    if write == "through data":
+        made.refresh()
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(made(x), fresh(x)) and not torch.equal(fresh(x), before)
+    assert made.codebook_sha256() == fresh.codebook_sha256()
+    assert (made.codebook_sha256() != sha256) == (name == "codebook.codes")
+
+
+@pytest.mark.parametrize("name", ["codebook", "autoencoder"])
+def test_a_module_that_is_replaced_is_seen(name):
+    made, other, x = bottleneck(), bottleneck(1), torch.randn(3, 24)
+    before = made(x)
+    setattr(made, name, getattr(other, name))
+    fresh = bottleneck(2)
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(made(x), fresh(x)) and not torch.equal(fresh(x), before)
+
+
+def test_weights_that_are_no_parameters_or_of_inference_mode():
+    made, x = bottleneck(), torch.randn(3, 24)
+    want = made(x)
+    with torch.inference_mode():
+        assert torch.equal(bottleneck()(x), want)
+    torch.nn.utils.parametrize.register_parametrization(made.autoencoder, "b_dec", torch.nn.Identity())
+    with torch.no_grad():
+        made.autoencoder.parametrizations.b_dec.original += 1
+    torch.testing.assert_close(made(x), want + 3, rtol=1e-5, atol=1e-5)
 
 
 def test_load_state_dict_folds_again_and_changes_the_hash():
