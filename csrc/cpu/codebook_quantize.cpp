@@ -75,7 +75,7 @@ void select_finish(const SelectParams& p, int64_t token) {
 }  // namespace
 
 void Cpu::select(SelectParams p, bool counts_hits) const {
-  const auto exact = CU_FAST_DISPATCH(select_exact), scan = CU_FAST_DISPATCH(select_scan);
+  const auto exact = CU_FAST_DISPATCH_TILES(select_exact), scan = CU_FAST_DISPATCH_TILES(select_scan);
   const int64_t T = p.score.T, C = p.score.C;
   if (T == 0) return;
 

@@ -7,8 +7,10 @@ CU_FAST_TARGET_BEGIN(CU_FAST_AVX2)
 namespace cu_fast::avx2 {
 #include "cpu/rows-inl.h"
 #include "cpu/fixed-inl.h"
+#include "cpu/fixed_words-inl.h"
 #include "cpu/codebook_quantize-inl.h"
 #include "cpu/scan-inl.h"
+using Products = RowProducts;
 #include "cpu/codebook_quantize_scan-inl.h"
 }  // namespace cu_fast::avx2
 CU_FAST_TARGET_END

@@ -6,7 +6,9 @@
 namespace cu_fast::scalar {
 #include "cpu/rows-inl.h"
 #include "cpu/fixed-inl.h"
+#include "cpu/fixed_words-inl.h"
 #include "cpu/codebook_quantize-inl.h"
 #include "cpu/scan-inl.h"
+using Products = RowProducts;
 #include "cpu/codebook_quantize_scan-inl.h"
 }  // namespace cu_fast::scalar

@@ -20,7 +20,8 @@
 // 6. run         The guess held if k exact scores reach it: then no code below it is selected. Rows that it misled
 //                are read again without one; the exact scan does those that gave up.
 //
-// Included inside the namespace and the target region of one instruction set, after codebook_quantize-inl.h.
+// Included inside the namespace and the target region of one instruction set, after codebook_quantize-inl.h, and where
+// Products is RowProducts, or another class like it.
 
 namespace {
 
@@ -37,7 +38,8 @@ constexpr int64_t kGiveUp = 8;
 // One group in so many is the sample of the guess, which fewer groups than kLeastGroups do not repay.
 constexpr int64_t kSampleShare = 16, kLeastGroups = 192;
 
-// The certified scan of one block.
+// The certified scan of one block. Products multiplies rows with the plane: RowProducts, or the like.
+template <class Products>
 class Scan {
  public:
   Scan(const SelectParams& params, const Block& block, float* scratch)
@@ -45,6 +47,7 @@ class Scan {
         block_(block),
         scratch_(scratch),
         sizes_(params),
+        products_(params, sizes_, scratch),
         first_group_(block.c_begin / kScanGroup),
         groups_(scan_groups(block.c_end) - first_group_) {}
 
@@ -111,14 +114,19 @@ class Scan {
   // The group that sample i is taken from.
   int64_t sampled(int64_t i) const { return first_group_ + i * groups_ / samples_; }
 
+  // The sample that a group is, if it is one: the first that is not taken from a group before it.
+  int64_t sample_of(int64_t g) const { return ((g - first_group_) * samples_ + groups_ - 1) / groups_; }
+
   // Guesses tau per row. m of the k best should be in the sample; their number varies by sqrt(m).
   void guess() {
     samples_ = std::min((groups_ + kSampleShare - 1) / kSampleShare, kSampleCodes / kScanGroup);
-    for (int64_t i = 0; i < samples_; ++i) {
-      multiply(sampled(i), [&](Row& row, const int32_t* sums, const int32_t* high) {
-        approximate(p, row, sampled(i), sums, high, row.sample + i * kScanGroup);
-      });
-    }
+    const auto keep = [&](Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
+      float* const approx = row.sample + sample_of(g) * kScanGroup;
+      for (int j = 0; j < kScanGroup; j += kLanes) approximation(p, row, g, j, sums, high).store(approx + j);
+    };
+    products_.take(rows_);
+    for (int64_t i = 0; i < samples_; ++i) products_.multiply(sampled(i), keep);
+    products_.finish(keep);
     const float m = static_cast<float>(p.k * samples_) / static_cast<float>(groups_);
     rank_ = static_cast<int64_t>(std::ceil(m + 3 * std::sqrt(m) + 1));
     for (Row& row : rows_) {
@@ -139,54 +147,65 @@ class Scan {
     const auto end = std::partition(rows_.begin(), rows_.end(), [&](const Row& row) {
       if (row.gives_up || row.guess == kNone) return true;
       const int64_t others = std::count_if(row.id, row.id + row.n, [&](int32_t id) {
-        const int64_t g = id / kScanGroup - first_group_;
-        return sampled((g * samples_ + groups_ - 1) / groups_) != first_group_ + g;
+        const int64_t g = id / kScanGroup;
+        return sampled(sample_of(g)) != g;
       });
       return others + row.scored >= rank_ / 2;
     });
     rows_ = {rows_.begin(), end};
   }
 
-  // Multiplies all rows with a group, and calls take(row, sums, high) for each; high is null if it has no outliers.
-  template <class Take>
-  void multiply(int64_t g, const Take& take) {
-    const int64_t steps = scan_width(p.score.E) / 4;
-    const uint8_t* const codes = p.scan.group(g, p.score.E);
-    alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
-    const int64_t n = std::ssize(rows_);
-    for (int64_t t = 0, taken; t < n; t += taken) {
-      taken = scan_rows(&rows_[t], n - t, codes, steps, sums);
-      for (int64_t r = 0; r < taken; ++r) {
-        Row& row = rows_[t + r];
-        if (row.gives_up) continue;
-        const bool sparse = row.outlier_count > 0;
-        if (sparse) outlier_dots(row, codes, high);
-        take(row, sums + r * kScanGroup, sparse ? high : nullptr);
-      }
-    }
-  }
-
   // Passes each group by all rows.
   void read_codes() {
-    const auto pass_approximated = [&](Row& row, int64_t g, const float* approx) {
-      pass(row, g, approx);
-      if (row.n >= row.trigger) tighten(row);
+    const auto pass = [&](Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
+      consider(row, g, [&](int j) { return approximation(p, row, g, j, sums, high); });
     };
+    gather();
     for (int64_t i = 0, sample = 0; i < groups_; ++i) {
       const int64_t g = first_group_ + i;
-      if (i == groups_ / 8 && samples_ > 0) leave_out_doubtful();
+      if (i == groups_ / 8 && samples_ > 0) {
+        products_.finish(pass);
+        leave_out_doubtful();
+        gather();
+      }
       if (sample < samples_ && g == sampled(sample)) {
+        products_.finish(pass);
+        set_limits(g);
         for (Row& row : rows_) {
-          if (!row.gives_up) pass_approximated(row, g, row.sample + sample * kScanGroup);
+          const float* const approx = row.sample + sample * kScanGroup;
+          if (!row.gives_up) consider(row, g, [&](int j) { return Vec::load(approx + j); });
         }
         ++sample;
         continue;
       }
-      multiply(g, [&](Row& row, const int32_t* sums, const int32_t* high) {
-        alignas(64) float approx[kScanGroup];
-        approximate(p, row, g, sums, high, approx);
-        pass_approximated(row, g, approx);
-      });
+      set_limits(g);
+      products_.multiply(g, pass);
+    }
+    products_.finish(pass);
+  }
+
+  // Copies what the limits are made of, one array per term.
+  void gather() {
+    products_.take(rows_);
+    for (int64_t t = 0; t < std::ssize(rows_); ++t) {
+      const Row& row = rows_[t];
+      limits_.norm_in[t] = row.norm_in, limits_.miss[t] = row.miss, limits_.half_l1_out[t] = row.half_l1_out;
+      limits_.norm[t] = row.norm, limits_.tau[t] = row.tau;
+    }
+  }
+
+  // The rows' limits in a group: a code is no candidate of a row whose limit its approximation does not reach.
+  void set_limits(int64_t g) {
+    const auto largest = [&](Term term) { return Vec::broadcast(p.scan.largest(g, term)); };
+    const Vec residual = largest(kResidual), size = largest(kSize), scale = largest(kScale),
+              magnitude = largest(kMagnitude);
+    const Vec relative = Vec::broadcast(kScanRounding), bias = Vec::broadcast(p.largest_bias),
+              tiny = Vec::broadcast(kScanTiny), widen = Vec::broadcast(kWiden);
+    for (int64_t t = 0; t < std::ssize(rows_); t += kLanes) {
+      const Vec rounding = relative * (Vec::load(limits_.norm + t) * magnitude + bias) + tiny;
+      const Vec most = Vec::load(limits_.norm_in + t) * residual + Vec::load(limits_.miss + t) * size +
+                       Vec::load(limits_.half_l1_out + t) * scale + rounding;
+      (Vec::load(limits_.tau + t) - widen * most).store(limits_.limit[g % 2] + t);
     }
   }
 
@@ -319,39 +338,35 @@ class Scan {
     drop_hopeless(row);
   }
 
-  // Adds the codes of a group whose upper bound reaches tau to the row's candidates. Inlined: a call per group costs one
-  // token 5 %.
-  [[gnu::always_inline]] void pass(Row& row, int64_t g, const float* approx) {
-    const float *scale = p.scan.terms_of(g, kScale), *residual = p.scan.terms_of(g, kResidual),
-                *size = p.scan.terms_of(g, kSize);
-    const float rounding =
-        kScanRounding * (row.norm * p.scan.largest(g, kMagnitude) + p.largest_bias) + kScanTiny;
-    const float most = row.norm_in * p.scan.largest(g, kResidual) + row.miss * p.scan.largest(g, kSize) +
-                       row.half_l1_out * p.scan.largest(g, kScale) + rounding;
-    const Vec limit = Vec::broadcast(row.tau - kWiden * most);
-    const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
+  // Adds the codes of a group whose upper bound reaches tau to the row's candidates. approx(j): 16 approximations. Most
+  // groups have none that reaches the limit, so these are not stored. Inlined: a call per group costs one token 5 %.
+  template <class Approx>
+  [[gnu::always_inline]] void consider(Row& row, int64_t g, const Approx& approx) {
+    const Vec limit = Vec::broadcast(limits_.limit[g % 2][&row - rows_.data()]);
     uint64_t reach = 0;
 #pragma GCC unroll 4
-    for (int j = 0; j < kScanGroup; j += kLanes) {
-      reach |= uint64_t{Vec::not_below(Vec::load(approx + j), limit)} << j;
-    }
+    for (int j = 0; j < kScanGroup; j += kLanes) reach |= uint64_t{Vec::not_below(approx(j), limit)} << j;
     if (reach == 0) return;
 
+    const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
     if (n < kScanGroup) reach &= (uint64_t{1} << n) - 1;
     const uint32_t* const mask = p.mask.bits(row.token);
     const uint64_t group_deleted = mask == nullptr ? 0 : deleted_of_group(mask, g, p.score.C);
     if (p.deleted == nullptr) reach &= ~group_deleted;
     const Vec tau = Vec::broadcast(row.tau), widen = Vec::broadcast(kWiden),
-              rounding_of = Vec::broadcast(rounding);
+              rounding = Vec::broadcast(
+                  kScanRounding * (row.norm * p.scan.largest(g, kMagnitude) + p.largest_bias) + kScanTiny);
+    const float *scale = p.scan.terms_of(g, kScale), *residual = p.scan.terms_of(g, kResidual),
+                *size = p.scan.terms_of(g, kSize);
     const Vec norm_in = Vec::broadcast(row.norm_in), miss = Vec::broadcast(row.miss),
               half_l1_out = Vec::broadcast(row.half_l1_out);
     for (int j = 0; j < kScanGroup; j += kLanes) {
       uint32_t lanes = reach >> j & 0xffff;
       if (lanes == 0) continue;
       const Vec error = (norm_in * Vec::load(residual + j) + miss * Vec::load(size + j) +
-                         half_l1_out * Vec::load(scale + j).magnitude() + rounding_of) *
+                         half_l1_out * Vec::load(scale + j).magnitude() + rounding) *
                         widen;
-      const Vec score = Vec::load(approx + j), upper = score + error;
+      const Vec score = approx(j), upper = score + error;
       const Vec lower = score - error;
       lanes &= Vec::not_below(upper, tau);
       const uint32_t deleted =
@@ -366,18 +381,28 @@ class Scan {
       }
       row.n += std::popcount(lanes);
     }
+    if (row.n >= row.trigger) {
+      tighten(row);
+      limits_.tau[&row - rows_.data()] = row.tau;
+    }
   }
 
   const SelectParams& p;
   const Block block_;
   float* const scratch_;
   const ScanScratch sizes_;
+  Products products_;
   const int64_t first_group_, groups_;
   int64_t samples_ = 0;  // groups whose approximations are kept
   int64_t rank_ = 0;     // of the guess among them
   Row storage_[kScanTokens];
-  std::span<Row> rows_;         // of storage_: those that are read
-  int64_t exact_[kScanTokens];  // tokens for the exact scan
+  std::span<Row> rows_;  // of storage_: those that are read
+  struct alignas(64) {
+    float norm_in[kScanTokens], miss[kScanTokens], half_l1_out[kScanTokens], norm[kScanTokens],
+        tau[kScanTokens];
+    float limit[2][kScanTokens];  // in the group that is read, and in that before it
+  } limits_;                      // of rows_, in their order
+  int64_t exact_[kScanTokens];    // tokens for the exact scan
   int64_t exact_n_ = 0;
   Row* batch_row_[4];
   int32_t batch_id_[4];
@@ -387,5 +412,5 @@ class Scan {
 }  // namespace
 
 void select_scan(const SelectParams& p, const Block& block, float* scratch) {
-  Scan(p, block, scratch).run();
+  Scan<Products>(p, block, scratch).run();
 }

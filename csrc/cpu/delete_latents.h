@@ -32,9 +32,11 @@ struct LatentScratch {
   explicit LatentScratch(const DeleteLatentsParams& p)
       : tokens(std::min(p.T, kLatentTokens)), width(digit_width(p.Din)), listed(round_up(p.M, kLanes)) {}
 
-  int64_t x() const { return 0; }                                     // [width], a row: rho x
-  int64_t fixed() const { return x() + width; }                       // int16 [tokens, 3, width], as integers
-  int64_t pre() const { return fixed() + tokens * width * 3 / 2; }    // [tokens, listed], of LatentStep::both
+  int64_t x() const { return 0; }                // [width], a row: rho x
+  int64_t fixed() const { return x() + width; }  // int16 [tokens, fixed_words(width)], as integers
+  int64_t pre() const {
+    return fixed() + tokens * fixed_words(width) / 2;
+  }  // [tokens, listed], of LatentStep::both
   int64_t sigma() const { return pre() + tokens * listed; }           // [tokens], likewise
   int64_t ids() const { return sigma() + round_up(tokens, kLanes); }  // int32 [listed], a mask's latents
   int64_t factor() const { return ids() + listed; }                   // [listed], theirs

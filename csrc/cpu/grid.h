@@ -16,6 +16,8 @@ namespace cu_fast {
 inline constexpr int64_t kBlockTokens = 128;
 // With fewer tokens than this per thread, threads share out the codes rather than the tokens.
 inline constexpr int64_t kFairTokens = 16;
+// The same of the scan on matrix tiles: 64 tokens take hardly longer than 32 while the plane is read.
+inline constexpr int64_t kFairTileTokens = 64;
 // Codes per tile: their words in kChunk columns, 24 KiB, stay in the L1 cache (fixed-inl.h).
 inline constexpr int64_t kTileCodes = 32;
 // Codes that justify a part of their own.
@@ -23,14 +25,20 @@ inline constexpr int64_t kPartCodes = 256;
 // Multiplications that justify waking a thread.
 inline constexpr int64_t kMinWork = 256 * 1024;
 
-// Floats of a row of x that has become integers: three words per column.
-inline int64_t fixed_floats(int64_t E) {
-  return digit_width(E) * 3 / 2;
+// So many rows of x are not rounded up to the 16 of a tile (fixed_tiles-inl.h).
+inline constexpr int64_t kSingleRows = 3;
+
+// From one row of x that has become integers to the next, in int16: three words per column, and a cache line, so that
+// rows of a power of two do not compete for the same lines of a cache.
+inline int64_t fixed_words(int64_t width) {
+  return 3 * width + 32;
 }
 
 // Scratch per thread: a row of x, widened, and the rows of a block as integers.
 inline int64_t scratch_floats(const ScoreParams& p) {
-  return digit_width(p.E) + std::min(p.T, kBlockTokens) * fixed_floats(p.E);
+  const int64_t tokens = std::min(p.T, kBlockTokens),
+                rows = tokens > kSingleRows ? round_up(tokens, kLanes) : tokens;
+  return digit_width(p.E) + rows * fixed_words(digit_width(p.E)) / 2;
 }
 
 struct Grid {
@@ -50,9 +58,10 @@ struct Grid {
 
 // Splits the tokens into blocks, none so small that reading all codes for it is wasteful. Splits the codes
 // into parts too, if there are too few blocks of tokens to keep all threads busy.
-inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads, int64_t most_tokens = kBlockTokens) {
+inline Grid plan_grid(int64_t T, int64_t C, int64_t E, int64_t threads, int64_t most_tokens = kBlockTokens,
+                      int64_t fair_tokens = kFairTokens) {
   const int64_t work_of_token = C * std::max<int64_t>(E, 1);
-  const int64_t share = std::clamp((T + threads - 1) / threads, kFairTokens, most_tokens);
+  const int64_t share = std::clamp((T + threads - 1) / threads, fair_tokens, most_tokens);
   int64_t blocks = (T + share - 1) / share;
   const int64_t block_tokens = round_up((T + blocks - 1) / blocks, 4);  // rows go in groups of 4
   blocks = (T + block_tokens - 1) / block_tokens;

@@ -6,15 +6,18 @@
 #include "core/params.h"
 #include "cpu/delete_latents.h"
 
-#define CU_FAST_FOR_EACH_LEVEL(...) \
-  namespace scalar {                \
-  __VA_ARGS__                       \
-  }                                 \
-  namespace avx2 {                  \
-  __VA_ARGS__                       \
-  }                                 \
-  namespace avx512 {                \
-  __VA_ARGS__                       \
+#define CU_FAST_FOR_EACH_LEVEL(...)  \
+  namespace scalar {                 \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace avx2 {                   \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace avx512 {                 \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace amx { /* some of them */ \
+  __VA_ARGS__                        \
   }
 
 namespace cu_fast {

@@ -27,7 +27,7 @@ int64_t on_all_threads(int64_t items, const Work& work) {
 
 int64_t peak(std::string kind, int64_t iterations) {
   check(kind == "int8" || kind == "fp32", "kind is '", kind, "', must be int8 or fp32");
-  const auto run = kind == "int8" ? CU_FAST_DISPATCH(peak_int8) : CU_FAST_DISPATCH(peak_fp32);
+  const auto run = kind == "int8" ? CU_FAST_DISPATCH_TILES(peak_int8) : CU_FAST_DISPATCH(peak_fp32);
   return on_all_threads(torch::stable::get_num_threads(),
                         [&](int64_t, int64_t, int32_t* out) { return run(iterations, out); });
 }

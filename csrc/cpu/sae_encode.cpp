@@ -9,7 +9,7 @@
 namespace cu_fast {
 
 void Cpu::encode(const EncodeParams& p) const {
-  const auto encode = CU_FAST_DISPATCH(sae_encode);
+  const auto encode = CU_FAST_DISPATCH_TILES(sae_encode);
   const ScoreParams& score = p.score;
   if (score.T == 0 || score.C == 0) return;
 

@@ -6,5 +6,6 @@
 namespace cu_fast::scalar {
 #include "cpu/rows-inl.h"
 #include "cpu/fixed-inl.h"
+#include "cpu/fixed_words-inl.h"
 #include "cpu/sae_encode-inl.h"
 }  // namespace cu_fast::scalar

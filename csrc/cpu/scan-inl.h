@@ -11,10 +11,10 @@
 // 1. quantize_row  Converts a row to bytes, and computes its terms of the error bound (core/scan.h), rounded
 //                  up. The few entries far above the others, which would make the step coarse for all, get
 //                  high bytes too.
-// 2. scan_rows     A few rows against a group of 64 codes: byte_dots, the hot loop.
-// 3. outlier_dots  The high bytes of one row against the group: a few steps only.
-// 4. approximate   The sums of one row and group become approximations of scores.
-// 5. kth_lower     A threshold that k of some bounds reach.
+// 2. RowProducts   The rows against a group of 64 codes, a few at a time: byte_dots, the hot loop; and the high bytes of one
+//                  row: outlier_dots, a few steps only. On matrix tiles: scan_tiles-inl.h.
+// 3. approximate   The sums of one row and group become approximations of scores.
+// 4. kth_lower     A threshold that k of some bounds reach.
 //
 // Included inside the namespace and the target region of one instruction set, which supplies Vec, Ints and
 // Bytes, after rows-inl.h.
@@ -33,6 +33,7 @@ struct Row {
   int64_t outlier_count;
   int32_t start, outlier_start;            // - kOffset * sum of the bytes: cancels the codes' offset
   float step;                              // times the unit
+  float base;                              // of the high bytes
   float mean_dot;                          // <q, mean>, not times the unit
   float norm_in, miss, half_l1_out, norm;  // factors of residual, size, |scale| and magnitude in the error
 
@@ -110,6 +111,7 @@ void quantize_row(const SelectParams& p, const float* q_row, Row& row) {
   const Vec per_step = Vec::broadcast(kRange / clip), step = Vec::broadcast(clip / kRange),
             range = Vec::broadcast(kRange);
   row.outlier_count = row.start = row.outlier_start = 0;
+  row.base = 2 * kRange;
   Vec misses = Vec::broadcast(0), squares_in = Vec::broadcast(0);
   float l1_out = 0;
   for (int64_t e = 0; e < E; e += kLanes) {
@@ -210,30 +212,56 @@ inline int64_t scan_rows(const Row* rows, int64_t n, const uint8_t* codes, int64
   return run.template operator()<1>();
 }
 
-// Approximations of a group's scores, of codes beyond C too. `high` is null if the row has no outliers.
-void approximate(const SelectParams& p, const Row& row, int64_t g, const int32_t* sums, const int32_t* high,
-                 float* approx) {
-  const float* const scale = p.scan.terms_of(g, kScale);
-  const Vec step = Vec::broadcast(row.step);
-  if (high == nullptr && p.scan.mean == nullptr && p.score.bias == nullptr) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kScanGroup; j += kLanes) {
-      (Vec::load(sums + j) * Vec::load(scale + j) * step).store(approx + j);
+// Multiplies the rows of a block with the plane.
+class RowProducts {
+ public:
+  RowProducts(const SelectParams& params, const ScanScratch&, float*) : p(params) {}
+
+  // The rows from now on.
+  void take(std::span<Row> rows) { rows_ = rows; }
+
+  // Calls use(row, group, sums, high) for each row and a group; high is null if the row has no outliers.
+  template <class Use>
+  void multiply(int64_t g, const Use& use) {
+    const int64_t steps = scan_width(p.score.E) / 4;
+    const uint8_t* const codes = p.scan.group(g, p.score.E);
+    alignas(64) int32_t sums[Ints::kTokens * kScanGroup], high[kScanGroup];
+    const int64_t n = std::ssize(rows_);
+    for (int64_t t = 0, taken; t < n; t += taken) {
+      taken = scan_rows(&rows_[t], n - t, codes, steps, sums);
+      for (int64_t r = 0; r < taken; ++r) {
+        Row& row = rows_[t + r];
+        if (row.gives_up) continue;
+        const bool sparse = row.outlier_count > 0;
+        if (sparse) outlier_dots(row, codes, high);
+        use(row, g, sums + r * kScanGroup, sparse ? high : nullptr);
+      }
     }
-    return;
   }
-  const int64_t first = g * kScanGroup, n = std::min<int64_t>(kScanGroup, p.score.C - first);
-  const Vec base = Vec::broadcast(2 * Ints::kRange), mean_dot = Vec::broadcast(row.mean_dot),
-            unit = Vec::broadcast(row.unit);
-  for (int j = 0; j < n; j += kLanes) {
-    Vec sum = Vec::load(sums + j);
-    if (high != nullptr) sum = sum + base * Vec::load(high + j);
-    Vec score = sum * Vec::load(scale + j) * step;
-    if (p.scan.mean != nullptr)
-      score = score + mean_dot * load_first(p.score.factor + first + j, n - j) * unit;
-    if (p.score.bias != nullptr) score = score + load_first(p.score.bias + first + j, n - j).cut();
-    score.store(approx + j);
+
+  // All that was multiplied has been used.
+  template <class Use>
+  void finish(const Use&) {}
+
+ private:
+  const SelectParams& p;
+  std::span<Row> rows_;
+};
+
+// The approximations of 16 scores of a group, of codes beyond C too. `high` is null if the row has no high bytes.
+inline Vec approximation(const SelectParams& p, const Row& row, int64_t g, int j, const int32_t* sums,
+                         const int32_t* high) {
+  Vec sum = Vec::load(sums + j);
+  if (high != nullptr) sum = sum + Vec::broadcast(row.base) * Vec::load(high + j);
+  Vec score = sum * Vec::load(p.scan.terms_of(g, kScale) + j) * Vec::broadcast(row.step);
+  if (p.scan.mean == nullptr && p.score.bias == nullptr) return score;
+  const int64_t first = g * kScanGroup + j, n = std::max<int64_t>(p.score.C - first, 0);
+  if (p.scan.mean != nullptr) {
+    score = score +
+            Vec::broadcast(row.mean_dot) * load_first(p.score.factor + first, n) * Vec::broadcast(row.unit);
   }
+  if (p.score.bias != nullptr) score = score + load_first(p.score.bias + first, n).cut();
+  return score;
 }
 
 // How many of the n bounds are at least x.

@@ -9,6 +9,7 @@
 #include "core/params.h"
 #include "core/scan.h"
 #include "cpu/grid.h"
+#include "cpu/simd.h"
 
 namespace cu_fast {
 
@@ -34,15 +35,18 @@ inline constexpr int64_t kSampleCodes = 32 * kScanGroup;
 struct ScanScratch {
   int64_t rows, width, outliers, capacity;
   bool counts_hits;  // hits are counted: deleted codes are candidates too
+  int64_t tile_floats;
 
   explicit ScanScratch(const SelectParams& p)
       : rows(std::min(p.score.T, kScanTokens)),
         width(digit_width(p.score.E)),
         outliers(max_outliers(p.score.E)),
         capacity(candidate_capacity(p.k)),
-        counts_hits(p.deleted != nullptr) {}
+        counts_hits(p.deleted != nullptr),
+        tile_floats(simd_level() == SimdLevel::amx ? 2 * round_up(rows, 32) * tile_stride() / 4 : 0) {}
 
-  // Offsets of one row of z, widened, of z as integers, bytes of z, outliers, the sample, bounds and ids.
+  // Offsets of one row of z, widened, of z as integers, bytes of z, outliers, the sample, bounds, ids, and low and high
+  // bytes on tiles.
   int64_t z() const { return 0; }
   int64_t fixed() const { return z() + width; }
   int64_t bytes() const { return fixed() + rows * width * 3 / 2; }
@@ -52,10 +56,14 @@ struct ScanScratch {
   int64_t lower() const { return upper() + rows * capacity; }
   int64_t lower_all() const { return lower() + rows * capacity; }
   int64_t id() const { return lower_all() + (counts_hits ? rows * capacity : 0); }
-  int64_t floats() const { return id() + rows * capacity; }
+  int64_t tiles() const { return id() + rows * capacity; }
+  int64_t floats() const { return tiles() + tile_floats; }
+
+  // Bytes from one row on tiles to the next, an odd number of cache lines: bytes, then a start (scan_tiles-inl.h).
+  int64_t tile_stride() const { return width / 64 % 2 == 0 ? width + 64 : width + 128; }
 };
 
-// How a selection runs. A pure function of its arguments; no result depends on it.
+// How a selection runs. A pure function of its arguments and the instruction set; no result depends on it.
 struct SelectGrid {
   bool scans;  // false: every code is scored
   Grid grid;
@@ -67,7 +75,9 @@ inline SelectGrid plan_selection(int64_t T, int64_t C, int64_t E, int64_t k, int
                                  float largest_bias) {
   const bool scans =
       has_plane && largest_bias <= std::numeric_limits<float>::max() && k <= kMaxScanK && 8 * k <= C;
-  return {scans, plan_grid(T, C, E, threads, scans ? kScanTokens : kBlockTokens)};
+  if (!scans) return {false, plan_grid(T, C, E, threads)};
+  const bool on_tiles = simd_level() == SimdLevel::amx;
+  return {true, plan_grid(T, C, E, threads, kScanTokens, on_tiles ? kFairTileTokens : kFairTokens)};
 }
 
 }  // namespace cu_fast

@@ -4,6 +4,11 @@
 
 #include <cstdlib>
 #include <string>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "check.h"
 #include "registration.h"
@@ -11,12 +16,36 @@
 namespace cu_fast {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
-constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "amx"};
+constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::amx};
 
 const char* name_of(SimdLevel level) {
   return kNames[static_cast<int>(level)];
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+
+// Defined where tests emulate the instructions of tiles, whatever the CPU has (tests/helpers/tiles.cpp).
+extern "C" __attribute__((weak)) bool cu_fast_emulates_tiles();
+
+// Whether the CPU has tiles of bytes, and the kernel lets this process use them: it has to be asked once, and keeps room
+// for tiles in every thread's state from then on.
+bool has_tiles() {
+  if (cu_fast_emulates_tiles != nullptr && cu_fast_emulates_tiles()) return true;
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  unsigned a, b, c, features = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &features) != 0 && (features & kAmxTile) != 0 &&
+         (features & kAmxInt8) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#else
+
+bool has_tiles() {
+  return false;
+}
+
+#endif
 
 bool is_supported(SimdLevel level) {
 #if defined(__x86_64__)
@@ -29,6 +58,8 @@ bool is_supported(SimdLevel level) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni") && is_supported(SimdLevel::avx2);
+    case SimdLevel::amx:
+      return is_supported(SimdLevel::avx512) && has_tiles();
   }
   return false;
 #else
@@ -59,7 +90,7 @@ Choice choose(const char* wanted) {
     }
     return choice;
   }
-  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2 or avx512";
+  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2, avx512 or amx";
   return choice;
 }
 

@@ -23,7 +23,8 @@
 
 namespace cu_fast {
 
-enum class SimdLevel { scalar, avx2, avx512 };
+// amx: avx512, and matrix tiles where there is a kernel for them.
+enum class SimdLevel { scalar, avx2, avx512, amx };
 
 // The best level of this machine, or the one that the environment variable CU_FAST_SIMD named when the
 // library was loaded. Throws if there is no such level, or if this machine or this build lacks it.
@@ -31,12 +32,15 @@ SimdLevel simd_level();
 
 }  // namespace cu_fast
 
-// The function of this name at the level in use.
+// The function of this name at the level in use. Those that have tiles too are chosen by CU_FAST_DISPATCH_TILES.
 #if defined(__x86_64__)
 #define CU_FAST_DISPATCH(function)                               \
-  (simd_level() == SimdLevel::avx512 ? cu_fast::avx512::function \
+  (simd_level() >= SimdLevel::avx512 ? cu_fast::avx512::function \
    : simd_level() == SimdLevel::avx2 ? cu_fast::avx2::function   \
                                      : cu_fast::scalar::function)
+#define CU_FAST_DISPATCH_TILES(function) \
+  (simd_level() == SimdLevel::amx ? cu_fast::amx::function : CU_FAST_DISPATCH(function))
 #else
 #define CU_FAST_DISPATCH(function) (simd_level(), cu_fast::scalar::function)
+#define CU_FAST_DISPATCH_TILES(function) CU_FAST_DISPATCH(function)
 #endif

@@ -299,5 +299,7 @@ struct Pair {
   }
 };
 
+struct Tiles {};
+
 }  // namespace cu_fast::avx2
 CU_FAST_TARGET_END

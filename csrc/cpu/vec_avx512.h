@@ -265,5 +265,7 @@ struct Pair {
   }
 };
 
+struct Tiles {};
+
 }  // namespace cu_fast::avx512
 CU_FAST_TARGET_END

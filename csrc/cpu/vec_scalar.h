@@ -253,4 +253,7 @@ struct Pair {
   }
 };
 
+// What a CPU's matrix tiles need while they are used (vec_amx.h): nothing, where there are none.
+struct Tiles {};
+
 }  // namespace cu_fast::scalar

@@ -17,6 +17,7 @@ import hurtful
 import pytest
 import torch
 from calls import call, every_operator
+from tiles import LEVELS, environment
 
 from cu_fast.kernels import native, reference
 from cu_fast.kernels.operators import OPERATORS
@@ -24,7 +25,6 @@ from cu_fast.kernels.operators import OPERATORS
 # Only a library that was never built is an excuse; one that does not load fails every test.
 needs_native = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
 x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
-LEVELS = ("scalar", "avx2", "avx512")
 OPS = torch.ops.cu_fast
 
 
@@ -215,7 +215,7 @@ class TestSameBits:
     @x86
     @pytest.mark.parametrize("level", LEVELS)
     def test_simd_levels(self, level, expected):
-        done = run("print(native.simd_level(), test_native.digest())", CU_FAST_SIMD=level)
+        done = run("print(native.simd_level(), test_native.digest())", **environment(level))
         if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, expected], done.stderr
@@ -224,7 +224,7 @@ class TestSameBits:
     @pytest.mark.parametrize("level", LEVELS)
     def test_sums_at_their_limits(self, level):
         code = "print(native.simd_level(), *(test_native.sums_are_right(T) for T in (1, 3, 9, 14)))"
-        done = run(code, CU_FAST_SIMD=level)
+        done = run(code, **environment(level))
         if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, *["True"] * 4], done.stderr
@@ -240,7 +240,7 @@ class TestSameBits:
 w = test_native.quotients_at_a_half()
 print(native.simd_level(), all(map(torch.equal, call("pack_digits", codes=w), call("pack_digits", on=reference, codes=w))))
 """
-        done = run(code, CU_FAST_SIMD=level)
+        done = run(code, **environment(level))
         if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, "True"], done.stderr
@@ -316,7 +316,7 @@ class TestLoading:
         first = "call('sae_encode', x=torch.ones(2, 4), W_enc=torch.ones(3, 4))"
         done = run(f"print('loaded', native.available())\n{first}", CU_FAST_SIMD=level)
         assert done.stdout.split() == ["loaded", "True"]
-        assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2 or avx512" in done.stderr
+        assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2, avx512 or amx" in done.stderr
 
     @needs_native
     def test_empty_level_is_no_choice(self):
