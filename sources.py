@@ -21,7 +21,9 @@ def found(*patterns: str) -> list[str]:
 # cannot run it.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 HOST = found("csrc/ops.cpp", "csrc/host/*.cpp")
-CPU = [source for source in found("csrc/cpu/*.cpp") if X86 or not source.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp"))]
+CPU = [
+    source for source in found("csrc/cpu/*.cpp") if X86 or not source.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp"))
+]
 # Only with CUDA: kernels and what starts them, compiled without torch. What takes longest comes first.
 SLOW = ("csrc/cuda/scan_codes.cu", "csrc/cuda/scan_codes_sm90.cu", "csrc/cuda/codebook_quantize.cu")
 CUDA = sorted(found("csrc/cuda/*.cu"), key=lambda source: SLOW.index(source) if source in SLOW else len(SLOW))

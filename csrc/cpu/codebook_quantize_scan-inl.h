@@ -4,7 +4,7 @@
 //
 //   what           shape                         where it stays
 //   plane, terms   core/scan.h                   streamed once per block of kScanTokens tokens
-//   sample         [kScanTokens, kSampleCodes]   scratch: approximations of every 16th group, for the guess
+//   sample         [kScanTokens, samples]        scratch: approximations of every 16th group, for the guess
 //   upper, lower   [kScanTokens, capacity]       scratch: bounds of each row's candidates, ids beside them
 //   kept, deleted  [T, parts, capacity] keys     heaps, as in codebook_quantize-inl.h
 //
@@ -35,9 +35,6 @@ constexpr int64_t kSpanBytes = 1024 * 1024;
 // rows against four codes at a time and takes as long as scoring a seventh of the codes one by one.
 constexpr int64_t kGiveUp = 8;
 
-// One group in so many is the sample of the guess, which fewer groups than kLeastGroups do not repay.
-constexpr int64_t kSampleShare = 16, kLeastGroups = 192;
-
 // The certified scan of one block. Products multiplies rows with the plane: RowProducts, or the like.
 template <class Products>
 class Scan {
@@ -49,12 +46,13 @@ class Scan {
         sizes_(params),
         products_(params, sizes_, scratch),
         first_group_(block.c_begin / kScanGroup),
-        groups_(scan_groups(block.c_end) - first_group_) {}
+        groups_(scan_groups(block.c_end) - first_group_),
+        samples_(sample_groups(groups_)) {}
 
   void run() {
     start();
     const std::span<Row> all = rows_;
-    if (groups_ >= kLeastGroups) guess();
+    if (samples_ > 0) guess();
     read_codes();
     score();
     // Again are those that the guess misled. Those that were left out are behind them already.
@@ -88,7 +86,7 @@ class Scan {
       row.lower = scratch_ + sizes_.lower() + n * sizes_.capacity;
       row.id = reinterpret_cast<int32_t*>(scratch_ + sizes_.id()) + n * sizes_.capacity;
       row.lower_all = sizes_.counts_hits ? scratch_ + sizes_.lower_all() + n * sizes_.capacity : nullptr;
-      row.sample = scratch_ + sizes_.sample() + n * kSampleCodes;
+      row.sample = scratch_ + sizes_.sample() + n * sizes_.samples;
       restart(row, kNone);
       float* const z = scratch_ + sizes_.z();
       const float largest = widen_row(p.score.z, token, p.score.pre, p.score.E, z);
@@ -119,7 +117,6 @@ class Scan {
 
   // Guesses tau per row. m of the k best should be in the sample; their number varies by sqrt(m).
   void guess() {
-    samples_ = std::min((groups_ + kSampleShare - 1) / kSampleShare, kSampleCodes / kScanGroup);
     const auto keep = [&](Row& row, int64_t g, const int32_t* sums, const int32_t* high) {
       float* const approx = row.sample + sample_of(g) * kScanGroup;
       for (int j = 0; j < kScanGroup; j += kLanes) approximation(p, row, g, j, sums, high).store(approx + j);
@@ -274,7 +271,7 @@ class Scan {
 
   // Frees places in a row's buffer of candidates.
   void tighten(Row& row) {
-    const int64_t room = sizes_.capacity - kScanGroup;
+    const int64_t room = candidate_room(p.k);
     find_best(row);
     drop_hopeless(row);
     if (row.n > std::clamp<int64_t>(p.score.E, 512, room / 2)) score_those(row, row.best);
@@ -392,9 +389,8 @@ class Scan {
   float* const scratch_;
   const ScanScratch sizes_;
   Products products_;
-  const int64_t first_group_, groups_;
-  int64_t samples_ = 0;  // groups whose approximations are kept
-  int64_t rank_ = 0;     // of the guess among them
+  const int64_t first_group_, groups_, samples_;
+  int64_t rank_ = 0;  // of the guess among them
   Row storage_[kScanTokens];
   std::span<Row> rows_;  // of storage_: those that are read
   struct alignas(64) {

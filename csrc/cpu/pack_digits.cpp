@@ -4,6 +4,7 @@
 
 #include "arguments.h"
 #include "cpu/grid.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -19,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_digits(const Tensor& codes_in) {
   const int64_t C = codes_in.size(0), E = codes_in.size(1), width = digit_width(E);
   check(E <= kMostWidth, "codes are ", E, " wide, must be at most ", kMostWidth);
   const Tensor codes = with_contiguous_rows(codes_in);
-  Tensor digits = new_tensor({C, kDigits, width}, ScalarType::Char);
+  Tensor digits = on_huge_pages(new_tensor({C, kDigits, width}, ScalarType::Char));
   Tensor step = new_tensor({C}, ScalarType::Float), squares = new_tensor({C}, ScalarType::Float);
   const PackParams p = {matrix_of(codes),
                         C,

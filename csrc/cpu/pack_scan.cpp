@@ -15,6 +15,7 @@
 #include "core/scan.h"
 #include "arguments.h"
 #include "cpu/grid.h"
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "registration.h"
 
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_scan(const Tensor& digits_in, const Tens
   check_dtype("factor", factor_in, ScalarType::Float);
   const Tensor factor = torch::stable::contiguous(factor_in);
   const int64_t G = scan_groups(C);
-  Tensor plane = new_tensor({G, scan_width(E) / 4, kScanGroup, 4}, ScalarType::Byte);
+  Tensor plane = on_huge_pages(new_tensor({G, scan_width(E) / 4, kScanGroup, 4}, ScalarType::Byte));
   Tensor terms = new_tensor({G, kTermsOfGroup}, ScalarType::Float);
   std::vector<float> mean(E, 0.0f);
   const Packing p{digits.const_data_ptr<int8_t>(),

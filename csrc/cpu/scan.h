@@ -19,21 +19,31 @@ struct ScanOutlier {
   int8_t bytes[4];
 };
 
-// Places in a row's buffer of candidates. The last kScanGroup are spare: a group may add all its codes at
-// once.
-inline int64_t candidate_capacity(int64_t k) {
-  return round_up(std::max<int64_t>(4096, 4 * k), kScanGroup) + kScanGroup;
+// Candidates of a row at which some have to be scored.
+inline int64_t candidate_room(int64_t k) {
+  return round_up(std::max<int64_t>(4096, 4 * k), kScanGroup);
+}
+
+// Places in a row's buffer of candidates: no more than there are codes. The last kScanGroup are spare: a group may add all
+// its codes at once.
+inline int64_t candidate_capacity(int64_t k, int64_t C) {
+  return std::min(candidate_room(k), round_up(C, kScanGroup)) + kScanGroup;
 }
 
 // Tokens per block: all of them use each read of the plane, and of the codes that are scored.
 inline constexpr int64_t kScanTokens = 256;
 
-// Codes of the sample, at most. All approximations of a row fit its buffer of candidates.
-inline constexpr int64_t kSampleCodes = 32 * kScanGroup;
+// One group in so many is the sample of the guess, which fewer groups than kLeastGroups do not repay.
+inline constexpr int64_t kSampleShare = 16, kLeastGroups = 192;
+
+// Groups of the sample. All approximations of a row fit its buffer of candidates.
+inline int64_t sample_groups(int64_t groups) {
+  return groups < kLeastGroups ? 0 : std::min<int64_t>((groups + kSampleShare - 1) / kSampleShare, 32);
+}
 
 // The scratch of one worker: where each array starts, in floats. Arrays have `rows` rows.
 struct ScanScratch {
-  int64_t rows, width, outliers, capacity;
+  int64_t rows, width, outliers, samples, capacity;
   bool counts_hits;  // hits are counted: deleted codes are candidates too
   int64_t tile_floats;
 
@@ -41,7 +51,8 @@ struct ScanScratch {
       : rows(std::min(p.score.T, kScanTokens)),
         width(digit_width(p.score.E)),
         outliers(max_outliers(p.score.E)),
-        capacity(candidate_capacity(p.k)),
+        samples(sample_groups(scan_groups(p.score.C)) * kScanGroup),
+        capacity(candidate_capacity(p.k, p.score.C)),
         counts_hits(p.deleted != nullptr),
         tile_floats(simd_level() == SimdLevel::amx ? 2 * round_up(rows, 32) * tile_stride() / 4 : 0) {}
 
@@ -52,11 +63,11 @@ struct ScanScratch {
   int64_t bytes() const { return fixed() + rows * width * 3 / 2; }
   int64_t outlier() const { return bytes() + rows * width / 4; }
   int64_t sample() const { return outlier() + rows * outliers * 2; }
-  int64_t upper() const { return sample() + rows * kSampleCodes; }
+  int64_t upper() const { return sample() + rows * samples; }
   int64_t lower() const { return upper() + rows * capacity; }
   int64_t lower_all() const { return lower() + rows * capacity; }
   int64_t id() const { return lower_all() + (counts_hits ? rows * capacity : 0); }
-  int64_t tiles() const { return id() + rows * capacity; }
+  int64_t tiles() const { return round_up(id() + rows * capacity, kLanes); }
   int64_t floats() const { return tiles() + tile_floats; }
 
   // Bytes from one row on tiles to the next, an odd number of cache lines: bytes, then a start (scan_tiles-inl.h).

@@ -127,7 +127,7 @@ def measure_cell(work: Work, plan: Plan, facts: dict[str, Any], clock: HostClock
             if job.identical is not None:
                 rows[name]["identical"] = job.identical(answer)
             del answer
-            times[name] = [clock.time(job)]  # which counts where it is too slow to be called more often
+            times[name] = [clock.time(job, plan.cache)]  # which counts where it is too slow to be called more often
             jobs[name] = job
     take_turns(jobs, times, plan, clock)
     for name, taken in times.items():
@@ -135,7 +135,7 @@ def measure_cell(work: Work, plan: Plan, facts: dict[str, Any], clock: HostClock
         rows[name] |= {"status": "ok", "rounds": len(taken), "tokens_per_second": _round(1e3 * cell.T / p50)}
         rows[name] |= {"y_value_20": _round(p20), "y_value_50": _round(p50), "y_value_80": _round(p80)}
         if name.startswith(BASELINE):
-            rows[name]["of_ceiling"] = _round(machine.of_ceiling(cell, p50, facts))
+            rows[name]["of_ceiling"] = _round(machine.of_ceiling(cell, p50, facts, plan.cache))
     _compare(rows)
     return list(rows.values())
 

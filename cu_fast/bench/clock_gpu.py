@@ -80,9 +80,9 @@ class GraphClock:
 
         return replay
 
-    def time(self, job: Job) -> float:
-        """Seconds of one call, with a cold cache."""
-        return self.turn(job, "cold", TURN)[0]
+    def time(self, job: Job, cache: str = "cold") -> float:
+        """Seconds of one call."""
+        return self.turn(job, cache, TURN)[0]
 
     def turn(self, job: Job, cache: str, usual: float) -> list[float]:
         """Seconds of each timed call of a provider's turn. ``usual``: what a call took before."""

@@ -24,6 +24,8 @@ COLUMNS = (
 L3_PLANE = 24e6  # bytes: an int8 plane below this is taken to be read from L3
 L3_READ = 12 * 2**20
 MEMORY_READ = 2**29
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CACHE = 64 * 2**20  # bytes of the last-level cache, where the system does not say
 REPEATS = 9  # a ceiling is the best of so many calls
 SHORTEST = 0.02  # seconds that a call of a ceiling should take
 
@@ -72,15 +74,22 @@ def _rate(work, *args) -> float:
     return best / 1e9
 
 
-def of_ceiling(cell: Cell, milliseconds: float, facts: dict[str, Any]) -> float | str:
+def largest_cache() -> int:
+    """Bytes of the CPU's last-level cache; CACHE where the system does not say."""
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return max((1024 * int(size.removesuffix("K")) for size in sizes), default=CACHE)
+
+
+def of_ceiling(cell: Cell, milliseconds: float, facts: dict[str, Any], cache: str = "warm") -> float | str:
     """What share of the machine an int8 scan of all codes in this time would use, "" where there is none.
 
-    The larger of two: 2 T E C operations at the int8 peak, and C E bytes, read once, from L3 or from memory.
+    The larger of two: 2 T E C operations at the int8 peak, and C E bytes, read once, from L3 or, if they do not fit
+    there or caches are cold, from memory.
     """
     if cell.op not in ("codebook_quantize", "sae_encode_topk") or facts["int8_gops"] == "":
         return ""
     plane = cell.C * cell.E
-    bandwidth = facts["l3_gb_per_s" if plane < L3_PLANE else "memory_gb_per_s"]
+    bandwidth = facts["l3_gb_per_s" if plane < L3_PLANE and cache == "warm" else "memory_gb_per_s"]
     least = max(2 * cell.T * plane / facts["int8_gops"], plane / bandwidth) / 1e6
     return least / milliseconds
 

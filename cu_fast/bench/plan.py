@@ -24,8 +24,8 @@ class Plan:
 
     shapes: (E, C, k). data: kinds of ``cells.DATA``, None = gaussian. seconds: for each provider of a cell. rounds: at
     least so many, however long they take; a provider one call of which takes longer than ``seconds`` is called once.
-    cache: "warm", untimed calls come right before each timed one, or "cold": on the CPU none does, so that the caches hold
-    what the other providers left, on a GPU its second-level cache is emptied; None = warm on the CPU, cold on a GPU.
+    cache: "warm", untimed calls come right before each timed one, or "cold": other memory is read before each, so that the
+    last-level cache holds nothing of what the call reads; None = warm on the CPU, cold on a GPU.
     device: "cpu" or "cuda". memory: bytes that may be used, None = what is free.
     """
 

@@ -309,7 +309,7 @@ def bench(
     cache: Annotated[
         Cache | None,
         typer.Option(
-            help="warm: untimed calls precede each timed one. cold: none do, and a GPU's second-level cache is emptied."
+            help="warm: untimed calls precede each timed one. cold: caches are emptied before each."
             " Default: warm on a CPU, cold on a GPU."
         ),
     ] = None,

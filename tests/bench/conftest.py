@@ -15,6 +15,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "SHORTEST", 0.0)
     monkeypatch.setattr(machine, "MEMORY_READ", 2**20)
     monkeypatch.setattr(machine, "REPEATS", 1)
+    monkeypatch.setattr(machine, "largest_cache", lambda: 2**12)
     gc.freeze()  # each cell is measured after a collection, which would look at all of pytest
     yield
     gc.unfreeze()

@@ -7,6 +7,7 @@ import json
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,13 +223,39 @@ def test_a_slow_provider_is_called_once_and_the_rest_in_rounds():
     assert times["slow"] == [2.0] and len(times["fast"]) >= 3 and 0.001 not in times["fast"]
 
 
-@pytest.mark.parametrize("cache, calls", [("warm", 6), ("cold", 3)])
-def test_cache_decides_whether_an_untimed_call_comes_first(cache, calls, monkeypatch):
+@pytest.mark.parametrize("cache, first", [("warm", "call"), ("cold", "read")])
+def test_cache_decides_whether_an_untimed_call_or_other_memory_comes_first(cache, first, monkeypatch):
     monkeypatch.setattr(clock, "WARM", 0.0)  # one untimed call, however short
     made = []
     times, plan = {"one": [0.0]}, bench.Plan(seconds=1e-9, rounds=3, cache=cache)
-    bench.take_turns({"one": Job(lambda: made.append(1))}, times, plan, clock.HostClock())
-    assert len(made) == calls and len(times["one"]) == 3
+    bench.take_turns({"one": Job(lambda: made.append("call"))}, times, plan, recorded(made, monkeypatch))
+    assert made == 3 * [first, "call"] and len(times["one"]) == 3
+
+
+def test_a_slow_provider_is_cold_too(monkeypatch):
+    made = []
+    calls = {"one": lambda inputs: Job(lambda: made.append("call"))}
+    work = bench.Work(Cell("masked_decode", 3, 16, 70, 4), calls, lambda *_: (None, None))
+    plan = bench.Plan(seconds=1e-9, cache="cold")
+    (row,) = bench.measure_cell(work, plan, {"int8_gops": ""}, recorded(made, monkeypatch))
+    assert made == ["call", "read", "call"] and row["rounds"] == 1 and bench.config(row)["cache"] == "cold"
+
+
+def recorded(made, monkeypatch):
+    """A clock that says when it reads what empties the caches."""
+    memory = SimpleNamespace(amax=lambda: made.append("read"))
+    monkeypatch.setattr(clock.HostClock, "_displacing", memory)
+    return clock.HostClock()
+
+
+def test_more_than_the_last_level_cache_holds_is_read(monkeypatch, tmp_path):
+    monkeypatch.undo()  # conftest's cache
+    monkeypatch.setattr(machine, "CACHES", tmp_path)
+    assert machine.largest_cache() == 64 * 2**20
+    for index, size in enumerate(("48K", "32K", "32768K", "1024K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert machine.largest_cache() == 32 * 2**20 and clock.HostClock()._displacing.nbytes == 64 * 2**20
 
 
 def test_ceilings_are_measured_where_they_can_be():
@@ -238,6 +265,7 @@ def test_ceilings_are_measured_where_they_can_be():
     share = machine.of_ceiling
     cell = Cell("codebook_quantize", 1, 512, 25_000, 8)
     assert math.isclose(share(cell, 1.0, facts), 12.8e6 / 200e9 * 1e3)
+    assert math.isclose(share(cell, 1.0, facts, "cold"), 12.8e6 / 50e9 * 1e3)
     assert math.isclose(share(Cell("codebook_quantize", 1, 2048, 65_536, 8), 10.0, facts), 2048 * 65536 / 50e9 * 1e2)
     cell = Cell("codebook_quantize", 512, 512, 25_000, 8)
     assert math.isclose(share(cell, 20.0, facts), 2 * 512 * 12.8e6 / 1e12 * 1e3 / 20)

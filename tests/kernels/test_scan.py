@@ -346,6 +346,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
     assert float(done.stdout) < 1 / 8
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's address space is limited")
+def test_few_codes_need_little_memory():
+    """Room for candidates is for as many as there are codes, not for the 4096 of a large codebook: 2 MB, not 15."""
+    done = subprocess.run(
+        [sys.executable, "-c", """
+import resource, torch
+from pathlib import Path
+from cu_fast import ops
+torch.set_num_threads(1)
+z, packed = torch.randn(512, 64), ops.pack_codes(torch.randn(512, 64), scan="int8")
+ops.codebook_quantize(z[:1], packed, k=8)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 8_000_000,) * 2)
+ops.codebook_quantize(z, packed, k=8)
+"""],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_inputs_are_not_written_to():
     codes, z = normal(900, 40), rows_of(40)
     mask, plane = hurtful.masks(len(z), 900, 0.5, 1), plane_of(codes)
