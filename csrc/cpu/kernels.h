@@ -15,6 +15,9 @@
   }                                 \
   namespace avx512 {                \
   __VA_ARGS__                       \
+  }                                 \
+  namespace neon {                  \
+  __VA_ARGS__                       \
   }
 
 namespace cu_fast {

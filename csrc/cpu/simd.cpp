@@ -2,6 +2,10 @@
 
 #include "cpu/simd.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -11,8 +15,8 @@
 namespace cu_fast {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
-constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "neon"};
+constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::neon};
 
 const char* name_of(SimdLevel level) {
   return kNames[static_cast<int>(level)];
@@ -29,8 +33,11 @@ bool is_supported(SimdLevel level) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni") && is_supported(SimdLevel::avx2);
+    default:
+      return false;
   }
-  return false;
+#elif defined(__aarch64__) && defined(__linux__)
+  return level == SimdLevel::scalar || (level == SimdLevel::neon && getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
 #else
   return level == SimdLevel::scalar;
 #endif
@@ -59,7 +66,7 @@ Choice choose(const char* wanted) {
     }
     return choice;
   }
-  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2 or avx512";
+  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2, avx512 or neon";
   return choice;
 }
 

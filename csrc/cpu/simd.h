@@ -20,10 +20,11 @@
 // Must match is_supported() in simd.cpp.
 #define CU_FAST_AVX2 "avx2,f16c"
 #define CU_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#define CU_FAST_NEON "arch=armv8.2-a+dotprod"
 
 namespace cu_fast {
 
-enum class SimdLevel { scalar, avx2, avx512 };
+enum class SimdLevel { scalar, avx2, avx512, neon };
 
 // The best level of this machine, or the one that the environment variable CU_FAST_SIMD named when the
 // library was loaded. Throws if there is no such level, or if this machine or this build lacks it.
@@ -37,6 +38,9 @@ SimdLevel simd_level();
   (simd_level() == SimdLevel::avx512 ? cu_fast::avx512::function \
    : simd_level() == SimdLevel::avx2 ? cu_fast::avx2::function   \
                                      : cu_fast::scalar::function)
+#elif defined(__aarch64__) && defined(__linux__)
+#define CU_FAST_DISPATCH(function) \
+  (simd_level() == SimdLevel::neon ? cu_fast::neon::function : cu_fast::scalar::function)
 #else
 #define CU_FAST_DISPATCH(function) (simd_level(), cu_fast::scalar::function)
 #endif

@@ -24,7 +24,11 @@ def fails(*arguments, words):
 def test_env_as_json_names_what_runs():
     result = run("env", "--json")
     facts = json.loads(result.stdout)
-    assert result.exit_code == 0 and facts["impl on cpu"] == "cpu" and facts["simd"] in ("scalar", "avx2", "avx512")
+    assert (
+        result.exit_code == 0
+        and facts["impl on cpu"] == "cpu"
+        and facts["simd"] in ("scalar", "avx2", "avx512", "neon")
+    )
     assert "impl on cpu" in run("env").stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from cu_fast.kernels.operators import OPERATORS
 HERE = Path(__file__).parent
 FILES = [path for name in (*OPERATORS, "scan") if (path := HERE / f"test_{name}.py").exists()]
 TESTS = "cpu_equals_reference or TestNoSlackIsLeftOver or TestHurtfulInputs or batch"
-LEVELS = ["scalar", "avx2", "avx512"]
+# Of the machine, each better than those before it.
+LEVELS = ["scalar", "neon"] if platform.machine() == "aarch64" else ["scalar", "avx2", "avx512"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
