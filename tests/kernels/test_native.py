@@ -286,7 +286,7 @@ assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * len(want)
         assert done.returncode == 0, done.stderr
 
     @pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in UPWARD, reason="the value of FE_UPWARD")
-    def test_rounding_mode(self, expected):
+    def test_rounding_mode(self):
         upward = UPWARD[platform.machine()]
         libm = ctypes.CDLL("libm.so.6")
         given = every_operator(9, 64, 300, 5)
