@@ -23,6 +23,7 @@ MACHINE = sysconfig.get_platform().rpartition("-")[2].lower()
 OTHERS = {level for levels in LEVELS.values() for level in levels}.difference(LEVELS.get(MACHINE, []))
 HOST = found("csrc/ops.cpp", "csrc/host/*.cpp")
 CPU = [source for source in found("csrc/cpu/*.cpp") if Path(source).stem.rpartition("_")[2] not in OTHERS]
+ELSEWHERE = [source for source in found("csrc/cpu/*.cpp") if source not in CPU]  # in a source distribution all the same
 # Only with CUDA: kernels and what starts them, compiled without torch. What takes longest comes first.
 SLOW = ("csrc/cuda/scan_codes.cu", "csrc/cuda/scan_codes_sm90.cu", "csrc/cuda/codebook_quantize.cu")
 CUDA = sorted(found("csrc/cuda/*.cu"), key=lambda source: SLOW.index(source) if source in SLOW else len(SLOW))

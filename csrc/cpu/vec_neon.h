@@ -151,7 +151,8 @@ struct Bytes {
 using scalar::Words;
 
 struct Ints {
-  static constexpr int kTokens = 6, kGroups = 1;  // 24 sums, 4 codes and some rows: 32 registers
+  static constexpr int kTokens = 6,
+                       kGroups = 1;  // 24 sums, 4 codes, a row, the codes' offset: 30 of 32 registers
   static constexpr int kRange = 127;
   // Words, and the tile that is made of them, are not reached: Pair takes any number of rows.
   static constexpr int kTileTokens = 1, kTileGroups = 1;
@@ -165,11 +166,12 @@ struct Ints {
   void store(int32_t* to) const {
     vst1q_s32(to, a), vst1q_s32(to + 4, b), vst1q_s32(to + 8, c), vst1q_s32(to + 12, d);
   }
+  // Volatile, as the load of the row, so that they stay in order: g++ 12 loads all rows first, and runs out of registers.
   void add_products(Bytes codes, Bytes row) {
     asm volatile(
         "sdot %0.4s, %4.16b, %8.4b[0]\n\tsdot %1.4s, %5.16b, %8.4b[0]\n\t"
         "sdot %2.4s, %6.16b, %8.4b[0]\n\tsdot %3.4s, %7.16b, %8.4b[0]"
-        : "+w"(a), "+w"(b), "+w"(c), "+w"(d)
+        : "+&w"(a), "+&w"(b), "+&w"(c), "+&w"(d)
         : "w"(codes.a), "w"(codes.b), "w"(codes.c), "w"(codes.d), "w"(row.a));
   }
   void add_products(Words codes, Words row) {
