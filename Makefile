@@ -11,7 +11,7 @@ VLLM_VENV := .venv-vllm
 OUTPUT ?= runs/gpu-check
 SOURCES := pyproject.toml setup.py sources.py older_libraries.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all test-vllm lint format wheel wheel-check machine-code gpu-check clean
+.PHONY: demo test test-all test-vllm test-aarch64 lint format wheel wheel-check machine-code gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
@@ -33,6 +33,10 @@ test-all: $(VENV)/installed
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -n 2 $(WORKERS) tests/vllm_plugin tests/real/test_pretrained_vllm.py
 
+# On a machine that is none, under qemu-user; the packages that it needs: tests/aarch64_check.py.
+test-aarch64: $(VENV)/installed
+	$(BIN)/python tests/aarch64_check.py "$(TORCH)"
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
@@ -41,7 +45,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
-# CPU and, if there is an nvcc, CUDA: CUDA_HOME=... says which. PORTABLE=0: for this machine, and for what is not x86-64 Linux.
+# CPU and, if there is an nvcc, CUDA: CUDA_HOME=... says which. PORTABLE=0: for this machine, and for what is neither x86-64 nor aarch64 Linux.
 PORTABLE ?= 1
 wheel: $(VENV)/installed
 	CU_FAST_PORTABLE=$(PORTABLE) $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .

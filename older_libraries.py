@@ -15,9 +15,12 @@ import re
 import subprocess
 from pathlib import Path
 
-PLATFORM = "manylinux_2_28_x86_64"  # RHEL 8 and its kin; what PyPI's torch is built for
+from sources import MACHINE
+
+LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+PLATFORM = f"manylinux_2_28_{MACHINE}"  # RHEL 8 and its kin; what PyPI's torch is built for
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
-LIBRARIES = {"shared": "libc.so.6", "m": "libm.so.6", "stdc++": "libstdc++.so.6", "loader": "ld-linux-x86-64.so.2"}
+LIBRARIES = {"shared": "libc.so.6", "m": "libm.so.6", "stdc++": "libstdc++.so.6", "loader": LOADERS.get(MACHINE)}
 KINDS = {"FUNC": (".text", "function"), "IFUNC": (".text", "function"), "TLS": ('.tbss, "awT", @nobits', "tls_object")}
 # glibc 2.32 tells libstdc++ by it whether a process has one thread: here never.
 OWN = """.hidden __libc_single_threaded
@@ -33,8 +36,8 @@ def platform_tag() -> str:
     setting = os.environ.get("CU_FAST_PORTABLE") or "0"
     if setting not in ("0", "1"):
         raise SystemExit(f"error: CU_FAST_PORTABLE is {setting!r}, must be 0 or 1 (0 if unset)")
-    if setting == "1" and (platform.machine(), platform.libc_ver()[0]) != ("x86_64", "glibc"):
-        raise SystemExit("error: CU_FAST_PORTABLE is 1, which is for x86-64 Linux with glibc alone")
+    if setting == "1" and (MACHINE not in LOADERS or platform.libc_ver()[0] != "glibc"):
+        raise SystemExit("error: CU_FAST_PORTABLE is 1, which is for Linux with glibc on x86-64 or aarch64 alone")
     return PLATFORM if setting == "1" else ""
 
 

@@ -209,7 +209,7 @@ setup(
         Extension(
             "cu_fast._C",
             sources.CPU + sources.HOST + sources.CUDA,
-            depends=[*sources.HEADERS, "sources.py", "older_libraries.py"],
+            depends=[*sources.HEADERS, *sources.ELSEWHERE, "sources.py", "older_libraries.py"],
             language="c++",
             py_limited_api=True,
             optional=os.environ.get("CU_FAST_BUILD") != "require" and os.environ.get("CU_FAST_CUDA") != "1",

@@ -4,7 +4,6 @@ setup.py builds it, and tests/helpers/emulation.py builds the same kernels for t
 """
 
 import json
-import platform
 import re
 import sysconfig
 from pathlib import Path
@@ -18,12 +17,13 @@ def found(*patterns: str) -> list[str]:
 
 # The files of an instruction set open a target region themselves (csrc/cpu/simd.h), so all are compiled with the same
 # flags: a flag for a whole file would let the linker pick that file's copy of an inline function for machines that
-# cannot run it.
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# cannot run it. The machine is the one that is built for: _PYTHON_HOST_PLATFORM names another than this.
+LEVELS = {"x86_64": ["avx2", "avx512", "amx"], "amd64": ["avx2", "avx512", "amx"], "aarch64": ["neon"]}
+MACHINE = sysconfig.get_platform().rpartition("-")[2].lower()
+OTHERS = {level for levels in LEVELS.values() for level in levels}.difference(LEVELS.get(MACHINE, []))
 HOST = found("csrc/ops.cpp", "csrc/host/*.cpp")
-CPU = [
-    source for source in found("csrc/cpu/*.cpp") if X86 or not source.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp"))
-]
+CPU = [source for source in found("csrc/cpu/*.cpp") if Path(source).stem.rpartition("_")[2] not in OTHERS]
+ELSEWHERE = [source for source in found("csrc/cpu/*.cpp") if source not in CPU]  # in a source distribution all the same
 # Only with CUDA: kernels and what starts them, compiled without torch. What takes longest comes first.
 SLOW = ("csrc/cuda/scan_codes.cu", "csrc/cuda/scan_codes_sm90.cu", "csrc/cuda/codebook_quantize.cu")
 CUDA = sorted(found("csrc/cuda/*.cu"), key=lambda source: SLOW.index(source) if source in SLOW else len(SLOW))

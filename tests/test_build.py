@@ -147,7 +147,7 @@ class TestPortable:
     """Whether a wheel runs where it says, and what CU_FAST_PORTABLE=1 does for that."""
 
     def test_nothing_is_wrong(self):
-        assert wheel_check.portability_problems(WHEEL, READELF) == []
+        assert wheel_check.portability_problems(WHEEL, READELF, "x86_64") == []
 
     @pytest.mark.parametrize(
         "before, after, problem",
@@ -166,12 +166,12 @@ class TestPortable:
     )
     def test_library_that_is_wrong(self, before, after, problem):
         assert before in READELF
-        assert wheel_check.portability_problems(WHEEL, READELF.replace(before, after)) == [problem]
+        assert wheel_check.portability_problems(WHEEL, READELF.replace(before, after), "x86_64") == [problem]
 
     @pytest.mark.parametrize("tag", ["linux_x86_64", "manylinux_2_34_x86_64", "manylinux_2_28_aarch64"])
     def test_wrong_tag(self, tag):
         wheel = WHEEL.replace("manylinux_2_28_x86_64", tag)
-        (found,) = wheel_check.portability_problems(wheel, READELF)
+        (found,) = wheel_check.portability_problems(wheel, READELF, "x86_64")
         assert found.startswith(f"{wheel} must have the tag manylinux_2_28_x86_64")
 
     def test_a_setting_that_means_nothing(self, tmp_path):
@@ -205,7 +205,7 @@ class TestPortable:
         )
         command = ["readelf", "-W", "--dynamic", "--version-info", "--dyn-syms", "--program-headers", library]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert wheel_check.portability_problems(WHEEL, text) == []
+        assert wheel_check.portability_problems(WHEEL, text, "x86_64") == []
         answer = ctypes.CDLL(str(library)).answer
         answer.argtypes, answer.restype = [ctypes.c_double], ctypes.c_double
         assert answer(2.0) == 2.0

@@ -9,6 +9,7 @@ wheel is for this machine alone.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST = 60 * 2**20  # bytes
 # What every system of this platform has: https://peps.python.org/pep-0600, auditwheel's policy. Beside it torch's libraries.
-PLATFORM = "manylinux_2_28_x86_64"
+PLATFORM = "manylinux_2_28"
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
-SYSTEM = r"lib(c|m|pthread|dl|rt|gcc_s|stdc\+\+|torch|torch_cpu|c10)\.so[.\d]*|ld-linux-x86-64\.so\.2"
+SYSTEM = r"lib(c|m|pthread|dl|rt|gcc_s|stdc\+\+|torch|torch_cpu|c10)\.so[.\d]*|ld-linux-(x86-64|aarch64)\.so\.\d"
 VERSION = r"Name: (\S+) +Flags:"
 TORCH = r"aoti_torch_\w+|torch_\w+|_ITM_(de)?registerTMCloneTable|__gmon_start__"
 # What `import cu_fast` and its operators need; all of transformers is not.
@@ -82,11 +83,11 @@ def check_file(wheel: Path) -> None:
     check(torch == ["torch>=2.11"], f"it must require torch>=2.11, whatever is newer, and requires {torch}")
 
 
-def portability_problems(wheel: str, text: str) -> list[str]:
+def portability_problems(wheel: str, text: str, machine: str) -> list[str]:
     """Why a wheel does not run on every system of its platform. text: what readelf says of its library."""
     problems = []
-    if not wheel.endswith(f"-{PLATFORM}.whl"):
-        problems.append(f"{wheel} must have the tag {PLATFORM}; it was built with CU_FAST_PORTABLE=0")
+    if not wheel.endswith(f"-{PLATFORM}_{machine}.whl"):
+        problems.append(f"{wheel} must have the tag {PLATFORM}_{machine}; it was built with CU_FAST_PORTABLE=0")
     libraries = re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", text)
     versions = re.findall(VERSION, text)
     symbols = re.findall(r" UND (\w\S*)", text)
@@ -106,14 +107,14 @@ def portability_problems(wheel: str, text: str) -> list[str]:
     return problems
 
 
-def check_portable(wheel: Path, folder: Path) -> None:
+def check_portable(wheel: Path, folder: Path, machine: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract("cu_fast/_C.abi3.so", folder)
     command = ["readelf", "-W", "--dynamic", "--version-info", "--dyn-syms", "--program-headers", library]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    problems = portability_problems(wheel.name, text)
+    problems = portability_problems(wheel.name, text, machine)
     check(not problems, "\n".join(problems))
-    print(f"it needs symbols of {', '.join(sorted({*re.findall(VERSION, text)}))}: within {PLATFORM}")
+    print(f"it needs symbols of {', '.join(sorted({*re.findall(VERSION, text)}))}: within {PLATFORM}_{machine}")
 
 
 def check_installed(wheel: Path, torch: str, folder: Path) -> tuple[Path, str]:
@@ -164,7 +165,7 @@ def main() -> None:
     check_file(wheels[0])
     with tempfile.TemporaryDirectory() as folder:
         if os.environ.get("CU_FAST_PORTABLE") != "0":
-            check_portable(wheels[0], Path(folder))
+            check_portable(wheels[0], Path(folder), platform.machine())
         check_machine_code(*check_installed(wheels[0], sys.argv[1], Path(folder)))
     print("the wheel is good")
 

@@ -18,6 +18,9 @@
   }                                  \
   namespace amx { /* some of them */ \
   __VA_ARGS__                        \
+  }                                  \
+  namespace neon {                   \
+  __VA_ARGS__                        \
   }
 
 namespace cu_fast {

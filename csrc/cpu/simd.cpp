@@ -2,6 +2,10 @@
 
 #include "cpu/simd.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 #if defined(__x86_64__) && defined(__linux__)
@@ -16,8 +20,9 @@
 namespace cu_fast {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "amx"};
-constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::amx};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "amx", "neon"};
+constexpr SimdLevel kLevels[] = {SimdLevel::scalar, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::amx,
+                                 SimdLevel::neon};
 
 const char* name_of(SimdLevel level) {
   return kNames[static_cast<int>(level)];
@@ -60,8 +65,11 @@ bool is_supported(SimdLevel level) {
              __builtin_cpu_supports("avx512vnni") && is_supported(SimdLevel::avx2);
     case SimdLevel::amx:
       return is_supported(SimdLevel::avx512) && has_tiles();
+    default:
+      return false;
   }
-  return false;
+#elif defined(__aarch64__) && defined(__linux__)
+  return level == SimdLevel::scalar || (level == SimdLevel::neon && getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
 #else
   return level == SimdLevel::scalar;
 #endif
@@ -90,7 +98,7 @@ Choice choose(const char* wanted) {
     }
     return choice;
   }
-  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2, avx512 or amx";
+  choice.error = "CU_FAST_SIMD is '" + std::string(wanted) + "', must be scalar, avx2, avx512, amx or neon";
   return choice;
 }
 

@@ -20,11 +20,12 @@
 // Must match is_supported() in simd.cpp.
 #define CU_FAST_AVX2 "avx2,f16c"
 #define CU_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#define CU_FAST_NEON "arch=armv8.2-a+dotprod"
 
 namespace cu_fast {
 
 // amx: avx512, and matrix tiles where there is a kernel for them.
-enum class SimdLevel { scalar, avx2, avx512, amx };
+enum class SimdLevel { scalar, avx2, avx512, amx, neon };
 
 // The best level of this machine, or the one that the environment variable CU_FAST_SIMD named when the
 // library was loaded. Throws if there is no such level, or if this machine or this build lacks it.
@@ -40,6 +41,10 @@ SimdLevel simd_level();
                                      : cu_fast::scalar::function)
 #define CU_FAST_DISPATCH_TILES(function) \
   (simd_level() == SimdLevel::amx ? cu_fast::amx::function : CU_FAST_DISPATCH(function))
+#elif defined(__aarch64__) && defined(__linux__)
+#define CU_FAST_DISPATCH(function) \
+  (simd_level() == SimdLevel::neon ? cu_fast::neon::function : cu_fast::scalar::function)
+#define CU_FAST_DISPATCH_TILES(function) CU_FAST_DISPATCH(function)
 #else
 #define CU_FAST_DISPATCH(function) (simd_level(), cu_fast::scalar::function)
 #define CU_FAST_DISPATCH_TILES(function) CU_FAST_DISPATCH(function)

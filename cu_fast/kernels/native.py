@@ -44,7 +44,7 @@ def failure() -> str | None:
 
 
 def simd_level() -> str:
-    """The instruction set that the CPU kernels use: "scalar", "avx2", "avx512" or "amx".
+    """The instruction set that the CPU kernels use: "scalar", "avx2", "avx512", "amx" or "neon".
 
     The best of the machine, or the one that ``CU_FAST_SIMD`` named when the library was loaded.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import platform
 import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-LEVELS = ("scalar", "avx2", "avx512", "amx")
+LEVELS = ("scalar", "avx2", "avx512", "amx", "neon")
 
 
 @functools.cache
@@ -32,6 +33,6 @@ def emulator() -> Path:
 def environment(level: str) -> dict[str, str]:
     """Variables to add to those of a process that is to use the level."""
     variables = {"CU_FAST_SIMD": level}
-    if level == "amx" and "amx_int8" not in Path("/proc/cpuinfo").read_text():
+    if level == "amx" and platform.machine() == "x86_64" and "amx_int8" not in Path("/proc/cpuinfo").read_text():
         variables["LD_PRELOAD"] = str(emulator())
     return variables

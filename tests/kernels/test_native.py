@@ -24,7 +24,7 @@ from cu_fast.kernels.operators import OPERATORS
 
 # Only a library that was never built is an excuse; one that does not load fails every test.
 needs_native = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library was not built")
-x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instruction sets")
+UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}  # the value of FE_UPWARD
 OPS = torch.ops.cu_fast
 
 
@@ -212,7 +212,6 @@ class TestChecks:
 class TestSameBits:
     """Instruction set, threads and the process's floating-point mode change nothing."""
 
-    @x86
     @pytest.mark.parametrize("level", LEVELS)
     def test_simd_levels(self, level, expected):
         done = run("print(native.simd_level(), test_native.digest())", **environment(level))
@@ -220,7 +219,6 @@ class TestSameBits:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, expected], done.stderr
 
-    @x86
     @pytest.mark.parametrize("level", LEVELS)
     def test_sums_at_their_limits(self, level):
         code = "print(native.simd_level(), *(test_native.sums_are_right(T) for T in (1, 3, 9, 14)))"
@@ -229,7 +227,6 @@ class TestSameBits:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, *["True"] * 4], done.stderr
 
-    @x86
     @pytest.mark.parametrize("level", LEVELS)
     def test_quotients_at_a_half(self, level):
         w = quotients_at_a_half()
@@ -288,9 +285,9 @@ assert [torch.equal(a, b) for a, b in zip(got, want)] == [True] * len(want)
 """)
         assert done.returncode == 0, done.stderr
 
-    @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the value of FE_UPWARD")
-    def test_rounding_mode(self, expected):
-        upward = 0x800
+    @pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in UPWARD, reason="the value of FE_UPWARD")
+    def test_rounding_mode(self):
+        upward = UPWARD[platform.machine()]
         libm = ctypes.CDLL("libm.so.6")
         given = every_operator(9, 64, 300, 5)
         want = tensors(given)
@@ -317,7 +314,7 @@ class TestLoading:
         first = "call('sae_encode', x=torch.ones(2, 4), W_enc=torch.ones(3, 4))"
         done = run(f"print('loaded', native.available())\n{first}", CU_FAST_SIMD=level)
         assert done.stdout.split() == ["loaded", "True"]
-        assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2, avx512 or amx" in done.stderr
+        assert f"CU_FAST_SIMD is '{level}', must be scalar, avx2, avx512, amx or neon" in done.stderr
 
     @needs_native
     def test_empty_level_is_no_choice(self):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiles import LEVELS, environment
+from tiles import environment
 
 from cu_fast.kernels import native
 from cu_fast.kernels.operators import OPERATORS
@@ -17,6 +18,8 @@ from cu_fast.kernels.operators import OPERATORS
 HERE = Path(__file__).parent
 FILES = [path for name in (*OPERATORS, "scan") if (path := HERE / f"test_{name}.py").exists()]
 TESTS = "cpu_equals_reference or TestNoSlackIsLeftOver or TestHurtfulInputs or batch"
+# Of the machine, each better than those before it.
+LEVELS = ["scalar", "neon"] if platform.machine() == "aarch64" else ["scalar", "avx2", "avx512", "amx"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -1,0 +1,13 @@
+// peak for NEON; the algorithm: peak-inl.h.
+
+#include "cpu/baseline.h"
+#include "cpu/vec_neon.h"
+
+CU_FAST_TARGET_BEGIN(CU_FAST_NEON)
+namespace cu_fast::neon {
+#include "cpu/rows-inl.h"
+#include "cpu/fixed-inl.h"
+#include "cpu/scan-inl.h"
+#include "cpu/peak-inl.h"
+}  // namespace cu_fast::neon
+CU_FAST_TARGET_END
