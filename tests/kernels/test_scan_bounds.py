@@ -261,8 +261,8 @@ class TestCertificate:
 # bound allows, and in the wrong direction for each: a bound smaller by a tenth would lose the better one.
 
 
-def rivals(z, first, second, off, order, C=2048):
-    """Checks that the better of two codes comes out, each of whose scores the scan misses by `off`.
+def rivals(z, first, second, off, order, rows, C=2048):
+    """Checks that the better of two codes comes out, each of whose scores the scan misses by `off`, for every copy of z.
 
     Bias makes rivals of them, and puts the others, which are zero, so little below that the scan soon knows well what
     a code has to reach.
@@ -272,35 +272,43 @@ def rivals(z, first, second, off, order, C=2048):
     codes, bias = torch.zeros(C, len(z)), (scores[0] - 0.1 * off).repeat(C)
     codes[places[0]], codes[places[1]] = first, second
     bias[places[0]], bias[places[1]] = 0.0, scores[0] - scores[1] - 0.01 * off
-    got = check(z[None], codes, bias=bias, k=1)
-    assert got[1].tolist() == [[places[0]]]
+    got = check(z.repeat(rows, 1), codes, bias=bias, k=1)
+    assert got[1].tolist() == [[places[0]]] * rows
 
 
 @pytest.mark.parametrize("order", ["better first", "better last", "same group"])
 @pytest.mark.parametrize("byte_range", [64, 127])  # of a row's bytes: one of them is this machine's
+@pytest.mark.parametrize("rows", [1, 9])  # matrix tiles take no fewer than 8
 class TestNoSlackIsLeftOver:
     E = 256
 
     def signs(self, seed=0):
         return normal(self.E, seed=seed).sign()
 
-    def test_residual_of_the_codes(self, order, byte_range):
+    def test_residual_of_the_codes(self, order, byte_range, rows):
         # The row points where both codes were rounded from: <z, d - step q> is all of ||z|| ||d - step q||.
         z, q = self.signs(), torch.randint(-100, 101, (2, self.E), generator=torch.Generator().manual_seed(1)).float()
         q[:, 0] = 127 * z[0]
         off = 0.49 * z
         off[0] = 0
-        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order)
+        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order, rows)
 
-    def test_rounding_of_the_row(self, order, byte_range):
+    def test_rounding_of_the_row(self, order, byte_range, rows):
         # Codes of one magnitude are exact; the row is half a unit off, in their direction.
         code = self.signs()
         bytes_of_z = torch.randint(-byte_range + 1, byte_range, (self.E,), generator=torch.Generator().manual_seed(2))
         z = bytes_of_z.float() + 0.49 * code
         z[0] = byte_range
-        rivals(z, code, -code, 0.49 * self.E, order)
+        rivals(z, code, -code, 0.49 * self.E, order, rows)
 
-    def test_outliers(self, order, byte_range):
+    def test_rounding_beside_an_outlier(self, order, byte_range, rows):
+        # All but one entry are less than half of the unit that the outlier leaves them, whether a row's bytes are one or two.
+        code = self.signs()
+        z = 127 * code
+        z[0] = 2**22
+        rivals(z, code, -code, 127.0 * (self.E - 1), order, rows)
+
+    def test_outliers(self, order, byte_range, rows):
         # Few entries, 128 times the others, and there both codes are half a step off.
         z = self.signs()
         z[1:5] *= 128
@@ -309,7 +317,7 @@ class TestNoSlackIsLeftOver:
         q[0, 1:5], q[1, 1:5] = -100 * z[1:5].sign(), 100 * z[1:5].sign()  # the worst signs for a wrong sum of theirs
         off = torch.zeros(self.E)
         off[1:5] = 0.49 * z[1:5].sign()
-        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order)
+        rivals(z, (q[0] + off) / 127, (q[1] - off) / 127, float(z @ off) / 127, order, rows)
 
 
 @pytest.mark.parametrize(

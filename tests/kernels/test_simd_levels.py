@@ -16,7 +16,7 @@ from cu_fast.kernels import native
 from cu_fast.kernels.operators import OPERATORS
 
 HERE = Path(__file__).parent
-FILES = [path for name in (*OPERATORS, "scan") if (path := HERE / f"test_{name}.py").exists()]
+FILES = [path for name in (*OPERATORS, "scan", "scan_bounds") if (path := HERE / f"test_{name}.py").exists()]
 TESTS = "cpu_equals_reference or TestNoSlackIsLeftOver or TestHurtfulInputs or batch"
 # Of the machine, each better than those before it.
 LEVELS = ["scalar", "neon"] if platform.machine() == "aarch64" else ["scalar", "avx2", "avx512", "amx"]
