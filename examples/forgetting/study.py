@@ -39,8 +39,9 @@ from cu_fast.masks import Mask
 
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
-ENRICHMENTS, STRENGTHS = (2.0, 4.0), (2.0, 4.0, 8.0)
-FREE_STRENGTHS = (1.0, 2.0, 4.0)  # without a gate
+ENRICHMENTS, STRENGTHS = (1.0, 1.5, 2.0), (1.5, 2.0, 3.0, 4.0, 6.0)
+FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 2.0, 4.0)  # without a gate
+RANDOM = (1.5, 3.0)
 CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
 SCALES = (2.0, 8.0)  # of RMU
 RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
@@ -207,16 +208,16 @@ class CodeStudy:
         return fires
 
     def ours(self) -> None:
-        for method, strengths, fires in (
-            (f"delta {self.kind}, gated", STRENGTHS, True),
-            (f"delta {self.kind}", FREE_STRENGTHS, False),
-            (f"random {self.kind}, gated", STRENGTHS[1:2], True),
+        for method, pairs, fires in (
+            (f"delta {self.kind}, gated", itertools.product(ENRICHMENTS, STRENGTHS), True),
+            (f"delta {self.kind}", itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS), False),
+            (f"random {self.kind}, gated", [RANDOM], True),
         ):
             if not self.study.todo(method):
                 continue
             where = self.gated() if fires else None
             settings = []
-            for enrichment, strength in itertools.product(ENRICHMENTS, strengths):
+            for enrichment, strength in pairs:
                 started = time.perf_counter()
                 mask = self.find(enrichment).with_strength(strength)
                 if method.startswith("random"):

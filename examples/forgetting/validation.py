@@ -5,8 +5,9 @@ What is forgotten  the split's paraphrased questions, with TOFU's answers to the
                    the words that hardly any other row has (names, titles, places) invented stand-ins, in question and answers.
 What is kept       retain rows that are neither measured for utility nor counted as control.
 
-The figures: p of a Kolmogorov-Smirnov test between the two sets of truth ratios, and the share of the retain answers'
-probability that is left. Chosen is the largest p among settings that keep at least KEPT, else the setting that keeps most.
+The figures: p of a Kolmogorov-Smirnov test between the two sets of truth ratios, the distance of their logarithms'
+distributions, and the share of the retain answers' probability that is left. Chosen is the largest p among settings that keep
+at least KEPT, of equal ones (p of 40 and 40 has few values) the nearest; else the setting that keeps most.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import collections
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from measure import Measure
+from scipy import stats
 from shared import metrics
 
 from cu_fast.unlearn import replace_words
@@ -91,8 +94,10 @@ class Validation:
     def judge(self, measure: Measure) -> dict[str, float]:
         found = {name: measure(name, *given) for name, given in self.sets.items()}
         kept = found["others"].true.probability.mean() / self.before["others"].true.probability.mean()
+        ratios = found["reworded"].ratios
         return {
-            "p": metrics.forget_quality(found["reworded"].ratios, self.strange),
+            "p": metrics.forget_quality(ratios, self.strange),
+            "distance": float(stats.wasserstein_distance(np.log(ratios), np.log(self.strange))),
             "kept": float(kept),
             "reworded_probability": float(found["reworded"].probability.mean()),
         }
@@ -101,4 +106,4 @@ class Validation:
 def worth(judged: dict[str, float]) -> tuple:
     """The larger, the better."""
     enough = judged["kept"] >= KEPT
-    return enough, judged["p"] if enough else judged["kept"], judged["kept"]
+    return enough, judged["p"] if enough else judged["kept"], -judged["distance"]

@@ -299,10 +299,43 @@ def test_strangers(example):
 
 def test_what_validation_prefers(example):
     worth = example["validation"].worth
-    weak, strong = {"p": 0.1, "kept": 0.999}, {"p": 0.9, "kept": 0.995}
-    harmful, worse = {"p": 1.0, "kept": 0.7}, {"p": 1.0, "kept": 0.6}
+    weak, strong = {"p": 0.1, "kept": 0.999, "distance": 0.1}, {"p": 0.9, "kept": 0.995, "distance": 0.2}
+    harmful, worse = {"p": 1.0, "kept": 0.7, "distance": 0.1}, {"p": 1.0, "kept": 0.6, "distance": 0.1}
     assert sorted([harmful, strong, worse, weak], key=worth, reverse=True) == [strong, weak, harmful, worse]
-    assert worth({"p": 0.9, "kept": 1.0}) > worth(strong)
+    assert worth({"p": 0.9, "kept": 0.992, "distance": 0.1}) > worth(strong)
+
+
+def test_how_settings_are_judged(example):
+    """By strangers' truth ratios, and by what is left of answers that should stay."""
+    validation, tofu = example["validation"], example["tofu"]
+    forget = [
+        {key: f"{key} Anna Kern {i}" for key in ("question", "paraphrased_question", "answer", "paraphrased_answer")}
+        | {"perturbed_answer": [f"Kern {i}"]}
+        for i in range(20)
+    ]
+    retain = [{"question": f"what {i}", "answer": f"that {i}"} for i in range(6)]
+    spread, asked = np.linspace(0.2, 1, 20), []
+
+    def measured(ratios: np.ndarray, probability: float):
+        def measure(name: str, entries: list[dict], general: bool):
+            asked.append((name, entries[0]["question"], general))
+            log_p = np.full(len(entries), np.log(probability))
+            scores = ev.AnswerScores(log_p, np.ones(len(entries)), *np.zeros((2, len(entries))))
+            return tofu.Figures(np.exp(log_p), np.zeros(len(entries)), ratios, [], scores, scores)
+
+        return measure
+
+    def untouched(name: str, *given):
+        return measured(spread if name == "strangers" else spread / 4, 0.8)(name, *given)
+
+    judge = validation.Validation(forget, retain, retain, untouched).judge
+    (_, strange, _), *_ = asked
+    assert strange.startswith("paraphrased_question ") and "Anna" not in strange and strange.endswith(" 0")
+    assert ("reworded", "paraphrased_question Anna Kern 0", False) in asked and ("others", "what 0", True) in asked
+    same, before = judge(measured(spread, 0.8)), judge(untouched)
+    assert same["p"] == 1 and same["distance"] == 0 and same["kept"] == 1
+    assert before["p"] < 1e-3 and before["distance"] == pytest.approx(np.log(4))
+    assert judge(measured(spread, 0.6))["kept"] == pytest.approx(0.75)
 
 
 def test_report(example, tmp_path):
@@ -364,7 +397,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
     monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
     for module, name, value in (
-        (study, "ENRICHMENTS", (0.1,)), (study, "STRENGTHS", (1.0, 4.0)), (study, "FREE_STRENGTHS", (1.0,)),
+        (study, "ENRICHMENTS", (0.1,)), (study, "STRENGTHS", (1.0, 4.0)), (study, "FREE_STRENGTHS", (1.0,)), (study, "FREE_ENRICHMENTS", (0.1,)), (study, "RANDOM", (0.1, 2.0)),
         (study, "CLAMPS", (1.0,)), (study, "FARRELL_SIZES", (2,)), (study, "SCALES", (2.0,)), (study, "RATES", (1e-3,)),
         (study, "EPOCHS", (1, 2)), (study, "ROWS", 8), (study, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
         (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
