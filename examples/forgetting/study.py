@@ -39,9 +39,11 @@ from cu_fast.masks import Mask
 
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
-ENRICHMENTS, STRENGTHS = (1.0, 1.5, 2.0), (1.5, 2.0, 3.0, 4.0, 6.0)
+# R and strength behind a gate: of fewer codes more is taken out
+GATED = ((1.0, 1.5), (1.0, 2.0), (1.5, 2.5), (1.5, 3.0), (2.0, 4.0), (2.0, 5.0), (2.0, 6.0), (3.0, 8.0))
 FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 2.0, 4.0)  # without a gate
 RANDOM = (1.5, 3.0)
+UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fewer, and each says more
 CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
 SCALES = (2.0, 8.0)  # of RMU
 RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
@@ -168,7 +170,7 @@ class CodeStudy:
         self.target = self.codes.count(codes.texts_of(study.forget))
         self.counting = time.perf_counter() - started
         started = time.perf_counter()
-        self.gate = self.codes.gate(self.find(ENRICHMENTS[0]), study.forget).gate
+        self.gate = self.codes.gate(self.find(GATED[0][0]), study.forget).gate
         self.gating = time.perf_counter() - started
         sets = {name: entries for name, entries, _ in study.sets.items()}
         sets |= {name: entries for name, (entries, _) in study.validation.sets.items()}
@@ -199,7 +201,7 @@ class CodeStudy:
 
     def gated(self) -> dict[str, np.ndarray]:
         attachment = self.codes.attachment
-        attachment.add_mask(self.find(ENRICHMENTS[0]).with_gate(self.gate), "gate")
+        attachment.add_mask(self.find(GATED[0][0]).with_gate(self.gate), "gate")
         fires = {}
         for name, asked in self.prompts.items():
             found = cu_fast.topics_of(attachment, self.study.tokenizer, asked, ["gate"])
@@ -209,7 +211,7 @@ class CodeStudy:
 
     def ours(self) -> None:
         for method, pairs, fires in (
-            (f"delta {self.kind}, gated", itertools.product(ENRICHMENTS, STRENGTHS), True),
+            (f"delta {self.kind}, gated", GATED, True),
             (f"delta {self.kind}", itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS), False),
             (f"random {self.kind}, gated", [RANDOM], True),
         ):
@@ -219,13 +221,17 @@ class CodeStudy:
             settings = []
             for enrichment, strength in pairs:
                 started = time.perf_counter()
+                strength = strength * UNIT[self.kind]
                 mask = self.find(enrichment).with_strength(strength)
                 if method.startswith("random"):
                     mask = self.codes.random(mask)
+                if mask.num_deleted == 0:  # no code is that enriched
+                    continue
                 seconds = self.counting + time.perf_counter() - started + self.gating * fires
                 setting = f"{method}, R > {enrichment:g}, strength {strength:g}"
                 settings.append(self.tried(setting, mask, seconds, where))
-            self.study.best(method, settings)
+            if settings:
+                self.study.best(method, settings)
 
     def farrell(self) -> None:
         settings = []

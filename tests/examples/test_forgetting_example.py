@@ -397,7 +397,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
     monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
     for module, name, value in (
-        (study, "ENRICHMENTS", (0.1,)), (study, "STRENGTHS", (1.0, 4.0)), (study, "FREE_STRENGTHS", (1.0,)), (study, "FREE_ENRICHMENTS", (0.1,)), (study, "RANDOM", (0.1, 2.0)),
+        (study, "GATED", ((0.1, 1.0), (0.1, 4.0))), (study, "FREE_STRENGTHS", (1.0,)), (study, "FREE_ENRICHMENTS", (0.1, 99.0)), (study, "RANDOM", (0.1, 2.0)),
         (study, "CLAMPS", (1.0,)), (study, "FARRELL_SIZES", (2,)), (study, "SCALES", (2.0,)), (study, "RATES", (1e-3,)),
         (study, "EPOCHS", (1, 2)), (study, "ROWS", 8), (study, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
         (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
