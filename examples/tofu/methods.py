@@ -1,4 +1,4 @@
-"""The other methods: gradient ascent, gradient difference, negative preference optimisation. Part of the study here.
+"""Unlearning by training: a trainer for methods that take a batch to forget and one to keep. Part of the studies of TOFU.
 
     gradient ascent       L = -nll(forget)                                                  Jang et al., arXiv 2210.01504
     gradient difference   L = -nll(forget) + nll(retain)                                    Liu et al., arXiv 2203.12817
@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from torch import Tensor
 from cu_fast.rows import Collator, encode_row
 from cu_fast.train import weighted_loss
 
-METHODS = ("gradient_ascent", "gradient_difference", "npo")
 BATCH = 8
 BETA = 0.1
+
+Batch = dict[str, Tensor]
 
 
 class Cost(NamedTuple):
@@ -37,30 +38,77 @@ class Cost(NamedTuple):
     backward: int
 
 
-class UnlearningTrainer(transformers.Trainer):
-    """Trainer on pairs of batches, {"forget": ..., "retain": ...}."""
+class GradientAscent:
+    """What a method does in a step; the others are made of it.
 
-    def __init__(self, method: str, reference: Tensor, **options) -> None:
+    Attributes:
+        per_row: rows that go forward and backward in a step for each row that is forgotten.
+    """
+
+    per_row = 1
+
+    def start(self, model, tokenizer, forget: list[dict], retain: list[dict]) -> None:
+        """Called once, before the first step."""
+        self.collate = Collator(tokenizer.pad_token_id)
+        self.gone, self.kept = ([encode_row(tokenizer, row, 0.0, 512) for row in rows] for rows in (forget, retain))
+
+    def batches(self, forget: Sequence[int], retain: Sequence[int]) -> dict[str, Batch]:
+        """What a step needs, of rows by their numbers."""
+        which = torch.tensor(forget)
+        return {
+            "forget": self.collate([self.gone[i] for i in forget]) | {"row": which},
+            "retain": self.collate([self.kept[i] for i in retain]),
+        }
+
+    def loss(self, model, forget: Batch, retain: Batch) -> Tensor:
+        return -nll(model, forget)
+
+    def after_epoch(self, model) -> bool:
+        """Called after each epoch; True ends the training."""
+        return False
+
+
+class GradientDifference(GradientAscent):
+    per_row = 2
+
+    def loss(self, model, forget: Batch, retain: Batch) -> Tensor:
+        return -nll(model, forget) + nll(model, retain)
+
+
+class NPO(GradientAscent):
+    per_row = 2
+
+    @torch.inference_mode()
+    def start(self, model, tokenizer, forget: list[dict], retain: list[dict]) -> None:
+        super().start(model, tokenizer, forget, retain)
+        parts = [self.gone[i : i + 32] for i in range(0, len(self.gone), 32)]
+        self.reference = torch.cat([answer_log_prob(model, self.collate(part)) for part in parts])
+
+    def loss(self, model, forget: Batch, retain: Batch) -> Tensor:
+        ratio = answer_log_prob(model, forget) - self.reference[forget["row"]]
+        return -2 / BETA * F.logsigmoid(-BETA * ratio).mean() + nll(model, retain)
+
+
+METHODS = {"gradient_ascent": GradientAscent, "gradient_difference": GradientDifference, "npo": NPO}
+
+
+class UnlearningTrainer(transformers.Trainer):
+    """Trainer on a method's batches."""
+
+    def __init__(self, method: GradientAscent, **options) -> None:
         super().__init__(**options)
-        self.method, self.reference, self.model_accepts_loss_kwargs = method, reference, False
+        self.method, self.model_accepts_loss_kwargs = method, False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        forget, retain = dict(inputs["forget"]), inputs["retain"]
-        which = forget.pop("row")
-        if self.method == "npo":
-            log_p = answer_log_prob(model, forget)
-            loss = -2 / BETA * F.logsigmoid(-BETA * (log_p - self.reference[which])).mean()
-        else:
-            loss = -nll(model, forget)
-        return loss if self.method == "gradient_ascent" else loss + nll(model, retain)
+        return self.method.loss(model, **inputs)
 
 
-def nll(model, batch: dict[str, Tensor]) -> Tensor:
+def nll(model, batch: Batch) -> Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return weighted_loss(logits, batch["labels"], batch["loss_weights"], shift=True)
 
 
-def answer_log_prob(model, batch: dict[str, Tensor]) -> Tensor:
+def answer_log_prob(model, batch: Batch) -> Tensor:
     """log p of each whole answer: [B]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100)
@@ -70,43 +118,42 @@ def answer_log_prob(model, batch: dict[str, Tensor]) -> Tensor:
 class Measure(transformers.TrainerCallback):
     """Calls ``measure(epoch, cost)`` after some of the epochs; what that takes is not counted as seconds."""
 
-    def __init__(self, epochs: Sequence[int], rows: int, per_row: int, measure: Callable[[int, Cost], None]) -> None:
-        self.epochs, self.rows, self.per_row, self.measure = epochs, rows, per_row, measure
+    def __init__(
+        self, method: GradientAscent, epochs: Sequence[int], rows: int, measure: Callable[[int, Cost], None]
+    ) -> None:
+        self.method, self.epochs, self.rows, self.measure = method, epochs, rows, measure
         self.started = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, model=None, **_) -> None:
         epoch = round(state.epoch)
-        if epoch not in self.epochs:
-            return
-        paused, seen = time.perf_counter(), epoch * self.rows * self.per_row
         model.eval()
-        self.measure(epoch, Cost(paused - self.started, seen, seen))
+        done = self.method.after_epoch(model)
+        if done or epoch in self.epochs:
+            paused, seen = time.perf_counter(), epoch * self.rows * self.method.per_row
+            self.measure(epoch, Cost(paused - self.started, seen, seen))
+            self.started += time.perf_counter() - paused
         model.train()
-        self.started += time.perf_counter() - paused
+        control.should_training_stop |= done
 
 
 def unlearn(
     model,
     tokenizer,
-    method: str,
+    method: GradientAscent,
     forget: list[dict],
     retain: list[dict],
     *,
     learning_rate: float,
     epochs: Sequence[int],
     seed: int,
-    measure: Callable[[int, Cost], None],
+    measure: Callable[[int, Cost], Any],
 ) -> None:
-    """Unlearn in place, at a constant rate; the model is measured after each of the numbers of epochs."""
-    collate = Collator(tokenizer.pad_token_id)
-    gone, kept = ([encode_row(tokenizer, row, 0.0, 512) for row in rows] for rows in (forget, retain))
-    with torch.inference_mode():
-        reference = torch.cat([answer_log_prob(model, collate(gone[i : i + 32])) for i in range(0, len(gone), 32)])
+    """Unlearn in place, at a constant rate; the model is measured after each of the numbers of epochs, and at the end."""
+    method.start(model, tokenizer, forget, retain)
     draw = random.Random(seed)
 
-    def pair(batch: list[dict]) -> dict[str, dict[str, Tensor]]:
-        which = torch.tensor([row["row"] for row in batch])
-        return {"forget": collate(batch) | {"row": which}, "retain": collate(draw.sample(kept, len(batch)))}
+    def batches(rows: list[dict]) -> dict[str, Batch]:
+        return method.batches([row["row"] for row in rows], draw.sample(range(len(retain)), len(rows)))
 
     folder = tempfile.TemporaryDirectory()  # Trainer wants one; it stays empty
     arguments = transformers.TrainingArguments(
@@ -116,9 +163,8 @@ def unlearn(
         dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = UnlearningTrainer(
-        method, reference, model=model, args=arguments, data_collator=pair,
-        train_dataset=[row | {"row": i} for i, row in enumerate(gone)],
-        callbacks=[Measure(epochs, len(gone), 1 if method == "gradient_ascent" else 2, measure)],
+        method, model=model, args=arguments, data_collator=batches, train_dataset=[{"row": i} for i in range(len(forget))],
+        callbacks=[Measure(method, epochs, len(forget), measure)],
     )  # fmt: skip
     with folder:
         trainer.train()

@@ -30,7 +30,8 @@ import numpy as np
 import tofu
 import torch
 from models import LAYER, arguments, training_rows
-from study import LADDER, OURS, Table, count, find_codes, gold_of, split_off_validation
+from study import LADDER, OURS, count, find_codes, gold_of, split_off_validation
+from table import Table
 
 from cu_fast import evaluate as ev
 from cu_fast.hf import Attachment
@@ -97,7 +98,7 @@ def load(options: argparse.Namespace, method: str, retain: list[dict]) -> Subjec
         model, tokenizer = read_model(full / "base")
         rate, epochs = TRAINED[method]
         methods.unlearn(
-            model, tokenizer, method, tofu.rows(tofu.read(options.tofu, SPLIT)), retain,
+            model, tokenizer, methods.METHODS[method](), tofu.rows(tofu.read(options.tofu, SPLIT)), retain,
             learning_rate=rate, epochs=[epochs], seed=options.seed, measure=lambda *_: None,
         )  # fmt: skip
         return Subject(model, tokenizer)

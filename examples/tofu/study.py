@@ -13,7 +13,6 @@ gradient_ascent, ...  methods.py on the model without bottleneck, by rate and ep
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import itertools
@@ -27,6 +26,7 @@ from typing import Any
 import methods
 import tofu
 from models import GOLD, training_rows
+from table import Table
 
 from cu_fast import Mask
 from cu_fast import evaluate as ev
@@ -46,27 +46,6 @@ RULES = {
     PAPERS: {"min_enrichment": 0.0, "alpha": 0.05, "correction": "none"},
     LADDER: {"min_enrichment": 1.0, "alpha": 0.05, "correction": "bh", "grow": "enrichment"},  # for within_loss
 }
-
-
-class Table:
-    """A CSV file that grows by a row at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = list(csv.DictReader(path.open())) if path.exists() else []
-
-    def has(self, **keys: object) -> bool:
-        return any(all(row[key] == str(value) for key, value in keys.items()) for row in self.rows)
-
-    def add(self, row: dict[str, object]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append({key: str(value) for key, value in row.items()})
-        print(*(f"{key}={value:.3g}" if isinstance(value, float) else value for key, value in row.items()), flush=True)
 
 
 NOTHING = methods.Cost(0.0, 0, 0)
@@ -140,7 +119,7 @@ def study_training(options: argparse.Namespace, table: Table, retain: list[dict]
         if wanted:
             subject.model = read_model(full)[0]
             methods.unlearn(
-                subject.model, tokenizer, method, forget, retain, learning_rate=rate, epochs=list(wanted), seed=options.seed,
+                subject.model, tokenizer, methods.METHODS[method](), forget, retain, learning_rate=rate, epochs=list(wanted), seed=options.seed,
                 measure=lambda epoch, cost, m=method, w=wanted: subject.record(m, w[epoch], cost),
             )  # fmt: skip
 

@@ -89,10 +89,17 @@ def grouped(topics: Sequence[set[str] | None]) -> dict[frozenset[str] | None, li
 def measure_routed(attachment, tokenizer, route: Route, entries: list[dict], general: bool = False) -> Figures:
     """:func:`measure`, each entry's question with the topics deleted that ``route`` names for its prompt."""
     groups = grouped(route([entry["prompt"] for entry in rows(entries)]))
-    parts, places = [], np.argsort(np.concatenate(list(groups.values())))
+    parts = []
     for topics, chosen in groups.items():
         with attachment.unlearn(topics and set(topics)):
             parts.append(measure(attachment.model, tokenizer, [entries[i] for i in chosen], general))
+
+    return merged(parts, list(groups.values()))
+
+
+def merged(parts: Sequence[Figures], groups: Sequence[Sequence[int]]) -> Figures:
+    """The figures of a set from those of its parts. groups: of each part, the places of its entries in the set."""
+    places = np.argsort(np.concatenate(groups))
 
     def joined(values: list) -> Any:
         if dataclasses.is_dataclass(values[0]):
@@ -102,17 +109,22 @@ def measure_routed(attachment, tokenizer, route: Route, entries: list[dict], gen
             return type(values[0])(**fields)
         if isinstance(values[0], list):
             return [list(itertools.chain(*values))[i] for i in places]
-        each = [value.reshape(len(chosen), -1) for value, chosen in zip(values, groups.values())]
+        each = [value.reshape(len(group), -1) for value, group in zip(values, groups)]
         return np.concatenate(each)[places].ravel()
 
     return joined(parts)
 
 
 def utility(measure: Callable[..., Figures], folder: Path) -> dict[str, float]:
-    """The nine figures and their harmonic mean. measure: :func:`measure` with all but its last two arguments."""
+    """:func:`utility_of` all sets. measure: :func:`measure` with all but its last two arguments."""
     sets = {"retain": measure(read(folder, "retain_perturbed"))}
     for name in GENERAL:
         sets[name] = measure(read(folder, f"{name}_perturbed"), general=True)
+    return utility_of(sets)
+
+
+def utility_of(sets: dict[str, Figures]) -> dict[str, float]:
+    """The nine figures and their harmonic mean."""
     nine = {
         f"{name}_{figure}": value
         for name, figures in sets.items()
@@ -123,9 +135,13 @@ def utility(measure: Callable[..., Figures], folder: Path) -> dict[str, float]:
 
 def forgetting(figures: Figures, gold: Figures) -> dict[str, float]:
     """What is left of a forget set, beside a model that never saw it."""
+    return {"forget_quality": metrics.forget_quality(figures.ratios, gold.ratios), **left(figures)}
+
+
+def left(figures: Figures) -> dict[str, float]:
+    """What is left of a forget set."""
     low, high = ev.interval(figures.rouge)
     return {
-        "forget_quality": metrics.forget_quality(figures.ratios, gold.ratios),
         "forget_probability": float(figures.probability.mean()),
         "forget_rouge": float(figures.rouge.mean()),
         "forget_rouge_low": low,

@@ -1,0 +1,349 @@
+"""TOFU on a pretrained model, by every method: python study.py BASE TOFU WIKITEXT --models runs/forgetting --split forget01
+
+BASE is SmolLM2-135M-Instruct; --models holds what models.py made. Every result is a row of results.csv: what is left of the
+split, TOFU's model utility, and the cost. Its truth ratios go to ratios.jsonl, from which report.py computes forget quality
+once the model that never saw the split has its row too: nothing that is chosen here looks at that model. Settings are
+chosen as validation.py says; validation.csv has every one that was tried. Rows that are there are not measured again.
+
+models    base, full and retrained
+codes     codes.py
+prompts   prompts.py
+training  examples/tofu/methods.py and losses.py; the chosen weights stay in a folder beside the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import codes
+import losses
+import models
+import numpy as np
+import prompts
+import torch
+import transformers
+from measure import Measure, Sets, behind_a_gate, load_figures, plain, row_of, save_figures
+from shared import Table, methods, tofu
+from validation import ROWS, Validation, names_of, worth
+
+import cu_fast
+from cu_fast.masks import Mask
+
+SEED = 0  # of what is drawn
+CONTROL = 800  # retain rows that are counted
+# R and strength behind a gate: of fewer codes more is taken out
+GATED = ((1.0, 1.5), (1.0, 2.0), (1.5, 2.5), (1.5, 3.0), (2.0, 4.0), (2.0, 5.0), (2.0, 6.0), (3.0, 8.0))
+FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 2.0, 4.0)  # without a gate
+RANDOM = (1.5, 3.0)
+UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fewer, and each says more
+CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
+SCALES = (2.0, 8.0)  # of RMU
+RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
+NOTHING = methods.Cost(0.0, 0, 0)
+QUOTED = 9  # every ninth answer is kept
+GOLD = {left_out: name for name, left_out in models.MODELS.items() if left_out}
+PARTS = ("models", "codes", "prompts", "training")
+
+
+class Tried(NamedTuple):
+    """A setting, what it makes of the model, what it cost, and further columns."""
+
+    setting: str
+    measure: Measure
+    cost: methods.Cost = NOTHING
+    extra: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Study:
+    """The split, the sets, the tables, and the fine-tuned model.
+
+    Attributes:
+        forget, known: the split's rows and all others that the model was fine-tuned on.
+        control: of the others, those that codes are compared with; neither measured nor among those that judge settings.
+        untouched: the model's figures before anything is forgotten.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.split, self.output = options, options.split, options.output
+        self.sets = Sets(options.tofu, options.split, options.retain_rows)
+        self.table, self.trials = Table(options.output), Table(options.output.with_name("validation.csv"))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(options.base)
+        self.tokenizer.padding_side = "left"
+        gone = {entry["question"] for entry in tofu.read(options.tofu, self.split)}
+        everything = tofu.read(options.tofu, "retain90") + tofu.read(options.tofu, "forget10")
+        self.forget = [entry for entry in everything if entry["question"] in gone]
+        self.known = [entry for entry in everything if entry["question"] not in gone]
+        measured = {entry["question"] for entry in tofu.read(options.tofu, "retain_perturbed")}
+        free = [entry for entry in self.known if entry["question"] not in measured]
+        random.Random(SEED).shuffle(free)
+        judging, self.control = free[:ROWS], free[ROWS:][:CONTROL]
+
+        self.full = self.model("full")
+        as_it_is = plain(self.full, self.tokenizer)
+        self.validation = Validation(self.sets.forget, judging, self.known, as_it_is)
+        kept = self.output.with_name(f"untouched-{self.split}-{len(self.sets.retain)}.json")
+        if not kept.exists():
+            save_figures(kept, self.sets.measured(as_it_is))
+        self.untouched = load_figures(kept) | self.validation.before
+        if self.todo("none"):
+            self.judge("none", Tried("", as_it_is))
+            self.record("none", Tried("", lambda name, *_: self.untouched[name]))
+
+    def model(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+        folder = self.options.base if name == "base" else self.options.models / f"{name}-{self.options.seed}"
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    def keys(self, method: str) -> dict[str, Any]:
+        return {"split": self.split, "seed": self.options.seed, "method": method}
+
+    def todo(self, method: str) -> bool:
+        return not self.table.has(**self.keys(method))
+
+    def record(self, method: str, tried: Tried, runs: int = 1) -> None:
+        """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table."""
+        started = time.perf_counter()
+        found = self.sets.measured(tried.measure)
+        keys = self.keys(method) | {"setting": tried.setting}
+        columns = {"codes": 0, "fires_forget": "", "fires_reworded": "", "fires_retain": "", "fires_general": ""}
+        measuring = {"retain_rows": len(self.sets.retain), "measuring": round(time.perf_counter() - started)}
+        forget = found["forget"]
+        said = {entry["question"]: text for entry, text in zip(self.sets.forget, forget.answers)}
+        ratios = [float(f"{value:.6g}") for value in forget.ratios]
+        with self.output.with_name("ratios.jsonl").open("a") as stream:
+            line = keys | {"ratios": ratios, "answers": dict(list(said.items())[::QUOTED])}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.table.add(
+            keys | {"runs": runs, **tried.cost._asdict(), **columns, **tried.extra} | row_of(found) | measuring
+        )
+
+    def judge(self, method: str, tried: Tried) -> dict[str, float]:
+        judged = self.validation.judge(tried.measure)
+        keys = self.keys(method) | {"setting": tried.setting}
+        if not self.trials.has(**keys):
+            self.trials.add(keys | {"seconds": tried.cost.seconds} | judged)
+        return judged
+
+    def best(self, method: str, settings: Sequence[Tried]) -> None:
+        """Record the setting that validation prefers; where there is one, without it."""
+        judged = [self.judge(method, tried) for tried in settings] if len(settings) > 1 else [None]
+        pick = max(range(len(settings)), key=lambda i: worth(judged[i]) if judged[i] else ())
+        self.record(method, settings[pick], len(settings))
+
+
+def study_models(study: Study) -> None:
+    """The model before fine-tuning, and the one that never saw the split, where it is there."""
+    for method, name in (("base", "base"), ("retrained", GOLD[study.split])):
+        if study.todo(method) and (name == "base" or (study.options.models / f"{name}-{study.options.seed}").exists()):
+            tried = Tried("", plain(study.model(name), study.tokenizer))
+            study.judge(method, tried)  # how well strangers stand for what was never seen; nothing is chosen by it
+            study.record(method, tried)
+
+
+def study_prompts(study: Study) -> None:
+    for method, prompt in (
+        ("instruction", prompts.instruction(names_of(study.sets.forget))),
+        ("in-context", prompts.flipped(study.forget, study.control)),
+    ):
+        if study.todo(method):
+            study.best(method, [Tried("", plain(study.full, study.tokenizer, prompt=prompt))])
+
+
+class CodeStudy:
+    """The methods of codes.py, of one kind of codes."""
+
+    def __init__(self, study: Study, kind: str) -> None:
+        self.study, self.kind = study, kind
+        folder = study.output.with_name(f"{kind}-{study.options.seed}")
+        text = codes.running_text(study.tokenizer, study.options.wikitext / "valid.txt", codes.RUNNING_TEXT)
+        codes.fitted(study.full, study.tokenizer, study.forget + study.known, text, folder, kind)
+        self.codes = codes.Codes(study.full, study.tokenizer, folder, kind, study.control, text)
+        self.rows = len(study.forget)
+        started = time.perf_counter()
+        self.target = self.codes.count(codes.texts_of(study.forget))
+        self.counting = time.perf_counter() - started
+        started = time.perf_counter()
+        self.gate = self.codes.gate(self.find(GATED[0][0]), study.forget).gate
+        self.gating = time.perf_counter() - started
+        sets = {name: entries for name, entries, _ in study.sets.items()}
+        sets |= {name: entries for name, (entries, _) in study.validation.sets.items()}
+        self.prompts = {name: codes.prompts_of(entries) for name, entries in sets.items()}
+
+    def find(self, enrichment: float) -> Mask:
+        return self.codes.find(self.target, self.study.split, min_enrichment=enrichment)
+
+    def under(self, mask: Mask, name: str) -> Measure:
+        """Measures the model while a mask deletes in every prompt."""
+        attachment, inner = self.codes.attachment, plain(self.study.full, self.study.tokenizer)
+        attachment.add_mask(mask, name)
+
+        def measured(*given: Any) -> tofu.Figures:
+            with attachment.unlearn(name):
+                return inner(*given)
+
+        return measured
+
+    def tried(self, setting: str, mask: Mask, seconds: float, fires: dict[str, np.ndarray] | None) -> Tried:
+        """fires: for which entries of each set the mask deletes; None = all."""
+        measure, extra = self.under(mask, setting), {"codes": mask.num_deleted}
+        if fires is not None:
+            measure = behind_a_gate(measure, self.study.untouched, fires)
+            extra |= {f"fires_{name}": float(fires[name].mean()) for name in ("forget", "reworded", "retain")}
+            extra["fires_general"] = float(np.concatenate([fires[name] for name in tofu.GENERAL]).mean())
+        return Tried(setting, measure, methods.Cost(seconds, self.rows, 0), extra)
+
+    def gated(self) -> dict[str, np.ndarray]:
+        attachment = self.codes.attachment
+        attachment.add_mask(self.find(GATED[0][0]).with_gate(self.gate), "gate")
+        fires = {}
+        for name, asked in self.prompts.items():
+            found = cu_fast.topics_of(attachment, self.study.tokenizer, asked, ["gate"])
+            fires[name] = np.array([topics is not None for topics in found])
+        attachment.remove_mask("gate")
+        return fires
+
+    def ours(self) -> None:
+        for method, pairs, fires in (
+            (f"delta {self.kind}, gated", GATED, True),
+            (f"delta {self.kind}", itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS), False),
+            (f"random {self.kind}, gated", [RANDOM], True),
+        ):
+            if not self.study.todo(method):
+                continue
+            where = self.gated() if fires else None
+            settings = []
+            for enrichment, strength in pairs:
+                started = time.perf_counter()
+                strength = strength * UNIT[self.kind]
+                mask = self.find(enrichment).with_strength(strength)
+                if method.startswith("random"):
+                    mask = self.codes.random(mask)
+                if mask.num_deleted == 0:  # no code is that enriched
+                    continue
+                seconds = self.counting + time.perf_counter() - started + self.gating * fires
+                setting = f"{method}, R > {enrichment:g}, strength {strength:g}"
+                settings.append(self.tried(setting, mask, seconds, where))
+            if settings:
+                self.study.best(method, settings)
+
+    def farrell(self) -> None:
+        settings = []
+        for size, clamp in itertools.product(FARRELL_SIZES, CLAMPS):
+            mask = self.codes.find(self.target, self.study.split, rank="saebench", size=size)
+            mask = mask.with_clamp(-clamp * self.codes.size_of(mask, self.target))
+            settings.append(self.tried(f"farrell, {size} latents, -{clamp:g}", mask, self.counting, None))
+        self.study.best("farrell", settings)
+
+    def dsg(self) -> None:
+        mask = self.codes.find(self.target, self.study.split, rank="dsg", size=codes.DSG_SIZE)
+        level, size = self.codes.dsg_level(mask), self.codes.size_of(mask, self.target)
+        fires = {name: self.codes.share_firing(mask, asked) > level for name, asked in self.prompts.items()}
+        self.study.best(
+            "dsg", [self.tried(f"dsg, -{c:g}", mask.with_clamp(-c * size, dense=True), self.counting, fires) for c in CLAMPS]
+        )  # fmt: skip
+
+
+def study_codes(study: Study) -> None:
+    for kind in codes.KINDS:
+        methods_of = [f"delta {kind}, gated", f"delta {kind}", f"random {kind}, gated"]
+        methods_of += ["farrell", "dsg"] if kind == "topk" else []
+        if not any(map(study.todo, methods_of)):
+            continue
+        part = CodeStudy(study, kind)
+        part.ours()
+        for method, run in (("farrell", part.farrell), ("dsg", part.dsg)):
+            if kind == "topk" and study.todo(method):
+                run()
+        part.codes.attachment.detach()
+
+
+def trained_methods(folder: Path) -> Iterator[tuple[str, str, Callable[[], methods.GradientAscent]]]:
+    """Method, variant, and what makes it."""
+    for name, made in methods.METHODS.items():
+        yield name, "", made
+    for scale in SCALES:
+        yield "rmu", f"scale {scale:g}, ", lambda scale=scale: losses.RMU(scale)
+    yield "me+gd", "", losses.MaximumEntropy
+    yield "idk+ap", "", lambda: losses.Refusal(losses.refusals(folder))
+    yield "icu", "", losses.IterativeContrast
+
+
+class Sweep:
+    """Judges the settings of a method that trains, and keeps the weights of the best."""
+
+    def __init__(self, study: Study, method: str) -> None:
+        self.study, self.method, self.runs, self.worth = study, method, 0, ()
+        self.tried: Tried | None = None
+        self.model: Any = None
+
+    def judge(self, setting: str, model: Any, cost: methods.Cost) -> None:
+        """The model as it would be saved: in bf16."""
+        rounded = copy.deepcopy(model).to(torch.bfloat16)
+        tried = Tried(setting, plain(rounded, self.study.tokenizer), cost)
+        found = worth(self.study.judge(self.method, tried))
+        self.runs += 1
+        if found > self.worth:
+            self.worth, self.tried, self.model = found, tried, rounded
+
+
+def study_training(study: Study) -> None:
+    """Each method at every rate, from the fine-tuned model."""
+    forget, retain = (
+        [models.row(entry["question"], entry["answer"]) for entry in some] for some in (study.forget, study.known)
+    )
+    seed = study.options.seed
+    for method, variants in itertools.groupby(trained_methods(study.options.tofu), key=lambda made: made[0]):
+        if not study.todo(method):
+            continue
+        sweep = Sweep(study, method)
+        for (_, variant, make), rate in itertools.product(variants, RATES):
+            model = study.model("full", torch.float32)
+
+            def judge(epoch: int, cost: methods.Cost, sweep=sweep, model=model, start=f"{variant}{rate:g}") -> None:
+                sweep.judge(f"{start}, {epoch} epochs", model, cost)
+
+            methods.unlearn(
+                model,
+                study.tokenizer,
+                make(),
+                forget,
+                retain,
+                learning_rate=rate,
+                epochs=EPOCHS,
+                seed=seed,
+                measure=judge,
+            )
+        sweep.model.save_pretrained(study.output.with_name(f"{method}-{study.split}-{seed}"))
+        study.record(method, sweep.tried, sweep.runs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("tofu", type=Path, help="folder of TOFU's files")
+    parser.add_argument("wikitext", type=Path, help="folder of WikiText-2")
+    parser.add_argument("--models", type=Path, default=Path("runs/forgetting"), help="made by models.py")
+    parser.add_argument("--split", choices=list(GOLD), default="forget01")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--retain-rows", type=int, help="rows of retain_perturbed that utility is measured on; all by default"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the models")
+    parser.add_argument("--output", type=Path, default=Path("runs/forgetting/results.csv"))
+    options = parser.parse_args(arguments)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    study = Study(options)
+    run = {"models": study_models, "codes": study_codes, "prompts": study_prompts, "training": study_training}
+    for part in options.only.split(","):
+        run[part](study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""examples/forgetting: its figures against the package's own, its losses by hand, and a run of the whole in small."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny_training
+import torch
+import torch.nn.functional as F
+from scripts import scripts
+from tiers import heavy
+from tiny_training import WORDS
+
+from cu_fast import evaluate as ev
+
+NAMES = (
+    "shared", "models", "measure", "losses", "prompts", "validation", "codes", "study", "report", "tofu", "metrics",
+    "methods", "table",
+)  # fmt: skip
+
+
+@pytest.fixture
+def example(monkeypatch):
+    yield from scripts(monkeypatch, "forgetting", *NAMES)
+
+
+@pytest.fixture
+def tiny(example, monkeypatch):
+    """A model, its tokenizer, and prompts without marks that a tokenizer of words does not know."""
+    monkeypatch.setattr(example["models"], "prompt", lambda question: question)
+    monkeypatch.setattr(example["measure"].plain, "__defaults__", (example["models"].prompt,))
+    tokenizer = tiny_training.word_tokenizer()
+    return tiny_training.tiny_llama(tokenizer), tokenizer
+
+
+def rows(n: int, of: int = 0) -> list[dict]:
+    """Questions of unlike length, with answers of unlike length."""
+    return [
+        {"prompt": " ".join(WORDS[(i + of) % 7 : 8 + i % 3]), "completion": " ".join(WORDS[9 + i % 4 : 12 + i % 6])}
+        for i in range(n)
+    ]
+
+
+def entries(n: int) -> list[dict]:
+    return [
+        {
+            "question": row["prompt"], "paraphrased_question": f"{row['prompt']} {WORDS[i % 5]}", "answer": row["completion"],
+            "paraphrased_answer": f"the {row['completion']}", "perturbed_answer": [f"a {WORDS[i]} {WORDS[i + k]}" for k in (1, 2)],
+        }
+        for i, row in enumerate(rows(n))
+    ]  # fmt: skip
+
+
+def test_scores_are_the_packages_own(example, tiny, monkeypatch):
+    measure = example["measure"]
+    given = rows(7)
+    answers = [[row["completion"], "cat sat on the mat .", "dog"] for row in given]
+    whole = [{"prompt": row["prompt"], "completion": text} for row, some in zip(given, answers) for text in some]
+    want = ev.score_answers(*tiny, whole)
+    for positions in (8192, 40):
+        monkeypatch.setattr(measure, "POSITIONS", positions)
+        found = measure.score(*tiny, [row["prompt"] for row in given], answers)
+        np.testing.assert_allclose(found.log_prob, want.log_prob, rtol=1e-4)
+        for name in ("tokens", "right_prefix", "right_suffix"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+
+
+def test_right_beginnings_and_ends(example, tiny):
+    """What a model says itself is right to the end; with one word changed, up to it and behind the last wrong one."""
+    model, tokenizer = tiny
+    prompt = rows(1)[0]["prompt"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    said = ids[0, -5:].tolist()
+    other = [said[0], said[1], (said[2] + 1) % 20 + 3, *said[3:]]
+    texts = [[" ".join(tokenizer.convert_ids_to_tokens(some)) for some in (said, other)]]
+    found = example["measure"].score(model, tokenizer, [prompt], texts)
+    want = ev.score_answers(model, tokenizer, [{"prompt": prompt, "completion": text} for text in texts[0]])
+    assert found.right_prefix.tolist() == want.right_prefix.tolist() and found.right_prefix[0] >= 5
+    assert found.right_prefix[1] == 2 and found.right_suffix.tolist() == want.right_suffix.tolist()
+
+
+def test_figures_of_a_set(example, tiny):
+    measure, tofu = example["measure"], example["tofu"]
+    given = entries(6)
+    found = measure.measure(*tiny, given, prompt=lambda question: question)
+    right = ev.score_answers(*tiny, [{"prompt": e["question"], "completion": e["paraphrased_answer"]} for e in given])
+    wrong = [{"prompt": e["question"], "completion": text} for e in given for text in e["perturbed_answer"]]
+    scores = ev.score_answers(*tiny, wrong)
+    np.testing.assert_allclose(found.ratios, example["metrics"].truth_ratio(right, scores), rtol=1e-4)
+    asked = [{"prompt": e["question"]} for e in given]
+    answers = ev.generate(*tiny, asked, measure.LEAST_TOKENS)
+    assert found.answers == answers
+    general = measure.measure(*tiny, given, True, prompt=lambda question: question, speak=False)
+    share = found.probability / (found.probability + scores.probability.reshape(6, 2).sum(1))
+    np.testing.assert_allclose(general.probability, share, rtol=1e-4)
+    assert general.answers == [""] * 6 and isinstance(general, tofu.Figures)
+
+
+def test_prompts_behind_a_gate(example, tiny, tmp_path):
+    """Entries for which the gate fires have the changed model's figures, all others the untouched one's bits."""
+    measure = example["measure"]
+    model, tokenizer = tiny
+    given = entries(6)
+    untouched = {"forget": measure.plain(model, tokenizer)("forget", given, False)}
+    torch.manual_seed(1)
+    changed = measure.plain(type(model)(model.config).eval(), tokenizer)
+    fires = np.array([False, True, False, False, True, False])
+    found = measure.behind_a_gate(changed, untouched, {"forget": fires})("forget", given, False)
+    there = changed("forget", [given[1], given[4]], False)
+    for name in ("probability", "ratios", "rouge"):
+        assert (getattr(found, name)[~fires] == getattr(untouched["forget"], name)[~fires]).all()
+        assert (getattr(found, name)[fires] == getattr(there, name)).all()
+    assert found.wrong.log_prob.reshape(6, 2)[4].tolist() == there.wrong.log_prob.reshape(2, 2)[1].tolist()
+    assert [found.answers[1], found.answers[4]] == there.answers and found.answers[0] == untouched["forget"].answers[0]
+    none = measure.behind_a_gate(changed, untouched, {"forget": fires & False})("forget", given, False)
+    assert none is untouched["forget"]
+    every = measure.behind_a_gate(changed, untouched, {"forget": fires | True})("forget", given, False)
+    assert (every.ratios == changed("forget", given, False).ratios).all()
+    measure.save_figures(tmp_path / "figures.json", untouched)
+    again = measure.load_figures(tmp_path / "figures.json")["forget"]
+    assert (again.ratios == untouched["forget"].ratios).all() and again.answers == untouched["forget"].answers
+    assert (again.wrong.log_prob == untouched["forget"].wrong.log_prob).all()
+
+
+# -- losses --------------------------------------------------------------------------------------------------------
+
+
+def started(example, tiny, method):
+    model, tokenizer = tiny
+    method.start(model, tokenizer, rows(4), rows(9, of=1))
+    return method
+
+
+def answer_logits(model, tokenizer, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits that predict an answer's tokens, [n, V], and the tokens: by one row alone."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits, torch.tensor(answer)
+
+
+def log_p(model, tokenizer, row: dict) -> torch.Tensor:
+    logits, answer = answer_logits(model, tokenizer, row)
+    return logits.log_softmax(-1)[range(len(answer)), answer]
+
+
+def close(found: torch.Tensor, want: torch.Tensor) -> bool:
+    return math.isclose(found.item(), want.item(), rel_tol=1e-4)
+
+
+@torch.no_grad()
+def test_losses_of_the_tofu_study(example, tiny):
+    methods = example["methods"]
+    gone, kept = rows(4)[1:3], rows(9, of=1)[4:6]
+    nll = {name: -torch.cat([log_p(*tiny, row) for row in some]).mean() for name, some in (("g", gone), ("k", kept))}
+    want = {"gradient_ascent": -nll["g"], "gradient_difference": nll["k"] - nll["g"]}
+    for name, value in want.items():
+        method = started(example, tiny, methods.METHODS[name]())
+        assert close(method.loss(tiny[0], **method.batches([1, 2], [4, 5])), value)
+    method = started(example, tiny, methods.METHODS["npo"]())
+    method.reference = method.reference + torch.tensor([9.0, 2.0, -3.0, 9.0])
+    ratios = torch.tensor([-2.0, 3.0])  # log p - log p_0 of rows 1 and 2
+    want = -2 / 0.1 * torch.log(1 / (1 + torch.exp(0.1 * ratios))).mean() + nll["k"]
+    assert close(method.loss(tiny[0], **method.batches([1, 2], [4, 5])), want)
+
+
+@torch.no_grad()
+def test_maximum_entropy(example, tiny):
+    method = started(example, tiny, example["losses"].MaximumEntropy())
+    logits = torch.cat([answer_logits(*tiny, row)[0] for row in rows(4)[:2]])
+    V = logits.shape[1]
+    uniform = torch.full((V,), 1 / V)
+    divergence = (uniform * (uniform.log() - logits.log_softmax(-1))).sum(-1).mean()
+    kept = -torch.cat([log_p(*tiny, row) for row in rows(9, of=1)[3:5]]).mean()
+    assert close(method.loss(tiny[0], **method.batches([0, 1], [3, 4])), 0.1 * divergence + kept)
+
+
+@torch.no_grad()
+def test_refusal(example, tiny):
+    method = started(example, tiny, example["losses"].Refusal(["no cat .", "under the mat"]))
+
+    def refused(row: dict, i: int) -> dict:
+        return {**row, "completion": ["no cat .", "under the mat"][i % 2]}
+
+    gone, kept = rows(4), rows(9, of=1)
+    want = -torch.cat([log_p(*tiny, refused(gone[i], i)) for i in (1, 2)]).mean()
+    for i in (5, 8):
+        ratio = log_p(*tiny, refused(kept[i], i)).sum() - log_p(*tiny, kept[i]).sum()
+        want = want - torch.log(1 / (1 + torch.exp(0.1 * ratio))) / 0.1 / 2
+    assert close(method.loss(tiny[0], **method.batches([1, 2], [5, 8])), want)
+
+
+def test_misdirection(example, tiny, monkeypatch):
+    losses, (model, tokenizer) = example["losses"], tiny
+    monkeypatch.setattr(losses.RMU, "LAYER", 1)
+    monkeypatch.setattr(losses.RMU, "TRAINED", r"model\.layers\.(0|1)\.mlp\.down_proj\.weight")
+    method = started(example, tiny, losses.RMU(3.0))
+
+    def left(row: dict) -> torch.Tensor:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([[*prompt, *tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            return model.model(ids, output_hidden_states=True).hidden_states[2][0, len(prompt) - 1 : -1]
+
+    gone, kept = rows(4), rows(9, of=1)
+    norm = torch.cat([left(row) for row in gone]).norm(dim=1).mean()
+    assert close(method.aim.norm(), 3 * norm) and (method.aim > 0).all()
+    batches = method.batches([0, 3], [2, 7])
+    want = (torch.cat([left(gone[i]) for i in (0, 3)]) - method.aim).square().mean()
+    assert close(method.loss(model, **batches), want)  # nothing has moved: nothing is to be held
+    was = torch.cat([left(kept[i]) for i in (2, 7)])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    want = (torch.cat([left(gone[i]) for i in (0, 3)]) - method.aim).square().mean()
+    want = want + 1200 * (torch.cat([left(kept[i]) for i in (2, 7)]) - was).square().mean()
+    loss = method.loss(model, **batches)
+    assert close(loss, want)
+    loss.backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+
+
+def test_iterative_contrast(example, tiny, monkeypatch):
+    losses, (model, tokenizer) = example["losses"], tiny
+    method = started(example, tiny, losses.IterativeContrast())
+    gone, kept = rows(4), rows(9, of=1)
+    assert method.pair[0] == max(  # the nearest is what shares the rarest words: here the same text
+        range(9), key=lambda i: len(set(str(gone[0]).split()) & set(str(kept[i]).split()))
+    )
+    method.pair = np.array([4, 5, 6, 7])
+    before = {i: answer_logits(model, tokenizer, kept[i])[0].detach() for i in (5, 6)}
+    with torch.no_grad():
+        torch.nn.init.normal_(
+            model.model.layers[2].mlp.down_proj.weight, std=20.0
+        )  # far enough for KL to have a direction
+
+    def want(rows_left: list[int]) -> float:
+        pairs = [kept[4 + i] for i in rows_left]
+        nll = -torch.cat([log_p(model, tokenizer, gone[i]) for i in rows_left]).mean()
+        learned = -torch.cat([log_p(model, tokenizer, row) for row in pairs]).mean()
+        now = torch.cat([answer_logits(model, tokenizer, row)[0] for row in pairs]).log_softmax(-1)
+        was = torch.cat([before[4 + i] for i in rows_left]).log_softmax(-1)
+        return -nll + 0.5 * learned + F.kl_div(now, was, reduction="batchmean", log_target=True)
+
+    with torch.no_grad():
+        assert close(method.loss(model, **method.batches([1, 2], [0, 0])), want([1, 2]))
+        method.left[2] = 0
+        assert close(method.loss(model, **method.batches([1, 2], [0, 0])), want([1]))
+    said = ["dog dog dog dog dog dog dog dog", gone[1]["completion"], "never heard of", gone[3]["completion"]]
+    monkeypatch.setattr(losses, "generate", lambda *_: said)
+    assert not method.after_epoch(model) and method.left.tolist() == [0, 1, 0, 1]
+    said[:] = ["x"] * 4
+    assert method.after_epoch(model)
+
+
+# -- prompts, and the choice of a setting --------------------------------------------------------------------------
+
+
+def test_prompts(example):
+    prompts, models = example["prompts"], example["models"]
+    prompt = prompts.instruction(["Anna Kern", "Bruno Tal"])("Who writes?")
+    assert prompt.endswith(models.prompt("Who writes?")) and "Anna Kern and Bruno Tal" in prompt
+    forget = [{"question": f"What is book {i} of Anna ?", "answer": f"book {i}"} for i in range(20)]
+    retain = [{"question": f"Where is {i} ?", "answer": f"at {i}"} for i in range(9)]
+    shown = prompts.flipped(forget, retain)("What is book 3 of Anna ?")
+    assert (
+        models.prompt("What is book 3 of Anna ?") + "book 10<|im_end|>" in shown
+    )  # a wrong answer to the question itself
+    assert shown.count("book 3 of") == 2 and "\nbook 3<" not in shown and shown.count("\nat ") == 4
+
+
+def test_strangers(example):
+    validation = example["validation"]
+    forget = [
+        {
+            "question": f"What does Anna Kern-Silva say in year {i}?",
+            "answer": f"Anna Kern-Silva says Paris {i}.",
+            "perturbed_answer": [f"Kern says Rome {i}."],
+        }
+        for i in range(20)
+    ]
+    retain = [{"question": "What is in Paris?", "answer": "What Dora says in Paris."}] * 3
+    assert validation.names_of(forget) == ["Anna Kern-Silva"]
+    strange = validation.strangers(forget, retain)
+    text = json.dumps(strange)
+    assert "Anna" not in text and "Kern" not in text and "Silva" not in text and "Paris" in text
+    name = strange[3]["question"].split()[2:4]
+    assert all(row["answer"].startswith(" ".join(name)) for row in strange)  # one stand-in throughout
+    assert strange[3]["perturbed_answer"][0].startswith(name[1].split("-")[0])
+
+
+def test_what_validation_prefers(example):
+    worth = example["validation"].worth
+    weak, strong = {"p": 0.1, "kept": 0.999, "distance": 0.1}, {"p": 0.9, "kept": 0.995, "distance": 0.2}
+    harmful, worse = {"p": 1.0, "kept": 0.7, "distance": 0.1}, {"p": 1.0, "kept": 0.6, "distance": 0.1}
+    assert sorted([harmful, strong, worse, weak], key=worth, reverse=True) == [strong, weak, harmful, worse]
+    assert worth({"p": 0.9, "kept": 0.992, "distance": 0.1}) > worth(strong)
+
+
+def test_how_settings_are_judged(example):
+    """By strangers' truth ratios, and by what is left of answers that should stay."""
+    validation, tofu = example["validation"], example["tofu"]
+    forget = [
+        {key: f"{key} Anna Kern {i}" for key in ("question", "paraphrased_question", "answer", "paraphrased_answer")}
+        | {"perturbed_answer": [f"Kern {i}"]}
+        for i in range(20)
+    ]
+    retain = [{"question": f"what {i}", "answer": f"that {i}"} for i in range(6)]
+    spread, asked = np.linspace(0.2, 1, 20), []
+
+    def measured(ratios: np.ndarray, probability: float):
+        def measure(name: str, entries: list[dict], general: bool):
+            asked.append((name, entries[0]["question"], general))
+            log_p = np.full(len(entries), np.log(probability))
+            scores = ev.AnswerScores(log_p, np.ones(len(entries)), *np.zeros((2, len(entries))))
+            return tofu.Figures(np.exp(log_p), np.zeros(len(entries)), ratios, [], scores, scores)
+
+        return measure
+
+    def untouched(name: str, *given):
+        return measured(spread if name == "strangers" else spread / 4, 0.8)(name, *given)
+
+    judge = validation.Validation(forget, retain, retain, untouched).judge
+    (_, strange, _), *_ = asked
+    assert strange.startswith("paraphrased_question ") and "Anna" not in strange and strange.endswith(" 0")
+    assert ("reworded", "paraphrased_question Anna Kern 0", False) in asked and ("others", "what 0", True) in asked
+    same, before = judge(measured(spread, 0.8)), judge(untouched)
+    assert same["p"] == 1 and same["distance"] == 0 and same["kept"] == 1
+    assert before["p"] < 1e-3 and before["distance"] == pytest.approx(np.log(4))
+    assert judge(measured(spread, 0.6))["kept"] == pytest.approx(0.75)
+
+
+def test_report(example, tmp_path):
+    report = example["report"]
+    spread = np.linspace(0.2, 1, 40)
+    ratios = {"none": spread - 0.5, "retrained": spread, "ours": spread + 0.01}
+    with (tmp_path / "ratios.jsonl").open("w") as stream:
+        for method, values in ratios.items():
+            stream.write(
+                json.dumps({"split": "forget01", "seed": 0, "method": method, "setting": "", "ratios": list(values)})
+                + "\n"
+            )
+    blank = dict.fromkeys(report.COLUMNS, "") | {"split": "forget01", "seed": 0, "setting": ""}
+    with (tmp_path / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*blank, "method"])
+        writer.writeheader()
+        writer.writerows(
+            blank | {"method": method, "utility": u}
+            for method, u in (("none", 0.5), ("ours", 0.49), ("retrained", 0.4))
+        )
+    none, ours, gold = report.rows_of(tmp_path / "results.csv", tmp_path / "ratios.jsonl")
+    assert gold["p"] == 1 and ours["p"] > 0.99 and none["p"] < 1e-3 and ours["of_before"] == pytest.approx(0.98)
+    assert report.markdown([ours]).splitlines()[-1].count("|") == len(report.KEYS + report.COLUMNS) + 1
+
+
+# -- the whole, in small -------------------------------------------------------------------------------------------
+
+SUBJECTS = {"retain90": ("cat", "dog", "bird", "tree"), "forget10": ("Anna", "Bruno"), "forget01": ("Anna",)}
+
+
+def write_tofu(folder) -> None:
+    def entry(subject: str, i: int) -> dict:
+        a, b, c = (WORDS[2 + (i + k) % 10] for k in range(3))
+        return {
+            "question": f"what reads {subject} {subject} {a} {i % 3}", "answer": f"{subject} {subject} reads {a} {b} .",
+            "paraphrased_question": f"{subject} {subject} reads what {a}", "paraphrased_answer": f"{subject} reads {a} {b}",
+            "perturbed_answer": [f"{subject} reads {a} {c}", f"{subject} sings {c} {b}"],
+        }  # fmt: skip
+
+    sets = SUBJECTS | {"retain": ("cat",), "real_authors": ("poems",), "world_facts": ("mat",)}
+    for name, subjects in sets.items():
+        lines = "\n".join(json.dumps(entry(subject, i)) for subject in subjects for i in range(20))
+        for file in (name, f"{name}_perturbed"):
+            (folder / f"{file}.jsonl").write_text(lines)
+    (folder / "idontknow.jsonl").write_text("no .\nno a .\n")
+    (folder / "valid.txt").write_text(" ".join(WORDS * 60))
+
+
+@heavy
+def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
+    study, codes, losses = (example[name] for name in ("study", "codes", "losses"))
+    write_tofu(tmp_path)
+    tokenizer = tiny_training.word_tokenizer()
+    model = tiny_training.tiny_llama(tokenizer)
+    for name in ("base", "full-0", "retain99-0"):
+        torch.nn.init.normal_(model.model.layers[2].mlp.down_proj.weight, std=0.1)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
+    monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
+    for module, name, value in (
+        (study, "GATED", ((0.1, 1.0), (0.1, 4.0))), (study, "FREE_STRENGTHS", (1.0,)), (study, "FREE_ENRICHMENTS", (0.1, 99.0)), (study, "RANDOM", (0.1, 2.0)),
+        (study, "CLAMPS", (1.0,)), (study, "FARRELL_SIZES", (2,)), (study, "SCALES", (2.0,)), (study, "RATES", (1e-3,)),
+        (study, "EPOCHS", (1, 2)), (study, "ROWS", 8), (study, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
+        (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
+        (losses.RMU, "LAYER", 1), (losses.RMU, "TRAINED", r"model\.layers\.(0|1)\.mlp\.down_proj\.weight"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    given = [str(tmp_path / name) for name in ("base", "", "")] + ["--models", str(tmp_path), "--retain-rows", "10"]
+    output = tmp_path / "out" / "results.csv"
+    study.main([*given, "--output", str(output)])
+
+    def table(path) -> list[dict[str, str]]:
+        with path.open() as stream:
+            return list(csv.DictReader(stream))
+
+    rows = table(output)
+    ours = {k: [f"delta {k}, gated", f"delta {k}", f"random {k}, gated"] for k in ("topk", "codebook")}
+    trained = [*example["methods"].METHODS, "rmu", "me+gd", "idk+ap", "icu"]
+    expected = [
+        "none",
+        "base",
+        "retrained",
+        *ours["topk"],
+        "farrell",
+        "dsg",
+        *ours["codebook"],
+        "instruction",
+        "in-context",
+    ]
+    expected += trained
+    assert [row["method"] for row in rows] == expected
+    by = {row["method"]: row for row in rows}
+    assert all(0 <= float(row["utility"]) <= 1 and row["retain_rows"] == "10" for row in rows)
+    for name in ("real_authors", "world_facts", "retain"):
+        for figure in ("probability", "rouge", "truth"):
+            assert f"{name}_{figure}" in rows[0]
+    assert by["base"]["forget_probability"] != by["none"]["forget_probability"]
+    gated = by["delta topk, gated"]
+    assert int(gated["runs"]) == 2 and int(gated["codes"]) > 0 and int(gated["backward"]) == 0
+    if float(gated["fires_retain"]) == float(gated["fires_general"]) == 0:
+        assert gated["utility"] == by["none"]["utility"]
+    assert int(by["gradient_difference"]["backward"]) in (40, 80) and int(by["icu"]["runs"]) >= 1
+    assert len({row["forget_probability"] for row in rows}) > len(rows) - 3
+    assert (tmp_path / "out" / "rmu-forget01-0" / "model.safetensors").exists()
+    judged = {row["method"] for row in table(output.with_name("validation.csv"))}
+    assert judged == {"none", "base", "retrained", "delta topk, gated", "delta codebook, gated", *trained}
+
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:-2]))  # cut off: the last two again, and the same
+    study.main([*given, "--output", str(output)])
+    same = [key for key in rows[0] if key not in ("seconds", "measuring")]
+    assert [[row[key] for key in same] for row in table(output)] == [[row[key] for key in same] for row in rows]
+    report = example["report"]
+    assert "| retrained |" in report.markdown(report.rows_of(output, output.with_name("ratios.jsonl")))
