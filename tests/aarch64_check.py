@@ -121,7 +121,7 @@ def stand_in(libraries: list[Path]) -> None:
         return
     for library in [*libraries, *(path for path in system if path.name in needed)]:
         symbols = run(f"{GNU}readelf", "-W", "--dyn-syms", library)
-        for bind, at, name, version in re.findall(r" (GLOBAL|WEAK) +DEFAULT +(\S+) (\w+)(?:@@?(\S+))?", symbols):
+        for bind, at, name, version in re.findall(r" (GLOBAL|WEAK|UNIQUE) +DEFAULT +(\S+) (\w+)(?:@@?(\S+))?", symbols):
             if at != "UND":
                 has.add(name)
             elif bind == "GLOBAL" and not name.startswith(("Py", "_Py")):
