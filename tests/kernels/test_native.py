@@ -227,6 +227,32 @@ class TestSameBits:
             pytest.skip(f"this machine has no {level}")
         assert done.stdout.split() == [level, *["True"] * 4], done.stderr
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="mprotect of Linux")
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_nothing_behind_the_plane_is_read(self, level):
+        # The page behind it ends the process. 100 columns are no whole number of tiles, or of vectors.
+        done = run(
+            """
+import ctypes, mmap
+codes, z = torch.randn(130, 100), torch.randn(9, 100)
+plane = plane_of(codes)
+size = plane[0].numel()
+pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+edge = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=pages - size).view(plane[0].shape)
+edge.copy_(plane[0])
+got = call("codebook_quantize", z=z, codes=codes, k=3, scan=(edge, *plane[1:]))
+want = call("codebook_quantize", on=reference, z=z, codes=codes, k=3)
+print(native.simd_level(), torch.equal(got[1], want[1]))
+""",
+            **environment(level),
+        )
+        if done.returncode and f"CU_FAST_SIMD is {level}, which this machine lacks" in done.stderr:
+            pytest.skip(f"this machine has no {level}")
+        assert done.stdout.split() == [level, "True"], done.stderr
+
     @pytest.mark.parametrize("level", LEVELS)
     def test_quotients_at_a_half(self, level):
         w = quotients_at_a_half()
