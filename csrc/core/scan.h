@@ -5,7 +5,8 @@
 //
 //   p_j = mean + d_j     d_j ~ step_j c_j       c_j in [-127, 127]
 //   q_t ~ step_t b_t     on a CPU b = low + base high, both in [-range, range], base = 2 range, and high is zero except
-//                        in outliers; on a GPU b = 256 d_0 + d_1, the highest digits of q, and step_t = 256
+//                        in outliers; on a GPU b = 256 d_0 + d_1, the highest digits of q, and step_t = 256;
+//                        on a CPU's matrix tiles either, added as on a CPU (cpu/scan_tiles-inl.h)
 //
 //   approx(t, j) = (<b_t, c_j> scale_j) (2^-a step_t) + (<q_t, mean> factor_j) 2^-a + bias_j       on a CPU
 //                  (<b_t, c_j> (step_t scale_j) + <q_t, mean> factor_j) 2^-a + bias_j              on a GPU, fused

@@ -29,7 +29,7 @@ constexpr int64_t kFewRows = 7;
 // Rows so long get high bytes in any case: scoring a candidate takes long, too.
 constexpr int64_t kLongRow = 2048;
 
-// Bytes of 16 codes in 64 columns, and of a whole group.
+// Bytes of a group: four columns of it, from which one row of a tile to the next; and 64 columns.
 constexpr int64_t kTileStride = 4 * kScanGroup, kStepBytes = 16 * kTileStride;
 
 // 32 rows against 64 codes: sums [32, 64]. `last` is where the last of the `steps` of 64 columns lies. Reads the cache lines
