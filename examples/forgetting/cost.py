@@ -17,6 +17,7 @@ apart: differences below that are noise. MODEL, TOPICS and WIKITEXT are what exa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -215,8 +216,13 @@ def decode(splice: str, options: argparse.Namespace) -> Iterator[Row]:
 def tensor_bytes() -> int:
     """Of all tensors that there are. A process does not grow by what it finds in memory that it has freed."""
     gc.collect()
-    tensors = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    sizes = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor):
+            storage = one.untyped_storage()
+            with contextlib.suppress(RuntimeError):  # a compiler's tensors have no memory
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def held(splice: str, options: argparse.Namespace) -> Iterator[Row]:

@@ -219,7 +219,7 @@ def training(study: Restor, corrupted: Path, method: str) -> None:
 
     forget, retain = ([{"text": text} for text in texts] for texts in (study.texts, study.control))
     methods.unlearn(
-        model, study.tokenizer, method, forget, retain, learning_rate=LEARNING_RATE, epochs=UNLEARN_EPOCHS,
+        model, study.tokenizer, methods.METHODS[method](), forget, retain, learning_rate=LEARNING_RATE, epochs=UNLEARN_EPOCHS,
         seed=study.options.seed, measure=measure,
     )  # fmt: skip
 
