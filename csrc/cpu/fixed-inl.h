@@ -34,7 +34,7 @@ struct FixedRows {
 
   int64_t stride() const { return fixed_words(width); }
   int16_t* row(int64_t t) const { return data + t * stride(); }
-  // Whether rows are in the form of Pair.
+  // Whether Pair sums them, one by one.
   inline bool few() const;
   // x [width] is overwritten. Returns the row's unit. Rows are taken in order.
   inline float take(int64_t t, float* x, float largest) const;

@@ -16,7 +16,7 @@ namespace cu_fast {
 inline constexpr int64_t kBlockTokens = 128;
 // With fewer tokens than this per thread, threads share out the codes rather than the tokens.
 inline constexpr int64_t kFairTokens = 16;
-// The same of the scan on matrix tiles: 64 tokens take hardly longer than 32 while the plane is read.
+// The same of the scan on matrix tiles: of more tokens per read of the plane. From a prototype; not measured here.
 inline constexpr int64_t kFairTileTokens = 64;
 // Codes per tile: their words in kChunk columns, 24 KiB, stay in the L1 cache (fixed-inl.h).
 inline constexpr int64_t kTileCodes = 32;

@@ -19,7 +19,8 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Tried(NamedTuple):
     setting: str
     measure: Measure
     cost: methods.Cost = NOTHING
-    extra: dict[str, Any] = {}  # noqa: RUF012
+    extra: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Study:
