@@ -55,12 +55,13 @@ PARTS = ("models", "codes", "prompts", "training")
 
 
 class Tried(NamedTuple):
-    """A setting, what it makes of the model, what it cost, and further columns."""
+    """A setting, what it makes of the model, what it cost, further columns, and the mask that it is, where it is one."""
 
     setting: str
     measure: Measure
     cost: methods.Cost = NOTHING
     extra: Mapping[str, Any] = types.MappingProxyType({})
+    mask: Mask | None = None
 
 
 class Study:
@@ -108,8 +109,14 @@ class Study:
     def todo(self, method: str) -> bool:
         return not self.table.has(**self.keys(method))
 
+    def kept(self, method: str) -> Path:
+        """Where a method's chosen weights or mask are kept."""
+        return self.output.with_name(f"{method.replace(', ', '-').replace(' ', '-')}-{self.split}-{self.options.seed}")
+
     def record(self, method: str, tried: Tried, runs: int = 1) -> None:
-        """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table."""
+        """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table; the mask too."""
+        if tried.mask is not None:
+            tried.mask.save(self.kept(method).with_suffix(".safetensors"))
         started = time.perf_counter()
         found = self.sets.measured(tried.measure)
         keys = self.keys(method) | {"setting": tried.setting}
@@ -191,14 +198,17 @@ class CodeStudy:
 
         return measured
 
-    def tried(self, setting: str, mask: Mask, seconds: float, fires: dict[str, np.ndarray] | None) -> Tried:
-        """fires: for which entries of each set the mask deletes; None = all."""
+    def tried(
+        self, setting: str, mask: Mask, seconds: float, fires: dict[str, np.ndarray] | None, gate: Any = None
+    ) -> Tried:
+        """fires: for which entries of each set the mask deletes; None = all. gate: what decided it, to be kept."""
         measure, extra = self.under(mask, setting), {"codes": mask.num_deleted}
         if fires is not None:
             measure = behind_a_gate(measure, self.study.untouched, fires)
             extra |= {f"fires_{name}": float(fires[name].mean()) for name in ("forget", "reworded", "retain")}
             extra["fires_general"] = float(np.concatenate([fires[name] for name in tofu.GENERAL]).mean())
-        return Tried(setting, measure, methods.Cost(seconds, self.rows, 0), extra)
+        kept = mask if gate is None else mask.with_gate(gate)
+        return Tried(setting, measure, methods.Cost(seconds, self.rows, 0), extra, kept)
 
     def gated(self) -> dict[str, np.ndarray]:
         attachment = self.codes.attachment
@@ -230,7 +240,7 @@ class CodeStudy:
                     continue
                 seconds = self.counting + time.perf_counter() - started + self.gating * fires
                 setting = f"{method}, R > {enrichment:g}, strength {strength:g}"
-                settings.append(self.tried(setting, mask, seconds, where))
+                settings.append(self.tried(setting, mask, seconds, where, self.gate if fires else None))
             if settings:
                 self.study.best(method, settings)
 
@@ -321,7 +331,7 @@ def study_training(study: Study) -> None:
                 seed=seed,
                 measure=judge,
             )
-        sweep.model.save_pretrained(study.output.with_name(f"{method}-{study.split}-{seed}"))
+        sweep.model.save_pretrained(study.kept(method))
         study.record(method, sweep.tried, sweep.runs)
 
 
