@@ -33,16 +33,22 @@ import torch
 import transformers
 from measure import Measure, Sets, behind_a_gate, load_figures, plain, row_of, save_figures
 from shared import Table, methods, tofu
-from validation import ROWS, Validation, names_of, worth
+from validation import FIGURES, ROWS, Validation, names_of, worth
 
 import cu_fast
 from cu_fast.masks import Mask
 
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
-# R and strength behind a gate: of fewer codes more is taken out
-GATED = ((1.0, 1.5), (1.0, 2.0), (1.5, 2.5), (1.5, 3.0), (2.0, 4.0), (2.0, 5.0), (2.0, 6.0), (3.0, 8.0))
-FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 2.0, 4.0)  # without a gate
+# R, and strengths behind a gate: of fewer codes more is taken out
+STRENGTHS = {
+    1.0: (0.5, 0.75, 1.0, 1.5),
+    1.5: (0.75, 1.0, 1.5, 2.5),
+    2.0: (1.0, 1.5, 2.0, 3.0, 5.0),
+    3.0: (2.0, 3.0, 4.0, 8.0),
+}
+GATED = [(enrichment, strength) for enrichment, some in STRENGTHS.items() for strength in some]
+FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 1.5, 2.0, 4.0)  # without a gate
 RANDOM = (1.5, 3.0)
 UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fewer, and each says more
 CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
@@ -133,10 +139,12 @@ class Study:
         )
 
     def judge(self, method: str, tried: Tried) -> dict[str, float]:
-        judged = self.validation.judge(tried.measure)
         keys = self.keys(method) | {"setting": tried.setting}
-        if not self.trials.has(**keys):
-            self.trials.add(keys | {"seconds": tried.cost.seconds} | judged)
+        found = self.trials.find(**keys)
+        if found:
+            return {name: float(found[name]) for name in FIGURES}
+        judged = self.validation.judge(tried.measure)
+        self.trials.add(keys | {"seconds": tried.cost.seconds} | judged)
         return judged
 
     def best(self, method: str, settings: Sequence[Tried]) -> None:

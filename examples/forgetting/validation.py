@@ -2,7 +2,8 @@
 
 What is forgotten  the split's paraphrased questions, with TOFU's answers to them. Their truth ratios should look as those of
                    strangers do to the same model: authors who do not exist. A stranger is made of a forgotten author by giving
-                   the words that hardly any other row has (names, titles, places) invented stand-ins, in question and answers.
+                   the words that hardly any other row has (names, titles, places) invented stand-ins, in question and answers;
+                   DRAWS times, each from other stand-ins, as truth ratios depend on the names.
 What is kept       retain rows that are neither measured for utility nor counted as control.
 
 The figures: p of a Kolmogorov-Smirnov test between the two sets of truth ratios, the distance of their logarithms'
@@ -13,6 +14,7 @@ at least KEPT, of equal ones (p of 40 and 40 has few values) the nearest; else t
 from __future__ import annotations
 
 import collections
+import random
 import re
 from collections.abc import Sequence
 
@@ -27,10 +29,12 @@ KEPT = 0.99
 ROWS = 40  # of the retain rows
 RARE = 2  # a word that fewer retain rows hold is the split's own
 PER_AUTHOR = 20
+DRAWS, STAND_INS = 5, 20
 INVENTED = (
     "Ovrin Telmo Zaskia Brunholt Keviro Marnula Istvane Quolby Drestan Pelivar Yusmina Corthwell Anduvel Harkonis Sibrael "
     "Lunetro Vassimo Otriga Feldane Mirosk Tavendel Ubrico Jalistra Nemorin Wexley Ghioran Rastovel Elquist Bo Ria Zan Tiv"
 ).split()
+FIGURES = ("p", "distance", "kept", "reworded_probability")
 CAPITAL = r"[A-Z][^\W\d_]+"
 
 
@@ -46,7 +50,7 @@ def names_of(entries: Sequence[dict]) -> list[str]:
     return found
 
 
-def strangers(entries: Sequence[dict], retain: Sequence[dict]) -> list[dict]:
+def strangers(entries: Sequence[dict], retain: Sequence[dict], draw: int = 0) -> list[dict]:
     """The entries, of authors who do not exist."""
 
     def words(some: Sequence[dict]) -> list[set[str]]:
@@ -56,11 +60,12 @@ def strangers(entries: Sequence[dict], retain: Sequence[dict]) -> list[dict]:
     own = sorted({word for row in words(entries) for word in row if known[word] < RARE})
     if not own:
         return list(entries)
+    invented = random.Random(draw).sample(INVENTED, STAND_INS)
     return [
         {
-            key: list(replace_words(value if isinstance(value, list) else [value], own, INVENTED))
+            key: list(replace_words(value, own, invented))
             if isinstance(value, list)
-            else next(iter(replace_words([value], own, INVENTED)))
+            else next(replace_words([value], own, invented))
             for key, value in entry.items()
         }
         for entry in entries
@@ -88,19 +93,17 @@ class Validation:
         wrong = [[entry["answer"]] for entry in apart[1:] + apart[:1]]
         others = [{**entry, "perturbed_answer": some} for entry, some in zip(apart, wrong)]
         self.sets = {"reworded": (reworded(forget), False), "others": (others, True)}
-        self.strange = untouched("strangers", reworded(strangers(forget, known)), False).ratios
+        draws = [reworded(strangers(forget, known, draw)) for draw in range(DRAWS)]
+        self.strange = np.concatenate([untouched("strangers", entries, False).ratios for entries in draws])
         self.before = {name: untouched(name, *given) for name, given in self.sets.items()}
 
     def judge(self, measure: Measure) -> dict[str, float]:
         found = {name: measure(name, *given) for name, given in self.sets.items()}
         kept = found["others"].true.probability.mean() / self.before["others"].true.probability.mean()
         ratios = found["reworded"].ratios
-        return {
-            "p": metrics.forget_quality(ratios, self.strange),
-            "distance": float(stats.wasserstein_distance(np.log(ratios), np.log(self.strange))),
-            "kept": float(kept),
-            "reworded_probability": float(found["reworded"].probability.mean()),
-        }
+        distance = float(stats.wasserstein_distance(np.log(ratios), np.log(self.strange)))
+        probability = float(found["reworded"].probability.mean())
+        return dict(zip(FIGURES, (metrics.forget_quality(ratios, self.strange), distance, float(kept), probability)))
 
 
 def worth(judged: dict[str, float]) -> tuple:

@@ -13,8 +13,12 @@ class Table:
         self.path = path
         self.rows = list(csv.DictReader(path.open())) if path.exists() else []
 
+    def find(self, **keys: object) -> dict[str, str] | None:
+        """The first row with these values."""
+        return next((row for row in self.rows if all(row[key] == str(value) for key, value in keys.items())), None)
+
     def has(self, **keys: object) -> bool:
-        return any(all(row[key] == str(value) for key, value in keys.items()) for row in self.rows)
+        return self.find(**keys) is not None
 
     def add(self, row: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
