@@ -8,7 +8,8 @@ chosen as validation.py says; validation.csv has every one that was tried. Rows 
 models    base, full and retrained
 codes     codes.py
 prompts   prompts.py
-training  examples/tofu/methods.py and losses.py; the chosen weights stay in a folder beside the table
+training  examples/tofu/methods.py, losses.py and eul.py; the chosen weights stay in a folder beside the table
+replacing the model that bottleneck.py trained, where it is there
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import codes
+import eul
 import losses
 import models
 import numpy as np
@@ -36,7 +38,9 @@ from shared import Table, methods, tofu
 from validation import FIGURES, ROWS, Validation, names_of, worth
 
 import cu_fast
+from cu_fast.hf.checkpoint import CODEBOOK
 from cu_fast.masks import Mask
+from cu_fast.ops import MASK_MODES
 
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
@@ -53,11 +57,13 @@ RANDOM = (1.5, 3.0)
 UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fewer, and each says more
 CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
 SCALES = (2.0, 8.0)  # of RMU
+PUBLISHED = (("R > 0, p < 0.05", {"min_enrichment": 0.0, "correction": "none", "test": "chi2"}),)
+STRICTER = tuple((f"R > {R:g}", {"min_enrichment": R}) for R in (1.0, 2.0, 3.0, 4.0))
 RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
 NOTHING = methods.Cost(0.0, 0, 0)
 QUOTED = 9  # every ninth answer is kept
 GOLD = {left_out: name for name, left_out in models.MODELS.items() if left_out}
-PARTS = ("models", "codes", "prompts", "training")
+PARTS = ("models", "codes", "prompts", "training", "replacing")
 
 
 class Tried(NamedTuple):
@@ -75,7 +81,8 @@ class Study:
 
     Attributes:
         forget, known: the split's rows and all others that the model was fine-tuned on.
-        control: of the others, those that codes are compared with; neither measured nor among those that judge settings.
+        judging, control: of the others, those that settings are judged by, and those that codes are compared with; none of
+            them is measured.
         untouched: the model's figures before anything is forgotten.
     """
 
@@ -92,18 +99,20 @@ class Study:
         measured = {entry["question"] for entry in tofu.read(options.tofu, "retain_perturbed")}
         free = [entry for entry in self.known if entry["question"] not in measured]
         random.Random(SEED).shuffle(free)
-        judging, self.control = free[:ROWS], free[ROWS:][:CONTROL]
-
+        self.judging, self.control = free[:ROWS], free[ROWS:][:CONTROL]
         self.full = self.model("full")
-        as_it_is = plain(self.full, self.tokenizer)
-        self.validation = Validation(self.sets.forget, judging, self.known, as_it_is)
-        kept = self.output.with_name(f"untouched-{self.split}-{len(self.sets.retain)}.json")
+        self.start("none", plain(self.full, self.tokenizer), "untouched")
+
+    def start(self, method: str, as_it_is: Measure, name: str) -> None:
+        """Judge from here on by a model as it is, whose row is a method's; its figures are kept under a name."""
+        self.validation = Validation(self.sets.forget, self.judging, self.known, as_it_is)
+        kept = self.output.with_name(f"{name}-{self.split}-{len(self.sets.retain)}.json")
         if not kept.exists():
             save_figures(kept, self.sets.measured(as_it_is))
         self.untouched = load_figures(kept) | self.validation.before
-        if self.todo("none"):
-            self.judge("none", Tried("", as_it_is))
-            self.record("none", Tried("", lambda name, *_: self.untouched[name]))
+        if self.todo(method):
+            self.judge(method, Tried("", as_it_is))
+            self.record(method, Tried("", lambda name, *_: self.untouched[name]))
 
     def model(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         folder = self.options.base if name == "base" else self.options.models / f"{name}-{self.options.seed}"
@@ -175,30 +184,33 @@ def study_prompts(study: Study) -> None:
 class CodeStudy:
     """The methods of codes.py, of one kind of codes."""
 
-    def __init__(self, study: Study, kind: str) -> None:
+    def __init__(self, study: Study, kind: str, folder: Path | None = None) -> None:
+        """folder: of the codes; None = they are fitted to the model."""
         self.study, self.kind = study, kind
-        folder = study.output.with_name(f"{kind}-{study.options.seed}")
         text = codes.running_text(study.tokenizer, study.options.wikitext / "valid.txt", codes.RUNNING_TEXT)
-        codes.fitted(study.full, study.tokenizer, study.forget + study.known, text, folder, kind)
+        if folder is None:
+            folder = study.output.with_name(f"{kind}-{study.options.seed}")
+            codes.fitted(study.full, study.tokenizer, study.forget + study.known, text, folder, kind)
         self.codes = codes.Codes(study.full, study.tokenizer, folder, kind, study.control, text)
         self.rows = len(study.forget)
         started = time.perf_counter()
         self.target = self.codes.count(codes.texts_of(study.forget))
         self.counting = time.perf_counter() - started
         started = time.perf_counter()
-        self.gate = self.codes.gate(self.find(GATED[0][0]), study.forget).gate
+        self.gate = self.codes.gate(self.find(min_enrichment=GATED[0][0]), study.forget).gate
         self.gating = time.perf_counter() - started
         sets = {name: entries for name, entries, _ in study.sets.items()}
         sets |= {name: entries for name, (entries, _) in study.validation.sets.items()}
         self.prompts = {name: codes.prompts_of(entries) for name, entries in sets.items()}
 
-    def find(self, enrichment: float) -> Mask:
-        return self.codes.find(self.target, self.study.split, min_enrichment=enrichment)
+    def find(self, **options: Any) -> Mask:
+        return self.codes.find(self.target, self.study.split, **options)
 
-    def under(self, mask: Mask, name: str) -> Measure:
-        """Measures the model while a mask deletes in every prompt."""
+    def under(self, mask: Mask | None, name: str | None) -> Measure:
+        """Measures the model while a mask deletes in every prompt; None = nothing does."""
         attachment, inner = self.codes.attachment, plain(self.study.full, self.study.tokenizer)
-        attachment.add_mask(mask, name)
+        if mask is not None:
+            attachment.add_mask(mask, name)
 
         def measured(*given: Any) -> tofu.Figures:
             with attachment.unlearn(name):
@@ -220,7 +232,7 @@ class CodeStudy:
 
     def gated(self) -> dict[str, np.ndarray]:
         attachment = self.codes.attachment
-        attachment.add_mask(self.find(GATED[0][0]).with_gate(self.gate), "gate")
+        attachment.add_mask(self.find(min_enrichment=GATED[0][0]).with_gate(self.gate), "gate")
         fires = {}
         for name, asked in self.prompts.items():
             found = cu_fast.topics_of(attachment, self.study.tokenizer, asked, ["gate"])
@@ -241,7 +253,7 @@ class CodeStudy:
             for enrichment, strength in pairs:
                 started = time.perf_counter()
                 strength = strength * UNIT[self.kind]
-                mask = self.find(enrichment).with_strength(strength)
+                mask = self.find(min_enrichment=enrichment).with_strength(strength)
                 if method.startswith("random"):
                     mask = self.codes.random(mask)
                 if mask.num_deleted == 0:  # no code is that enriched
@@ -283,6 +295,60 @@ def study_codes(study: Study) -> None:
         part.codes.attachment.detach()
 
 
+class Replacing(CodeStudy):
+    """CodeUnlearn as published, and with stricter rules: the model says what the codes say.
+
+    The model is another one, so it is judged by strangers to itself and by its own figures before.
+    """
+
+    mode = "reselect"  # of what is measured next
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        own = copy.copy(study)
+        own.full = own.model("bottleneck")
+        super().__init__(own, "codebook", folder / CODEBOOK)
+        own.start("codebook, replacing, nothing deleted", self.under(None, None), "bottleneck")
+
+    def under(self, mask: Mask | None, name: str | None) -> Measure:
+        inner, mode = super().under(mask, name), self.mode
+
+        def measured(*given: Any) -> tofu.Figures:
+            (splice,) = self.codes.attachment.bottlenecks.values()
+            splice.mask_mode = mode
+            return inner(*given)
+
+        return measured
+
+    def delete(self, method: str, rules: Sequence[tuple[str, dict[str, Any]]], fires: bool) -> None:
+        where = self.gated() if fires else None
+        settings = []
+        for (rule, options), self.mode in itertools.product(rules, MASK_MODES):
+            started = time.perf_counter()
+            mask = self.find(**options)
+            if mask.num_deleted == 0:
+                continue
+            seconds = self.counting + time.perf_counter() - started + self.gating * fires
+            setting = f"{method}, {rule}, {self.mode}"
+            settings.append(self.tried(setting, mask, seconds, where, self.gate if fires else None))
+        if settings:
+            self.study.best(method, settings)
+
+
+def study_replacing(study: Study) -> None:
+    folder = study.options.models / f"bottleneck-{study.options.seed}"
+    wanted = {
+        "codebook, replacing, as published": (PUBLISHED, False),
+        "codebook, replacing": (STRICTER, False),
+        "codebook, replacing, gated": (STRICTER, True),
+    }
+    wanted = {method: how for method, how in wanted.items() if study.todo(method)}
+    if not wanted or not (folder / CODEBOOK).exists():
+        return
+    part = Replacing(study, folder)
+    for method, how in wanted.items():
+        part.delete(method, *how)
+
+
 def trained_methods(folder: Path) -> Iterator[tuple[str, str, Callable[[], methods.GradientAscent]]]:
     """Method, variant, and what makes it."""
     for name, made in methods.METHODS.items():
@@ -292,6 +358,7 @@ def trained_methods(folder: Path) -> Iterator[tuple[str, str, Callable[[], metho
     yield "me+gd", "", losses.MaximumEntropy
     yield "idk+ap", "", lambda: losses.Refusal(losses.refusals(folder))
     yield "icu", "", losses.IterativeContrast
+    yield "eul", "", eul.EUL
 
 
 class Sweep:
@@ -322,7 +389,8 @@ def study_training(study: Study) -> None:
         if not study.todo(method):
             continue
         sweep = Sweep(study, method)
-        for (_, variant, make), rate in itertools.product(variants, RATES):
+        save, rates = (eul.save, eul.RATES) if method == "eul" else (type(study.full).save_pretrained, RATES)
+        for (_, variant, make), rate in itertools.product(variants, rates):
             model = study.model("full", torch.float32)
 
             def judge(epoch: int, cost: methods.Cost, sweep=sweep, model=model, start=f"{variant}{rate:g}") -> None:
@@ -339,7 +407,7 @@ def study_training(study: Study) -> None:
                 seed=seed,
                 measure=judge,
             )
-        sweep.model.save_pretrained(study.kept(method))
+        save(sweep.model, study.kept(method))
         study.record(method, sweep.tried, sweep.runs)
 
 
@@ -359,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(options)
-    run = {"models": study_models, "codes": study_codes, "prompts": study_prompts, "training": study_training}
+    run = dict(zip(PARTS, (study_models, study_codes, study_prompts, study_training, study_replacing)))
     for part in options.only.split(","):
         run[part](study)
 

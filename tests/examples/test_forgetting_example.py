@@ -19,8 +19,8 @@ from tiny_training import WORDS
 from cu_fast import evaluate as ev
 
 NAMES = (
-    "shared", "models", "measure", "losses", "prompts", "validation", "codes", "study", "report", "tofu", "metrics",
-    "methods", "table",
+    "shared", "models", "measure", "losses", "eul", "prompts", "validation", "codes", "bottleneck", "study", "report", "tofu",
+    "metrics", "methods", "table",
 )  # fmt: skip
 
 
@@ -414,7 +414,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
 
     rows = table(output)
     ours = {k: [f"delta {k}, gated", f"delta {k}", f"random {k}, gated"] for k in ("topk", "codebook")}
-    trained = [*example["methods"].METHODS, "rmu", "me+gd", "idk+ap", "icu"]
+    trained = [*example["methods"].METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul"]
     expected = [
         "none",
         "base",
@@ -439,8 +439,10 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     if float(gated["fires_retain"]) == float(gated["fires_general"]) == 0:
         assert gated["utility"] == by["none"]["utility"]
     assert int(by["gradient_difference"]["backward"]) in (40, 80) and int(by["icu"]["runs"]) >= 1
+    assert by["eul"]["runs"] == "4"  # at rates of its own
     assert len({row["forget_probability"] for row in rows}) > len(rows) - 3
     assert (tmp_path / "out" / "rmu-forget01-0" / "model.safetensors").exists()
+    assert [file.name for file in (tmp_path / "out" / "eul-forget01-0").iterdir()] == ["unlearning.safetensors"]
     judged = {row["method"] for row in table(output.with_name("validation.csv"))}
     assert judged == {"none", "base", "retrained", "delta topk, gated", "delta codebook, gated", *trained}
 
