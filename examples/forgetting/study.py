@@ -45,12 +45,7 @@ from cu_fast.ops import MASK_MODES
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
 # R, and strengths behind a gate: of fewer codes more is taken out
-STRENGTHS = {
-    1.0: (0.5, 0.75, 1.0, 1.5),
-    1.5: (0.75, 1.0, 1.5, 2.5),
-    2.0: (1.0, 1.5, 2.0, 3.0, 5.0),
-    3.0: (2.0, 3.0, 4.0, 8.0),
-}
+STRENGTHS = {1.0: (0.75, 1, 1.5, 2), 1.5: (0.75, 1, 1.25, 1.5, 2), 2.0: (1, 1.25, 1.5, 2, 2.5, 3), 3.0: (2, 3, 4, 8)}
 GATED = [(enrichment, strength) for enrichment, some in STRENGTHS.items() for strength in some]
 FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 1.5, 2.0, 4.0)  # without a gate
 RANDOM = (1.5, 3.0)
