@@ -73,7 +73,8 @@ class Study:
         untouched: the model's figures before anything is forgotten.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def read(self, options: argparse.Namespace) -> list[dict]:
+        """Sets what needs no model; returns the rows that judge settings."""
         self.options, self.split, self.output = options, options.split, options.output
         self.sets = Sets(options.tofu, options.split, options.retain_rows)
         self.table, self.trials = Table(options.output), Table(options.output.with_name("validation.csv"))
@@ -86,8 +87,11 @@ class Study:
         measured = {entry["question"] for entry in tofu.read(options.tofu, "retain_perturbed")}
         free = [entry for entry in self.known if entry["question"] not in measured]
         random.Random(SEED).shuffle(free)
-        judging, self.control = free[:ROWS], free[ROWS:][:CONTROL]
+        self.control = free[ROWS:][:CONTROL]
+        return free[:ROWS]
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        judging = self.read(options)
         self.full = self.model("full")
         as_it_is = plain(self.full, self.tokenizer)
         self.validation = Validation(self.sets.forget, judging, self.known, as_it_is)
