@@ -47,13 +47,23 @@ def score(model, tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[s
     while order:
         size = max(1, POSITIONS // (n * longest[order[-1]] + max(len(asked[i]) for i in order[-64:])))
         batch, order = order[-size:], order[:-size]
-        found = _score_batch(model, tokenizer, [asked[i] for i in batch], [one for i in batch for one in said[i]], n)
+        found = score_batch(model, tokenizer, [asked[i] for i in batch], [one for i in batch for one in said[i]], n)
         figures[:, batch] = found.reshape(4, len(batch), n)
     return ev.AnswerScores(*figures.reshape(4, -1))
 
 
-def _score_batch(model, tokenizer, asked: list[list[int]], said: list[list[int]], n: int) -> np.ndarray:
-    """float64 [4, B n], the fields of AnswerScores. asked: ids of B prompts. said: of B n answers."""
+def score_batch(
+    model, tokenizer, asked: list[list[int]], said: list[list[int]], n: int, piece: int | None = None
+) -> np.ndarray:
+    """float64 [4, B n], the fields of AnswerScores.
+
+    Args:
+        asked: ids of B prompts.
+        said: of B n answers.
+        n: answers of a prompt.
+        piece: tokens of the answers that are read at once; None = all. A gate that is judged while the model answers sees
+            a piece as a whole.
+    """
     pad = tokenizer.pad_token_id
     width = max(map(len, asked))
     prompts = torch.tensor([[pad] * (width - len(ids)) + ids for ids in asked])
@@ -67,10 +77,15 @@ def _score_batch(model, tokenizer, asked: list[list[int]], said: list[list[int]]
     hidden = model.model(input_ids=prompts, attention_mask=there, use_cache=True, **{name: cache}).last_hidden_state
     hidden = hidden[:, -1:].repeat_interleave(n, 0)
     if length > 1:
-        cache.batch_repeat_interleave(n)
+        if n > 1:  # else its rows would be moved, which masks per prompt do not allow
+            cache.batch_repeat_interleave(n)
         seen = torch.cat([there.repeat_interleave(n, 0), real[:, :-1].long()], 1)
-        more = model.model(input_ids=answers[:, :-1], attention_mask=seen, use_cache=True, **{name: cache})
-        hidden = torch.cat([hidden, more.last_hidden_state], 1)
+        parts = [hidden]
+        for ids in answers[:, :-1].split(piece or length, 1):
+            width += ids.shape[1]
+            more = model.model(input_ids=ids, attention_mask=seen[:, :width], use_cache=True, **{name: cache})
+            parts.append(more.last_hidden_state)
+        hidden = torch.cat(parts, 1)
 
     log_p, right = torch.zeros(answers.shape, dtype=torch.float64), torch.ones(answers.shape, dtype=torch.bool)
     given, wanted = hidden[real], answers[real]

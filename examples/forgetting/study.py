@@ -82,6 +82,12 @@ class Study:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
+        self.read(options)
+        self.full = self.model("full")
+        self.start("none", plain(self.full, self.tokenizer), "untouched")
+
+    def read(self, options: argparse.Namespace) -> None:
+        """Sets what needs no model."""
         self.options, self.split, self.output = options, options.split, options.output
         self.sets = Sets(options.tofu, options.split, options.retain_rows)
         self.table, self.trials = Table(options.output), Table(options.output.with_name("validation.csv"))
@@ -95,8 +101,6 @@ class Study:
         free = [entry for entry in self.known if entry["question"] not in measured]
         random.Random(SEED).shuffle(free)
         self.judging, self.control = free[:ROWS], free[ROWS:][:CONTROL]
-        self.full = self.model("full")
-        self.start("none", plain(self.full, self.tokenizer), "untouched")
 
     def start(self, method: str, as_it_is: Measure, name: str) -> None:
         """Judge from here on by a model as it is, whose row is a method's; its figures are kept under a name."""

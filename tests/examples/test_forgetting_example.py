@@ -384,16 +384,16 @@ def write_tofu(folder) -> None:
     (folder / "valid.txt").write_text(" ".join(WORDS * 60))
 
 
-@heavy
-def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
+def small(example, folder, monkeypatch) -> list[str]:
+    """Tiny models and sets in a folder, and settings to match; the arguments of study.py."""
     study, codes, losses = (example[name] for name in ("study", "codes", "losses"))
-    write_tofu(tmp_path)
+    write_tofu(folder)
     tokenizer = tiny_training.word_tokenizer()
     model = tiny_training.tiny_llama(tokenizer)
     for name in ("base", "full-0", "retain99-0"):
         torch.nn.init.normal_(model.model.layers[2].mlp.down_proj.weight, std=0.1)
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
     monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
     for module, name, value in (
@@ -404,7 +404,13 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         (losses.RMU, "LAYER", 1), (losses.RMU, "TRAINED", r"model\.layers\.(0|1)\.mlp\.down_proj\.weight"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    given = [str(tmp_path / name) for name in ("base", "", "")] + ["--models", str(tmp_path), "--retain-rows", "10"]
+    where = [str(folder / name) for name in ("base", "", "")]
+    return [*where, "--models", str(folder)]
+
+
+@heavy
+def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
+    study, given = example["study"], [*small(example, tmp_path, monkeypatch), "--retain-rows", "10"]
     output = tmp_path / "out" / "results.csv"
     study.main([*given, "--output", str(output)])
 
