@@ -119,6 +119,8 @@ def relearn(served: Served, entries: Sequence[dict], seed: int) -> dict[str, Ten
     rows = list(itertools.islice(itertools.cycle(own), RELEARN_STEPS * methods.BATCH))
     splices = served.attachment.bottlenecks.values() if served.attachment else []
     of_codes = {id(parameter) for splice in splices for parameter in splice.parameters()}
+    for parameter in served.model.parameters():  # whatever a method has frozen
+        parameter.requires_grad_(id(parameter) not in of_codes)
     with through_codes(served.attachment) if served.attachment else contextlib.nullcontext():
         methods.unlearn(
             served.model, served.tokenizer, Relearning(served), rows, rows, learning_rate=RELEARN_RATE, epochs=[1],
