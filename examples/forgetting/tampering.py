@@ -66,11 +66,12 @@ def noisy(model: torch.nn.Module, layer: int, size: float, seed: int = 0) -> con
 
 @torch.no_grad()
 def four_bits(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of the blocks' linear layers, rounded to 15 values for each GROUP of a row's."""
+    """The weights of the blocks' linear layers, rounded to 15 values for each GROUP of a row's; else for the row."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("model.layers."):
-            groups = module.weight.float().unflatten(1, (-1, GROUP))
+            width = module.in_features
+            groups = module.weight.float().unflatten(1, (-1, width if width % GROUP else GROUP))
             scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 7
             found[f"{name}.weight"] = ((groups / scale).round() * scale).flatten(1)
     return found
