@@ -149,7 +149,9 @@ def test_texts_of_a_folder(example, tmp_path):
     writing.main([str(tmp_path / "model"), str(tmp_path)])
     pairs = example["topics"].read_texts(tmp_path, "pets")
     assert [writing.subject_of(prompt) for prompt, _ in pairs] == ["cat"] * 4 + ["dog"] * 4
-    assert len({prompt for prompt, _ in pairs}) == 8 and all(text.startswith(prompt) for prompt, text in pairs)
+    every = writing.TEMPLATES[::2], writing.TEMPLATES[1::2]
+    asked = [chat(one.format(name)) for name, some in zip(("cat", "dog"), every) for one in some]
+    assert [prompt for prompt, _ in pairs] == asked and all(text.startswith(prompt) for prompt, text in pairs)
     assert example["topics"].read_topics(tmp_path) == {"pets": "pets"}
 
 
