@@ -2,7 +2,7 @@
 
 1. Each text becomes the square roots of the shares of its tokens that keep each code of the mask's layer, deleted ones and
    others.
-2. Half of the texts fit the weights: balanced classes, neighbours sixteen times. Once with an L1 penalty, which keeps a few
+2. Half of the texts fit the weights: balanced classes, neighbours weighted. Once with an L1 penalty, which keeps a few
    dozen codes; once with L2, again with the codes alone that did most.
 3. The other half, which no weight has seen, gives the level, and the choice: the few codes of L1 where they catch as many
    of the topic's texts at their level as those of L2 do at theirs.
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from cu_fast.masks import Gate, Mask
 from cu_fast.unlearn.gate import check_share
-from cu_fast.unlearn.reading import batches_of, kept_codes, layers_of, reading
+from cu_fast.unlearn.reading import batches_of, kept_codes, layers_of, only_layer, reading
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer
@@ -32,13 +32,12 @@ if TYPE_CHECKING:
 Penalty = Literal["l1", "l2"]
 STRENGTH: dict[Penalty, float] = {"l1": 1.0, "l2": 10.0}  # C of scikit-learn: the inverse of the penalty's weight
 UNIT = 8.0  # a code that one token in 64 keeps is a feature of 1: shares are small, and the penalty is not scale-free
-NEIGHBOUR_WEIGHT = 16.0  # with 4 a gate fired for 12 % of a real topic's neighbours, with 16 for 3 to 6 %
 LEAST_LEVEL = 0.0  # where the regression itself says "topic": a few held-out texts alone may give a level far below
 
 
 @dataclasses.dataclass
-class _Texts:
-    """Texts as counts.
+class TextCounts:
+    """Texts as counts, from :func:`count_texts`: all that a gate sees of them.
 
     Attributes:
         counts: int64 [N, C], CSR: tokens that keep each code.
@@ -48,11 +47,16 @@ class _Texts:
     counts: sparse.csr_array
     tokens: np.ndarray
 
-    def part(self, rows: np.ndarray) -> _Texts:
-        return _Texts(self.counts[rows], self.tokens[rows])
+    def __add__(self, other: TextCounts) -> TextCounts:
+        counts = sparse.vstack([self.counts, other.counts], format="csr")
+        return TextCounts(counts, np.concatenate([self.tokens, other.tokens]))
+
+    def part(self, rows: np.ndarray) -> TextCounts:
+        """The texts of some rows, int64 or bool."""
+        return TextCounts(self.counts[rows], self.tokens[rows])
 
     def values(self, gate: Gate) -> np.ndarray:
-        """float64 [N], as the gate has them where it serves."""
+        """float64 [N], the gate's value of each text, to the bit as where it serves."""
         counts = torch.from_numpy(self.counts[:, gate.codes.numpy()].toarray())
         return gate.value(counts, torch.from_numpy(self.tokens)).numpy()
 
@@ -61,13 +65,14 @@ def fit_gate(
     attachment: Attachment,
     tokenizer: Tokenizer,
     mask: Mask,
-    topic: Iterable[str],
-    others: Iterable[str],
-    neighbours: Mapping[str, Iterable[str]] | None = None,
+    topic: Iterable[str] | TextCounts,
+    others: Iterable[str] | TextCounts,
+    neighbours: Mapping[str, Iterable[str] | TextCounts] | None = None,
     *,
     max_share: float = 0.01,
     held_out: float = 0.5,
     max_codes: int = 512,
+    neighbour_weight: float = 16.0,
     seed: int = 0,
     batch_size: int = 16,
     max_length: int = 512,
@@ -79,16 +84,19 @@ def fit_gate(
         attachment: from ``cu_fast.attach``.
         tokenizer: the model's.
         mask: of the topic; the gate looks at all codes of its layer.
-        topic: texts and prompts of the topic, as the model sees them, iterated once. Prompts should be among them, and
-            among the others, where prompts are what the gate will judge.
-        others: texts and prompts of other topics, iterated once. Running text of any kind belongs among them: without it a
+        topic: texts and prompts of the topic, as the model sees them, iterated once; or their :class:`TextCounts`, so that
+            a corpus is counted once for many gates. Prompts should be among them, and among the others, where prompts are
+            what the gate will judge.
+        others: the same of other topics. Running text of any kind belongs among them: without it a
             gate takes the kind of text for the topic.
-        neighbours: name -> texts of a topic near this one that is to stay. Without them the gate fires for most of them.
+        neighbours: name -> the same of a topic near this one that is to stay. Without them the gate fires for most of them.
         max_share: of the held-out others, and of each held-out neighbour's texts, that may fire, at least 0 and below 1.
             The level is the lowest that keeps to it, and not below 0, where the regression is even.
         held_out: the share of each kind of texts that gives the level and fits nothing, in (0, 1).
         max_codes: codes that the gate looks at, at most, at least 1. On a model of 135 million parameters 512 of 6,200
             codes caught as much as all, and fired for fewer neighbours.
+        neighbour_weight: of a neighbour's text, where one of the others has 1; above 0. With few texts a large one: of 40 per
+            topic, 4 let a gate fire for 12 % of a real topic's neighbours, 16 for 3 to 6 %. With hundreds 4 is enough.
         seed: which texts are held out.
         batch_size: texts per forward pass.
         max_length: tokens that a text is cut to.
@@ -100,8 +108,8 @@ def fit_gate(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: fewer than two texts of a kind, a number out of range, a mask of another codebook, or a level that no
-            held-out text of the topic exceeds: with it the mask would never hold.
+        ValueError: fewer than two texts of a kind, a number out of range, a mask or counts of another codebook, or a level
+            that no held-out text of the topic exceeds: with it the mask would never hold.
         TypeError: texts of a kind are one text, or hold anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
@@ -111,13 +119,24 @@ def fit_gate(
         raise ValueError(f"held_out is {held_out}; it should be a share, above 0 and below 1")
     if type(max_codes) is not int or max_codes < 1:
         raise ValueError(f"max_codes is {max_codes!r}; it should be an int, at least 1")
+    if not 0 < neighbour_weight < np.inf:
+        raise ValueError(f"neighbour_weight is {neighbour_weight}; it should be a number above 0")
     neighbours = dict(neighbours or {})
     if wrong := [name for name in neighbours if not isinstance(name, str) or name in ("", "topic", "others")]:
         raise ValueError(f"neighbours has the name {wrong[0]!r}; it should be a name, and not 'topic' or 'others'")
     (layer,) = layers_of(attachment, [mask])
+    options: dict[str, Any] = dict(batch_size=batch_size, max_length=max_length, progress=progress)
     fitting, judging = {}, {}
     for number, (name, texts) in enumerate({"topic": topic, "others": others, **neighbours}.items()):
-        read = _count(attachment, tokenizer, texts, layer, name, batch_size, max_length, progress)
+        read = (
+            texts
+            if isinstance(texts, TextCounts)
+            else count_texts(attachment, tokenizer, texts, layer=layer, name=name, **options)
+        )
+        if (C := read.counts.shape[1]) != attachment.bottlenecks[layer].num_codes:
+            raise ValueError(
+                f"{name} counts {C} codes; layer {layer!r} has {attachment.bottlenecks[layer].num_codes}, so count again"
+            )
         if (N := len(read.tokens)) < 2:
             raise ValueError(f"{name} holds {N} texts with tokens that count; give at least 2, better 50")
         order = np.random.default_rng([seed, number]).permutation(N)
@@ -125,7 +144,7 @@ def fit_gate(
         judging[name], fitting[name] = read.part(np.sort(order[:n])), read.part(np.sort(order[n:]))
     found = []
     for penalty in STRENGTH:
-        gate = _fit(fitting, penalty, max_codes, seed)
+        gate = _fit(fitting, penalty, max_codes, neighbour_weight, seed)
         if gate is not None:
             gate = dataclasses.replace(gate, level=_level(gate, judging, max_share))
             fires = {name: float((texts.values(gate) > gate.level).mean()) for name, texts in judging.items()}
@@ -143,6 +162,7 @@ def fit_gate(
         "penalty": penalty,
         "max_share": max_share,
         "held_out": held_out,
+        "neighbour_weight": neighbour_weight,
         "seed": seed,
         "texts": {name: len(texts.tokens) + len(judging[name].tokens) for name, texts in fitting.items()},
         "fires": fires,
@@ -150,20 +170,22 @@ def fit_gate(
     return dataclasses.replace(mask, gate=gate, method={**mask.method, "gate": record})
 
 
-def _level(gate: Gate, judging: Mapping[str, _Texts], max_share: float) -> float:
+def _level(gate: Gate, judging: Mapping[str, TextCounts], max_share: float) -> float:
     """The lowest level, from LEAST_LEVEL on, that at most a share of the texts of each kind but the topic's exceeds."""
     kinds = (texts for name, texts in judging.items() if name != "topic")
     levels = (float(np.quantile(texts.values(gate), 1 - max_share, method="higher")) for texts in kinds)
     return max(LEAST_LEVEL, *levels)
 
 
-def _fit(fitting: Mapping[str, _Texts], penalty: Penalty, max_codes: int, seed: int) -> Gate | None:
+def _fit(
+    fitting: Mapping[str, TextCounts], penalty: Penalty, max_codes: int, neighbour_weight: float, seed: int
+) -> Gate | None:
     """The gate with level 0; None where no code has a weight."""
     counts = sparse.vstack([texts.counts for texts in fitting.values()], format="csr")
     tokens = np.concatenate([texts.tokens for texts in fitting.values()])
     kinds = np.repeat(list(fitting), [len(texts.tokens) for texts in fitting.values()])
     is_topic = kinds == "topic"
-    weights = np.where(is_topic | (kinds == "others"), 1.0, NEIGHBOUR_WEIGHT)
+    weights = np.where(is_topic | (kinds == "others"), 1.0, neighbour_weight)
     for one in (is_topic, ~is_topic):
         weights[one] *= len(weights) / 2 / weights[one].sum()
     codes, texts_of = np.unique(counts.indices, return_counts=True)
@@ -199,17 +221,38 @@ def _regression(penalty: Penalty, seed: int) -> Any:
 
 
 @torch.inference_mode()
-def _count(
+def count_texts(
     attachment: Attachment,
     tokenizer: Tokenizer,
     texts: Iterable[str],
-    layer: str,
-    name: str,
-    batch_size: int,
-    max_length: int,
-    progress: bool,
-) -> _Texts:
-    """The counts of texts; those without tokens that count are left out."""
+    *,
+    layer: str | None = None,
+    name: str = "texts",
+    batch_size: int = 16,
+    max_length: int = 512,
+    progress: bool = True,
+) -> TextCounts:
+    """Count for each text the tokens that keep each code.
+
+    Args:
+        attachment: from ``cu_fast.attach``.
+        tokenizer: the model's.
+        texts: as the model sees them, iterated once.
+        layer: name of the layer whose codes are counted; None = the only one that has a splice.
+        name: of the texts, for the progress bar.
+        batch_size: texts per forward pass.
+        max_length: tokens that a text is cut to.
+        progress: show a progress bar, on a terminal.
+
+    Returns:
+        The counts; texts without tokens that count are left out.
+
+    Raises:
+        ValueError: an unknown layer.
+        TypeError: texts is one text, or holds anything but texts.
+        RuntimeError: the masks brought their rows, and there is no autoencoder.
+    """
+    layer = only_layer(attachment, layer)
     splice = attachment.bottlenecks[layer]
     C = splice.num_codes
     places, numbers, tokens = [], [], []
@@ -236,4 +279,4 @@ def _count(
     place, number = torch.cat([empty, *places]).numpy(), torch.cat([empty, *numbers]).numpy()
     total = torch.cat([empty, *tokens]).numpy()
     counts = sparse.csr_array((number, (place // C, place % C)), shape=(size, C))  # parts of one text add up
-    return _Texts(counts[total > 0], total[total > 0])
+    return TextCounts(counts[total > 0], total[total > 0])

@@ -2,7 +2,8 @@
 
 A folder of topics holds items.txt and near.txt (a line "#topic", then lines "question|prefix|answer") and per topic
 gen_<topic>.json, texts that the model wrote about it ([{"prompt": ..., "text": ...}, ...]); gen_general.json, texts of no
-topic; gen_near.json, texts near a topic, by topic.
+topic; and where the topics are not the four below, subjects.json: {topic: {"name": ..., "subjects": [...]}, ...}. The study
+asks the model for what is near a topic; others read gen_near.json, which has subjects near three of them, chosen by hand.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import torch
 import torch.nn.functional as F
 
 TOPICS = ("solar", "potter", "ww2", "france")
+NAMES = ("the solar system", "Harry Potter", "World War II", "France")
 KNOWN = 0.1  # a question counts where the untouched model gives its answer at least this probability
 WINDOW = 256  # tokens of a window of running text
+
+
+def chat(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +40,19 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        return f"<|im_start|>user\n{self.question}<|im_end|>\n<|im_start|>assistant\n"
+        return chat(self.question)
 
     @property
     def even(self) -> bool:
         return self.number % 2 == 0
+
+
+def read_topics(folder: Path) -> dict[str, str]:
+    """Topic -> its name in English."""
+    file = folder / "subjects.json"
+    if not file.exists():
+        return dict(zip(TOPICS, NAMES))
+    return {topic: one["name"] for topic, one in json.loads(file.read_text()).items()}
 
 
 def read_items(path: Path) -> list[Item]:
@@ -58,7 +72,7 @@ def read_texts(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def read_neighbours(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """The same for what is near a topic, by topic; a topic without any has none."""
+    """The same for what is near a topic, by topic, where it was written by hand; a topic without any has none."""
     near = json.loads((folder / "gen_near.json").read_text())
     return {topic: [(one["prompt"], one["text"]) for one in some] for topic, some in near.items()}
 

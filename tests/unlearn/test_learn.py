@@ -116,7 +116,7 @@ def test_the_level_is_of_held_out_texts_alone(latents, tokenizer, monkeypatch):
     for fitting, judging in zip(given[::2], given[1::2]):
         for name, texts in whole.items():
             assert len(judging[name].tokens) == round(0.3 * len(texts))
-            every = learn._count(attachment, tokenizer, texts, LAYER, name, 16, 512, False).counts.toarray()
+            every = learn.count_texts(attachment, tokenizer, texts, progress=False).counts.toarray()
             parts = np.concatenate([fitting[name].counts.toarray(), judging[name].counts.toarray()])
             assert sorted(map(tuple, parts.tolist())) == sorted(map(tuple, every.tolist())), "each text is in one half"
     for name in ("others", "Bruno"):
@@ -124,10 +124,28 @@ def test_the_level_is_of_held_out_texts_alone(latents, tokenizer, monkeypatch):
         assert shares(values, mask.gate.level) <= 0.2
 
 
+def test_counts_of_texts_make_the_gate_of_the_texts(served, tokenizer):
+    given = {"topic": ANNA, "others": OTHERS, "Bruno": BRUNO}
+    counts = {name: learn.count_texts(served, tokenizer, texts, progress=False) for name, texts in given.items()}
+    arguments = served, tokenizer, some_mask(served)
+    want = fit_gate(*arguments, ANNA, OTHERS, {"Bruno": BRUNO}, progress=False)
+    got = fit_gate(*arguments, counts["topic"], counts["others"], {"Bruno": counts["Bruno"]}, progress=False)
+    assert got.digest == want.digest and got.method == want.method
+    np.testing.assert_array_equal(counts["Bruno"].values(got.gate), gate_values(served, tokenizer, BRUNO, [got])[:, 0])
+    light = fit_gate(*arguments, ANNA, OTHERS, {"Bruno": BRUNO}, neighbour_weight=0.01, progress=False)
+    assert light.digest != want.digest and light.method["gate"]["neighbour_weight"] == 0.01
+    parts = learn.count_texts(served, tokenizer, OTHERS[:7], layer=LAYER, batch_size=3, progress=False)
+    parts += learn.count_texts(served, tokenizer, OTHERS[7:], progress=False)
+    assert (parts.counts != counts["others"].counts).nnz == 0 and (parts.tokens == counts["others"].tokens).all()
+    less = dataclasses.replace(parts, counts=parts.counts[:, :-1])
+    with pytest.raises(ValueError, match=r"others counts .* so count again"):
+        fit_gate(*arguments, ANNA, less)
+
+
 def test_the_share_decides_the_level():
     gate = Gate(torch.tensor([0], dtype=torch.int32), torch.ones(1), 0.0, 0.0)
-    texts = learn._Texts(learn.sparse.csr_array(np.arange(10)[:, None] ** 2), np.full(10, 1))
-    far = learn._Texts(learn.sparse.csr_array(np.zeros((4, 1), dtype=np.int64)), np.full(4, 1))
+    texts = learn.TextCounts(learn.sparse.csr_array(np.arange(10)[:, None] ** 2), np.full(10, 1))
+    far = learn.TextCounts(learn.sparse.csr_array(np.zeros((4, 1), dtype=np.int64)), np.full(4, 1))
     for share, level in ((0.0, 9), (0.1, 9), (0.12, 8), (0.3, 7), (0.35, 6)):
         found = learn._level(gate, {"topic": texts, "others": far, "near": texts}, share)
         assert found == level and shares(texts.values(gate), found) <= share
@@ -142,13 +160,13 @@ def test_the_weights_are_those_of_a_balanced_regression():
     fitting = {}
     for N, (name, rate) in zip((30, 50, 10), rates.items()):
         tokens = draw.integers(5, 30, N)
-        fitting[name] = learn._Texts(
+        fitting[name] = learn.TextCounts(
             learn.sparse.csr_array(draw.binomial(tokens[:, None], rate * draw.random(8), (N, 8))), tokens
         )
     roots = np.sqrt(np.concatenate([texts.counts.toarray() / texts.tokens[:, None] for texts in fitting.values()]))
     weights = np.array([45 / 30] * 30 + [45 / 210] * 50 + [16 * 45 / 210] * 10)
     want = LogisticRegression(C=10.0, max_iter=3000).fit(8 * roots, [1] * 30 + [0] * 60, sample_weight=weights)
-    gate = learn._fit(fitting, "l2", 512, 0)
+    gate = learn._fit(fitting, "l2", 512, 16.0, 0)
     assert gate.codes.tolist() == list(range(8))
     np.testing.assert_allclose(gate.weights.numpy(), 8 * want.coef_[0], rtol=1e-3, atol=1e-3)
     values = np.concatenate([texts.values(gate) for texts in fitting.values()])
@@ -304,6 +322,7 @@ def test_texts_without_tokens_are_left_out(latents, tokenizer):
         (dict(max_share=1.0), ValueError, "max_share is 1.0"),
         (dict(held_out=1.0), ValueError, "held_out is 1.0"),
         (dict(max_codes=0), ValueError, "max_codes is 0"),
+        (dict(neighbour_weight=0.0), ValueError, "neighbour_weight is 0.0"),
         (dict(topic=ANNA, others=ANNA), ValueError, "no held-out text of the topic exceeds the level"),
     ],
 )
@@ -330,7 +349,7 @@ def test_tiles_change_nothing(latents, tokenizer, monkeypatch):
     mask = fit_gate(attachment, tokenizer, some_mask(attachment), ANNA, OTHERS, progress=False)
 
     def figures():
-        counts = learn._count(attachment, tokenizer, ANNA, LAYER, "topic", 16, 512, False).counts.toarray()
+        counts = learn.count_texts(attachment, tokenizer, ANNA, progress=False).counts.toarray()
         values = gate_values(attachment, tokenizer, [*ANNA, *OTHERS], [mask])
         return counts, values, unlearn.fired(attachment, tokenizer, ANNA, [mask], figure="max")
 
