@@ -16,8 +16,8 @@ import numpy as np
 from shared import metrics
 
 COLUMNS = (
-    "p", "of_before", "utility", "forget_rouge", "forget_probability", "fires_forget", "fires_reworded", "fires_retain",
-    "fires_general", "codes", "seconds", "forward", "backward", "runs", "retain_rows",
+    "p", "of_before", "utility", "retain_probability", "forget_rouge", "forget_probability", "fires_forget",
+    "fires_reworded", "fires_retain", "fires_general", "codes", "seconds", "forward", "backward", "runs", "retain_rows",
 )  # fmt: skip
 KEYS = ("split", "seed", "method", "setting")
 
