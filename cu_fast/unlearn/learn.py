@@ -37,7 +37,7 @@ LEAST_LEVEL = 0.0  # where the regression itself says "topic": a few held-out te
 
 @dataclasses.dataclass
 class TextCounts:
-    """Texts as counts, from :func:`count_texts`: all that a gate sees of them.
+    """Texts as counts, from :func:`count_texts`: all that a gate sees of them. They do not say which layer's they are.
 
     Attributes:
         counts: int64 [N, C], CSR: tokens that keep each code.
@@ -108,8 +108,8 @@ def fit_gate(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: fewer than two texts of a kind, a number out of range, a mask or counts of another codebook, or a level
-            that no held-out text of the topic exceeds: with it the mask would never hold.
+        ValueError: fewer than two texts of a kind, a number out of range, a mask of another codebook, counts of another
+            number of codes, or a level that no held-out text of the topic exceeds: with it the mask would never hold.
         TypeError: texts of a kind are one text, or hold anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
