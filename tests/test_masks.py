@@ -197,8 +197,8 @@ def test_after_erasing():
     assert left.ids().tolist() == [1, 3] and left.num_codes == 4 and left.codebook_sha256 == "c" * 64
 
 
-def gate(codes=(0, 5, 69), weights=(2.0, -0.5, 1e-3), bias=-0.0, level=0.1):
-    return Gate(torch.tensor(codes, dtype=torch.int32), torch.tensor(weights), bias, level)
+def gate(codes=(0, 5, 69), weights=(2.0, -0.5, 1e-3), bias=-0.0, level=0.1, window=None):
+    return Gate(torch.tensor(codes, dtype=torch.int32), torch.tensor(weights), bias, level, window=window)
 
 
 def rows(n, seed=0):
@@ -211,12 +211,61 @@ class TestGate:
     ids = torch.tensor([[0, 1, 5], [5, 9, -1], [2, 69, 0], [-1, -1, -1], [0, 5, 69]], dtype=torch.int32)
     sequence = torch.tensor([0, 2, 2, 2, -1])
 
+    position = torch.tensor([0, 0, 1, 2, -1])
+
     def test_counts_tokens_that_keep_a_code(self):
-        counts = gate().count(self.ids, self.sequence, 3)
-        assert counts.dtype == torch.int64 and counts.tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
-        parts = sum(gate().count(self.ids[i : i + 1], self.sequence[i : i + 1], 3) for i in range(5))
+        kept = gate().kept(self.ids)
+        assert kept.dtype == torch.bool
+        assert kept.int().tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]
+        arguments = kept, self.sequence, self.position
+        counts = gate().count(*arguments, 3, 1)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == [[[1, 1, 0, 1]], [[0, 0, 0, 0]], [[1, 1, 1, 3]]]
+        parts = sum(gate().count(*(tensor[i : i + 1] for tensor in arguments), 3, 1) for i in range(5))
         assert torch.equal(parts, counts)
-        assert gate().count(self.ids[:0], self.sequence[:0], 3).tolist() == [[0, 0, 0]] * 3
+        assert gate().count(*(tensor[:0] for tensor in arguments), 3, 1).tolist() == [[[0] * 4]] * 3
+        blocks = gate(window=2).count(*arguments, 3, 3)
+        assert blocks[2].tolist() == [[0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 1]]
+        assert torch.equal(blocks.sum(1, keepdim=True), counts) and blocks[1].sum() == 0
+        later = gate(window=2).count(*(tensor[2:4] for tensor in arguments), 3, 2, first=1)
+        assert torch.equal(later[2], blocks[2, 1:])
+
+    @pytest.mark.parametrize("window", [2, 6, 16, None])
+    def test_of_windows_the_largest_value_counts(self, window):
+        """By a loop over windows; sequences of up to 20 tokens, the last one of none."""
+        generator = torch.Generator().manual_seed(1)
+        made = gate(range(4), [1.0, 2.0, 0.5, -1.5], window=window)
+        lengths = [20, 1, 3, 6, 7, 9, 12, 0]
+        kept = torch.rand(sum(lengths), 4, generator=generator) < 0.3
+        sequence = torch.repeat_interleave(torch.arange(8), torch.tensor(lengths))
+        position = torch.cat([torch.arange(n) for n in lengths])
+        found = made.value(made.count(kept, sequence, position, 8, made.num_blocks(20)))
+        half = (window or 40) // 2
+        for n, of, value in zip(lengths, kept.split(lengths), found.tolist()):
+            starts = [0] if n <= 2 * half else range(0, n - half, half)
+            pieces = [of[start : start + 2 * half] for start in starts]
+            assert n == 0 or sum(len(piece) for piece in pieces) >= n == starts[-1] + len(pieces[-1])
+            want = [
+                sum(
+                    w * float(np.sqrt(np.float32(piece[:, j].double().mean()))) for j, w in enumerate([1, 2, 0.5, -1.5])
+                )
+                for piece in pieces
+            ]
+            assert value == pytest.approx(max(want) if n else float("inf"), rel=1e-12)
+
+    def test_blocks_that_were_judged_need_not_be_kept(self):
+        """Token by token with the last blocks alone: the largest so far is the largest of the whole at each token."""
+        generator = torch.Generator().manual_seed(2)
+        made = gate(range(3), [1.0, 2.0, -0.5], window=6)
+        kept, position = torch.rand(23, 3, generator=generator) < 0.3, torch.arange(23)
+        nowhere = torch.zeros(23, dtype=torch.int64)
+        whole, last = [], []
+        for n in range(1, 24):
+            counts = made.count(kept[:n], nowhere[:n], position[:n], 1, made.num_blocks(n))
+            whole.append(made.value(counts))
+            last.append(made.value(counts[:, max(0, made.num_blocks(n - 1) - 2) :]))
+        assert torch.equal(torch.cat(whole).cummax(0).values, torch.cat(last).cummax(0).values)
+        assert not torch.equal(torch.cat(whole), torch.cat(last))
 
     def test_value_is_the_sum_over_roots_of_shares(self):
         generator = torch.Generator().manual_seed(0)
@@ -224,7 +273,7 @@ class TestGate:
             made = gate(range(n), torch.randn(n, generator=generator).tolist(), bias=0.3)
             counts = torch.randint(0, 50, (6, n), generator=generator)
             tokens = torch.tensor([50, 50, 61, 1, 0, 10**6])
-            got = made.value(counts, tokens)
+            got = made.value(torch.cat([counts, tokens[:, None]], 1)[:, None])
             weights = [Fraction(w) for w in made.weights.double().tolist()]
             for row, T, value in zip(counts.tolist(), tokens.tolist(), got.tolist()):
                 if T == 0:
@@ -241,23 +290,30 @@ class TestGate:
         big = float(2**60)
         made = gate(range(5), [big, 1.0, 3.0, -big, 2.0], bias=0.0)
         # (big + -big), (1 + 2), 3 in halves of 5; then (0 + 3), (3); in order from the left it were 2
-        assert made.value(torch.ones(1, 5, dtype=torch.int64), torch.tensor([1])).tolist() == [6.0]
+        assert made.value(torch.ones(1, 1, 6, dtype=torch.int64)).tolist() == [6.0]
 
     def test_it_is_part_of_what_a_mask_does(self):
         plain = mask([3])
         made = plain.with_gate(gate())
         digests = {plain.digest, made.digest}
-        for change in (dict(codes=(0, 6, 69)), dict(weights=(2.0, -0.5, 2e-3)), dict(bias=0.5), dict(level=0.2)):
+        for change in (
+            dict(codes=(0, 6, 69)),
+            dict(weights=(2.0, -0.5, 2e-3)),
+            dict(bias=0.5),
+            dict(level=0.2),
+            dict(window=4),
+        ):
             digests.add(plain.with_gate(gate(**change)).digest)
-        assert len(digests) == 6
+        assert len(digests) == 7
         assert plain.with_gate(gate()).digest == made.digest and made.with_gate(None).digest == plain.digest
         assert made.with_strength(3).gate is made.gate and (made | plain).gate is None
 
-    def test_round_trip(self, tmp_path):
-        made = mask([3], strength=2.5).with_gate(gate())
+    @pytest.mark.parametrize("window", [None, 64])
+    def test_round_trip(self, tmp_path, window):
+        made = mask([3], strength=2.5).with_gate(gate(window=window))
         made.save(tmp_path / "m")
         read = Mask.load(tmp_path / "m")
-        assert read.digest == made.digest and read.strength == 2.5
+        assert read.digest == made.digest and read.strength == 2.5 and read.gate.window == window
         assert torch.equal(read.gate.codes, made.gate.codes) and torch.equal(read.gate.weights, made.gate.weights)
         assert repr((read.gate.bias, read.gate.level)) == "(-0.0, 0.1)"
         assert json.loads((tmp_path / "m" / "mask.json").read_text())["format_version"] == 2
@@ -318,7 +374,7 @@ class TestGate:
 
     @pytest.mark.parametrize(
         "value",
-        [None, 5, {}, {"num_codes": 3}, dict(num_codes=True), dict(num_codes=0), dict(bias="0"), dict(level=None), dict(sha256=1)],
+        [None, 5, {}, {"num_codes": 3}, dict(num_codes=True), dict(num_codes=0), dict(bias="0"), dict(level=None), dict(sha256=1), dict(window="8")],
     )  # fmt: skip
     def test_a_record_that_describes_no_gate_is_refused(self, tmp_path, value):
         mask([3]).with_gate(gate()).save(tmp_path / "m")
@@ -341,6 +397,9 @@ class TestGate:
             (dict(weights=(1.0, 2.0, float("inf"))), "should be finite"),
             (dict(bias=float("nan")), "should be finite"),
             (dict(level=float("inf")), "should be finite"),
+            (dict(window=0), "window is 0; it should be an even number of tokens, at least 2, or None"),
+            (dict(window=7), "window is 7"),
+            (dict(window=8.0), "window is 8.0"),
         ],
     )
     def test_what_is_no_gate_is_refused(self, change, words):

@@ -4,13 +4,15 @@ A mask with a learned gate deletes in a sequence from the forward on in which th
 sequence so far, exceeds its level: in the first forward that is the whole prompt, as ``topics_of`` would judge it. What
 has begun goes on: a sequence that came to speak of the topic does not talk its way out again.
 
-The counts belong to the sequences that a cache holds, and are kept on the cache.
+The counts belong to the sequences that a cache holds, and are kept on the cache. Of a gate with a window those of the
+blocks that windows to come begin with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from cu_fast.hf.request import Request
@@ -22,13 +24,14 @@ class GateState:
     """What the gates of a request have seen of the sequences of one cache.
 
     Attributes:
-        tokens: layer's number -> int64 [N], tokens counted in each of N sequences.
-        counts: (layer's number, name of a mask) -> int64 [N, n], of those the tokens that keep each of the gate's codes.
+        tokens: layer's number -> int64 [N], tokens that count of each of N sequences.
+        counts: (layer's number, name of a mask) -> the number of the first block that is kept, and int64 [N, K, n + 1],
+            as ``Gate.count`` gives them.
         on: layer's number -> per sequence the names whose masks delete.
     """
 
     tokens: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    counts: dict[tuple[int, str], Tensor] = dataclasses.field(default_factory=dict)
+    counts: dict[tuple[int, str], tuple[int, Tensor]] = dataclasses.field(default_factory=dict)
     on: dict[int, list[set[str]]] = dataclasses.field(default_factory=dict)
 
 
@@ -53,9 +56,12 @@ def gated_rows(
     B = x.shape[0]
     names = request.names if request.of == "sequence" else request.names * B
     copies = B // len(names)
-    counted = counted.to(x.device)
-    seen = counted.sum(1).reshape(-1, copies).sum(1).cpu()
-    state.tokens[index] = state.tokens.get(index, 0) + seen
+    before = state.tokens.get(index, torch.zeros(len(names), dtype=torch.int64))
+    order = counted.cpu().long().cumsum(1)  # of each row's tokens that count, from 1
+    position = (order - 1 + before.repeat_interleave(copies)[:, None]).flatten().to(x.device)
+    sequence = (torch.arange(B) // copies)[:, None].to(x.device)
+    sequence = torch.where(counted.to(x.device), sequence, -1).flatten()
+    tokens = state.tokens[index] = before + order[:, -1].reshape(-1, copies).amax(1)
     on = state.on.setdefault(index, [set() for _ in names])
     mine = request.masks.get(layer.name, {})
     for name, mask in mine.items():
@@ -63,13 +69,19 @@ def gated_rows(
             for entry, some in zip(on, names):
                 entry |= {name} & set(some)
             continue
-        kept = (
-            layer.bottleneck.keeps(x, mask.gate.codes, mask.gate.rows).reshape(*counted.shape, -1) & counted[..., None]
-        )
-        found = kept.sum(1).reshape(-1, copies, kept.shape[-1]).sum(1).cpu()
-        counts = state.counts[index, name] = state.counts.get((index, name), 0) + found
-        seen_any = state.tokens[index] > 0  # a first token alone, which masks leave alone, cannot be judged
-        fires = seen_any & (mask.gate.value(counts, state.tokens[index]) > mask.gate.level)
+        gate = mask.gate
+        # From the block before that of the last token so far: with it ends a window that was judged.
+        first = max(0, gate.num_blocks(int(before.min())) - 2)
+        last = gate.num_blocks(int(tokens.max()))
+        kept = layer.bottleneck.keeps(x, gate.codes, gate.rows).reshape(len(sequence), -1)
+        found = gate.count(kept, sequence, position, len(names), last - first, first).cpu()
+        if (index, name) in state.counts:
+            earlier, counts = state.counts[index, name]
+            counts = counts[:, first - earlier :]
+            found[:, : counts.shape[1]] += counts
+        state.counts[index, name] = first, found
+        # A first token alone, which masks leave alone, cannot be judged.
+        fires = (tokens > 0) & (gate.value(found) > gate.level)
         for entry, some, fired in zip(on, names, fires.tolist()):
             if fired and name in some:
                 entry.add(name)

@@ -3,13 +3,19 @@
     value = bias + sum over j of weights_j * sqrt(the share of tokens that keep code codes_j)
 
 The mask is used where the value is above the level. The root is there because one token in fifty that keeps a code tells
-more than the difference between ten and twelve do. Everything here is plain tensors, on any device and in any order of
-tokens: a prompt that is counted whole, or token by token while a model generates, has the same value to the last bit.
+more than the difference between ten and twelve do.
+
+A long prompt dilutes a share. A gate with a window looks at that many tokens at a time, each window half a window further
+on, and its value is the largest of theirs; the last one ends with the prompt, and a prompt of no more than a window is one.
+So any run of half a window and one token lies in a window as a whole.
+
+Everything here is plain tensors, on any device and in any order of tokens: a prompt that is counted whole, or token by
+token while a model generates, has the same value to the last bit.
 The counts are integers; a share is rounded to fp32, and so is its root, once. A weight times a root (24 bits each) is exact
 in fp64, so that it does not matter whether a device multiplies and adds in one instruction, and the products are added
 in one order, a tree of halves.
 
-B prompts, T tokens, n codes of the gate.
+B prompts, T tokens, n codes of the gate, K blocks: halves of windows, counted apart.
 """
 
 from __future__ import annotations
@@ -40,9 +46,11 @@ class Gate:
         level: the mask is used where the value is above it.
         rows: of a sparse autoencoder's latents those of the codes, in their order, so that the gate decides without the
             autoencoder; None = not at hand. No part of what is decided.
+        window: tokens that are looked at together, even and at least 2; None = the whole prompt.
 
     Raises:
-        ValueError: a wrong shape or dtype, codes that do not ascend from 0 on, or a number that is not finite.
+        ValueError: a wrong shape or dtype, codes that do not ascend from 0 on, a number that is not finite, or a window
+            that is odd or below 2.
     """
 
     codes: Tensor
@@ -50,6 +58,7 @@ class Gate:
     bias: float
     level: float
     rows: LatentRows | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         n = self.codes.numel()
@@ -63,52 +72,80 @@ class Gate:
             raise ValueError("codes of the gate should be at least 0, and each above the one before")
         object.__setattr__(self, "bias", float(self.bias))
         object.__setattr__(self, "level", float(self.level))
+        check_window(self.window)
         if self.rows is not None and len(self.rows.enc) != n:
             raise ValueError(f"rows of the gate are {len(self.rows.enc)}; there should be {n}, one per code")
         if not (bool(self.weights.isfinite().all()) and math.isfinite(self.bias) and math.isfinite(self.level)):
             raise ValueError(f"weights, bias {self.bias} and level {self.level} of the gate should be finite")
 
-    def count(self, ids: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-        """How many tokens of each sequence keep each of the gate's codes.
-
-        Counts of parts of a sequence add up to those of the whole. Nothing here waits for a GPU.
+    def kept(self, ids: Tensor) -> Tensor:
+        """Which of the gate's codes tokens keep.
 
         Args:
             ids: int32 [T, n'], the codes that each token keeps, none of them twice, -1 = an empty place; on the device
                 of the gate, as :meth:`cu_fast.nn.Splice.active` gives them.
-            sequence: int64 [T], to which of the B sequences each token belongs; -1 = none, as padding and the first
-                positions, which masks leave alone. Give :meth:`value` the number of the others.
-            num_sequences: B.
 
         Returns:
-            int64 [B, n].
+            bool [T, n].
         """
-        n, codes = len(self.codes), self.codes
-        place = torch.searchsorted(codes, ids.contiguous()).clamp(max=n - 1)
-        known = (codes[place] == ids) & (sequence >= 0)[:, None]
-        index = torch.where(known, sequence[:, None] * n + place, num_sequences * n).flatten()
-        counts = torch.zeros(num_sequences * n + 1, dtype=torch.int64, device=ids.device)
-        counts.scatter_add_(0, index, torch.ones_like(index))
-        return counts[:-1].reshape(num_sequences, n)
+        n = len(self.codes)
+        place = torch.searchsorted(self.codes, ids.contiguous()).clamp(max=n - 1)
+        place = torch.where(self.codes[place] == ids, place, n)
+        return torch.zeros(len(ids), n + 1, dtype=torch.bool, device=ids.device).scatter_(1, place, True)[:, :n]
 
-    def value(self, counts: Tensor, tokens: Tensor) -> Tensor:
+    def num_blocks(self, tokens: int) -> int:
+        """Of how many blocks a prompt of so many tokens is; 1 without a window."""
+        return max(1, math.ceil(tokens / (self.window // 2))) if self.window else 1
+
+    def count(
+        self, kept: Tensor, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int = 0
+    ) -> Tensor:
+        """How many tokens of each block of each sequence keep each of the gate's codes, and how many there are.
+
+        Counts of parts of a sequence add up to those of the whole. Nothing here waits for a GPU.
+
+        Args:
+            kept: bool [T, n], as :meth:`kept` gives it, or :meth:`cu_fast.nn.Splice.keeps`.
+            sequence: int64 [T], to which of the B sequences each token belongs; -1 = none, as padding and the first
+                positions, which masks leave alone.
+            position: int64 [T], how many tokens that count are before each in its sequence.
+            num_sequences: B.
+            num_blocks: K, which are counted.
+            first: the number of the first of them.
+
+        Returns:
+            int64 [B, K, n + 1], tokens last.
+        """
+        block = position // (self.window // 2) - first if self.window else 0
+        index = torch.where(sequence >= 0, sequence * num_blocks + block, num_sequences * num_blocks)
+        found = torch.cat([kept, kept.new_ones(len(kept), 1)], 1).long()
+        counts = found.new_zeros(num_sequences * num_blocks + 1, found.shape[1])
+        return counts.index_add_(0, index, found)[:-1].reshape(num_sequences, num_blocks, -1)
+
+    def value(self, counts: Tensor) -> Tensor:
         """The gate's value of each sequence; the mask is used where it is above :attr:`level`.
 
         Args:
-            counts: int64 [B, n], as :meth:`count` gave them; on the device of the gate.
-            tokens: int64 [B], how many tokens were counted.
+            counts: int64 [B, K, n + 1], as :meth:`count` gave them; on the device of the gate.
 
         Returns:
             fp64 [B]; inf for a sequence without tokens, which cannot be judged.
         """
-        shares = counts.double() / tokens.clamp(min=1).double()[:, None]
+        there = torch.ones(counts.shape[:2], dtype=torch.bool, device=counts.device)
+        if counts.shape[1] > 1:
+            there = counts[:, 1:, -1] > 0
+            there[:, 0] = True  # a sequence of one block is a window
+            counts = counts[:, :-1] + counts[:, 1:]
+        tokens = counts[..., -1]
+        shares = counts[..., :-1].double() / tokens.clamp(min=1).double()[..., None]
         terms = self.weights.double() * root(shares.float()).double()
-        while (n := terms.shape[1]) > 1:
+        while (n := terms.shape[-1]) > 1:
             half = (n + 1) // 2
-            sums = terms[:, :half].clone()
-            sums[:, : n - half] += terms[:, half:]
+            sums = terms[..., :half].clone()
+            sums[..., : n - half] += terms[..., half:]
             terms = sums
-        return torch.where(tokens > 0, self.bias + terms[:, 0], torch.inf)
+        values = torch.where(tokens > 0, self.bias + terms[..., 0], torch.inf)
+        return values.where(there, -torch.inf).amax(1)
 
     def with_rows(self, rows: LatentRows | None) -> Gate:
         """The same gate with the rows of its latents, as ``SAE.rows_of(gate.codes)`` gives them; None = without."""
@@ -125,6 +162,8 @@ class Gate:
         content = hashlib.sha256(struct.pack("<qdd", len(self.codes), self.bias, self.level))
         content.update(self.codes.cpu().numpy().astype("<i4").tobytes())
         content.update(self.weights.cpu().numpy().astype("<f4").tobytes())
+        if self.window:
+            content.update(struct.pack("<q", self.window))
         return content.hexdigest()
 
     def after_erasing(self, kept: Tensor) -> Gate | None:
@@ -152,6 +191,7 @@ class Gate:
     def record(self, *, rows: bool) -> dict[str, Any]:
         """What a mask's record says of it."""
         own = {"num_codes": len(self.codes), "bias": self.bias, "level": self.level, "sha256": self.digest()}
+        own |= {"window": self.window} if self.window else {}
         return own | ({"rows": self.rows.record()} if rows and self.rows else {})
 
     @classmethod
@@ -167,12 +207,24 @@ class Gate:
             ValueError: the tensors make no gate, or not that of the record.
         """
         try:
-            gate = cls(tensors["gate_codes"], tensors["gate_weights"], record["bias"], record["level"])
+            gate = cls(
+                tensors["gate_codes"],
+                tensors["gate_weights"],
+                record["bias"],
+                record["level"],
+                window=record.get("window"),
+            )
         except ValueError as error:
             raise ValueError(f"{file}: {error}; fit the gate again") from error
         if gate.digest() != record["sha256"]:
             raise ValueError(f"{file} does not hold the gate of mask.json; fit it again")
         return gate.with_rows(LatentRows.read(tensors, record["rows"], file, "gate_")) if "rows" in record else gate
+
+
+def check_window(window: int | None) -> None:
+    """Raises ValueError for what is no window of a gate."""
+    if window is not None and (type(window) is not int or window < 2 or window % 2):
+        raise ValueError(f"window is {window!r}; it should be an even number of tokens, at least 2, or None")
 
 
 def gate_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, ...]]:
@@ -181,8 +233,9 @@ def gate_shapes(record: Mapping[str, Any], file: Path) -> dict[str, tuple[int, .
     kinds = {"num_codes": (int,), "bias": (float,), "level": (float,), "sha256": (str,)}
     if (
         not isinstance(gate, dict)
-        or set(gate) - {"rows"} != set(kinds)
+        or set(gate) - {"rows", "window"} != set(kinds)
         or any(type(gate[name]) not in kind for name, kind in kinds.items())
+        or type(gate.get("window", 0)) is not int
         or gate["num_codes"] < 1
     ):
         raise ValueError(f"{file} has gate {gate!r}, which describes none; fit the gate again")

@@ -251,12 +251,13 @@ def _read(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     hits: dict[str, Tensor] = {}  # name -> fp64 [B, S], deleted codes per token
     counted: dict[str, Tensor] = {}  # layer -> bool [B, S], which tokens count
-    counts: dict[tuple[str, str], Tensor] = {}  # name and layer -> int64 [B, n], of a gate's codes
+    counts: dict[tuple[str, str], Tensor] = {}  # name and layer -> int64 [B, K, n + 1], of a gate
 
     def visit(layer: str, x: Tensor, valid: Tensor, _: Tensor) -> None:
         counted[layer] = valid
         B, S = valid.shape
         sequence = torch.arange(B)[:, None].expand(B, S)[valid]
+        position = (valid.long().cumsum(1) - 1)[valid]
         deleted: dict[str, list[Tensor]] = {name: [] for name, masks in plain.items() if layer in masks}
         done = 0
         for _, kept in kept_codes(readers[layer], x):
@@ -266,7 +267,8 @@ def _read(
                 parts.append(reference.is_deleted(ids, bits, torch.zeros(len(ids), dtype=torch.int32)).sum(1))
             for name, masks in learned.items():
                 if layer in masks:
-                    more = masks[layer].gate.count(ids, sequence[done : done + len(ids)], B)
+                    gate, part = masks[layer].gate, slice(done, done + len(ids))
+                    more = gate.count(gate.kept(ids), sequence[part], position[part], B, gate.num_blocks(S))
                     counts[name, layer] = counts.get((name, layer), 0) + more
             done += len(ids)
         for name, parts in deleted.items():
@@ -291,8 +293,7 @@ def _read(
                 for column, (layer, mask) in enumerate(masks.items()):
                     _check_read(name, [layer], [layer] if layer in counted else [])
                     if (name, layer) in counts:
-                        value = mask.gate.value(counts[name, layer], counted[layer].sum(1))
-                        values[name][batch, column] = value.numpy()
+                        values[name][batch, column] = mask.gate.value(counts[name, layer]).numpy()
     return found, values
 
 

@@ -7,7 +7,9 @@
 3. The other half, which no weight has seen, gives the level, and the choice: the few codes of L1 where they catch as many
    of the topic's texts at their level as those of L2 do at theirs.
 
-Fitting needs scikit-learn (``pip install "cu-fast[gates]"``); serving does not. N texts, C codes.
+A gate with a window is fitted to the windows of texts; each text has the same weight, and its value is its windows' largest.
+
+Fitting needs scikit-learn (``pip install "cu-fast[gates]"``); serving does not. N texts, C codes, R windows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cu_fast.masks import Gate, Mask
+from cu_fast.masks.gate import check_window
 from cu_fast.unlearn.gate import check_share
 from cu_fast.unlearn.reading import batches_of, kept_codes, layers_of, only_layer, reading
 
@@ -40,25 +43,46 @@ class TextCounts:
     """Texts as counts, from :func:`count_texts`: all that a gate sees of them. They do not say which layer's they are.
 
     Attributes:
-        counts: int64 [N, C], CSR: tokens that keep each code.
-        tokens: int64 [N], at least 1.
+        counts: int64 [R, C], CSR: tokens of each window that keep each code.
+        tokens: int64 [R], at least 1.
+        texts: int64 [R], ascending: which of the N texts each window is of; None = each is a text.
+        window: as of :class:`cu_fast.masks.Gate`.
     """
 
     counts: sparse.csr_array
     tokens: np.ndarray
+    texts: np.ndarray | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.texts is None:
+            self.texts = np.arange(len(self.tokens))
+
+    def __len__(self) -> int:
+        """N."""
+        return int(self.texts[-1]) + 1 if len(self.texts) else 0
 
     def __add__(self, other: TextCounts) -> TextCounts:
+        if self.window != other.window:
+            raise ValueError(
+                f"windows of {self.window} and {other.window} tokens cannot be added; count again with one"
+            )
         counts = sparse.vstack([self.counts, other.counts], format="csr")
-        return TextCounts(counts, np.concatenate([self.tokens, other.tokens]))
+        tokens = np.concatenate([self.tokens, other.tokens])
+        return TextCounts(counts, tokens, np.concatenate([self.texts, len(self) + other.texts]), self.window)
 
-    def part(self, rows: np.ndarray) -> TextCounts:
-        """The texts of some rows, int64 or bool."""
-        return TextCounts(self.counts[rows], self.tokens[rows])
+    def part(self, texts: np.ndarray) -> TextCounts:
+        """Some of the texts, int64 or bool, in the order that they have here."""
+        chosen = np.zeros(len(self), dtype=bool)
+        chosen[texts] = True
+        rows = chosen[self.texts]
+        return TextCounts(self.counts[rows], self.tokens[rows], (chosen.cumsum() - 1)[self.texts[rows]], self.window)
 
     def values(self, gate: Gate) -> np.ndarray:
         """float64 [N], the gate's value of each text, to the bit as where it serves."""
-        counts = torch.from_numpy(self.counts[:, gate.codes.numpy()].toarray())
-        return gate.value(counts, torch.from_numpy(self.tokens)).numpy()
+        counts = np.column_stack([self.counts[:, gate.codes.numpy()].toarray(), self.tokens])
+        values = gate.value(torch.from_numpy(counts)[:, None]).numpy()
+        return np.maximum.reduceat(values, np.searchsorted(self.texts, np.arange(len(self)))) if len(self) else values
 
 
 def fit_gate(
@@ -73,6 +97,7 @@ def fit_gate(
     held_out: float = 0.5,
     max_codes: int = 512,
     neighbour_weight: float = 16.0,
+    window: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
     max_length: int = 512,
@@ -97,6 +122,8 @@ def fit_gate(
             codes caught as much as all, and fired for fewer neighbours.
         neighbour_weight: of a neighbour's text, where one of the others has 1; above 0. With few texts a large one: of 40 per
             topic, 4 let a gate fire for 12 % of a real topic's neighbours, 16 for 3 to 6 %. With hundreds 4 is enough.
+        window: tokens that the gate looks at together, even, so that no text around hides the topic: about as many as a
+            question and its answer have. Each window of the topic's texts is taken for the topic's. None = the whole text.
         seed: which texts are held out.
         batch_size: texts per forward pass.
         max_length: tokens that a text is cut to.
@@ -109,7 +136,7 @@ def fit_gate(
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: fewer than two texts of a kind, a number out of range, a mask of another codebook, counts of another
-            number of codes, or a level that no held-out text of the topic exceeds: with it the mask would never hold.
+            number of codes or of other windows, or a level that no held-out text of the topic exceeds: with it the mask would never hold.
         TypeError: texts of a kind are one text, or hold anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
@@ -121,11 +148,12 @@ def fit_gate(
         raise ValueError(f"max_codes is {max_codes!r}; it should be an int, at least 1")
     if not 0 < neighbour_weight < np.inf:
         raise ValueError(f"neighbour_weight is {neighbour_weight}; it should be a number above 0")
+    check_window(window)
     neighbours = dict(neighbours or {})
     if wrong := [name for name in neighbours if not isinstance(name, str) or name in ("", "topic", "others")]:
         raise ValueError(f"neighbours has the name {wrong[0]!r}; it should be a name, and not 'topic' or 'others'")
     (layer,) = layers_of(attachment, [mask])
-    options: dict[str, Any] = dict(batch_size=batch_size, max_length=max_length, progress=progress)
+    options: dict[str, Any] = dict(window=window, batch_size=batch_size, max_length=max_length, progress=progress)
     fitting, judging = {}, {}
     for number, (name, texts) in enumerate({"topic": topic, "others": others, **neighbours}.items()):
         read = (
@@ -137,7 +165,9 @@ def fit_gate(
             raise ValueError(
                 f"{name} counts {C} codes; layer {layer!r} has {attachment.bottlenecks[layer].num_codes}, so count again"
             )
-        if (N := len(read.tokens)) < 2:
+        if read.window != window:
+            raise ValueError(f"{name} counts windows of {read.window} tokens; window is {window}, so count again")
+        if (N := len(read)) < 2:
             raise ValueError(f"{name} holds {N} texts with tokens that count; give at least 2, better 50")
         order = np.random.default_rng([seed, number]).permutation(N)
         n = min(max(round(held_out * N), 1), N - 1)
@@ -146,7 +176,7 @@ def fit_gate(
     for penalty in STRENGTH:
         gate = _fit(fitting, penalty, max_codes, neighbour_weight, seed)
         if gate is not None:
-            gate = dataclasses.replace(gate, level=_level(gate, judging, max_share))
+            gate = dataclasses.replace(gate, level=_level(gate, judging, max_share), window=window)
             fires = {name: float((texts.values(gate) > gate.level).mean()) for name, texts in judging.items()}
             found.append((fires["topic"], penalty, gate, fires))
     if not found or (best := max(found, key=lambda one: one[0]))[0] == 0:  # the first of equals: L1's
@@ -163,8 +193,9 @@ def fit_gate(
         "max_share": max_share,
         "held_out": held_out,
         "neighbour_weight": neighbour_weight,
+        "window": window,
         "seed": seed,
-        "texts": {name: len(texts.tokens) + len(judging[name].tokens) for name, texts in fitting.items()},
+        "texts": {name: len(texts) + len(judging[name]) for name, texts in fitting.items()},
         "fires": fires,
     }
     return dataclasses.replace(mask, gate=gate, method={**mask.method, "gate": record})
@@ -186,9 +217,10 @@ def _fit(
     kinds = np.repeat(list(fitting), [len(texts.tokens) for texts in fitting.values()])
     is_topic = kinds == "topic"
     weights = np.where(is_topic | (kinds == "others"), 1.0, neighbour_weight)
+    weights /= np.concatenate([np.bincount(texts.texts)[texts.texts] for texts in fitting.values()])
     for one in (is_topic, ~is_topic):
-        weights[one] *= len(weights) / 2 / weights[one].sum()
-    codes, texts_of = np.unique(counts.indices, return_counts=True)
+        weights[one] *= sum(map(len, fitting.values())) / 2 / weights[one].sum()
+    codes, windows_of = np.unique(counts.indices, return_counts=True)
     while True:
         X = sparse.csr_matrix(sparse.diags_array(1 / tokens) @ counts[:, codes].astype(np.float64))
         X.data = UNIT * np.sqrt(X.data)
@@ -197,8 +229,8 @@ def _fit(
         coefficients = (fit.coef_[0] * UNIT).astype(np.float32)
         if np.count_nonzero(coefficients) <= max_codes:
             break
-        most = np.argsort(-np.abs(coefficients) * np.sqrt(texts_of), kind="stable")[:max_codes]
-        codes, texts_of = codes[np.sort(most)], texts_of[np.sort(most)]
+        most = np.argsort(-np.abs(coefficients) * np.sqrt(windows_of), kind="stable")[:max_codes]
+        codes, windows_of = codes[np.sort(most)], windows_of[np.sort(most)]
     kept = np.flatnonzero(coefficients)
     if len(kept) == 0:
         return None
@@ -228,11 +260,12 @@ def count_texts(
     *,
     layer: str | None = None,
     name: str = "texts",
+    window: int | None = None,
     batch_size: int = 16,
     max_length: int = 512,
     progress: bool = True,
 ) -> TextCounts:
-    """Count for each text the tokens that keep each code.
+    """Count for each text, or each of its windows, the tokens that keep each code.
 
     Args:
         attachment: from ``cu_fast.attach``.
@@ -240,6 +273,7 @@ def count_texts(
         texts: as the model sees them, iterated once.
         layer: name of the layer whose codes are counted; None = the only one that has a splice.
         name: of the texts, for the progress bar.
+        window: of the gates that are to be fitted, as of :func:`fit_gate`.
         batch_size: texts per forward pass.
         max_length: tokens that a text is cut to.
         progress: show a progress bar, on a terminal.
@@ -248,35 +282,67 @@ def count_texts(
         The counts; texts without tokens that count are left out.
 
     Raises:
-        ValueError: an unknown layer.
+        ValueError: an unknown layer, or what is no window.
         TypeError: texts is one text, or holds anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
+    check_window(window)
     layer = only_layer(attachment, layer)
     splice = attachment.bottlenecks[layer]
-    C = splice.num_codes
-    places, numbers, tokens = [], [], []
-    size = 0
+    C, half = splice.num_codes, (window or 0) // 2
+    places, numbers, lengths = [], [], []  # of codes in blocks, how often; tokens of texts
+    blocks = 0
 
     def visit(_: str, x: Tensor, valid: Tensor, __: Tensor) -> None:
-        sequence = torch.arange(len(valid))[:, None].expand(valid.shape)[valid]
-        tokens[-1] = valid.sum(1)
+        nonlocal blocks
+        lengths[-1] = valid.sum(1)
+        ends = torch.from_numpy(_blocks(lengths[-1].numpy(), half)).cumsum(0)
+        block = (blocks + ends - ends.diff(prepend=ends.new_zeros(1)))[:, None].expand(valid.shape)
+        if half:
+            block = block + (valid.long().cumsum(1) - 1) // half
+        block = block[valid]
         done = 0
         for part, found in kept_codes(splice, x):
             ids = found.cpu().long()
-            flat = ((size + sequence[done : done + len(part)])[:, None] * C + ids)[ids >= 0]
+            flat = (block[done : done + len(part)][:, None] * C + ids)[ids >= 0]
             place, number = flat.unique(return_counts=True)
             places.append(place), numbers.append(number)
             done += len(part)
+        blocks += int(ends[-1])
 
     bar = tqdm(batches_of(texts, batch_size), desc=f"count {name}", unit="batch", disable=None if progress else True)
     with reading(attachment, tokenizer, [layer], visit, max_length=max_length) as read:
         for batch in bar:
-            tokens.append(torch.zeros(len(batch), dtype=torch.int64))
+            lengths.append(torch.zeros(0, dtype=torch.int64))  # a batch without tokens is not visited
             read(batch)
-            size += len(batch)
     empty = torch.empty(0, dtype=torch.int64)
-    place, number = torch.cat([empty, *places]).numpy(), torch.cat([empty, *numbers]).numpy()
-    total = torch.cat([empty, *tokens]).numpy()
-    counts = sparse.csr_array((number, (place // C, place % C)), shape=(size, C))  # parts of one text add up
-    return TextCounts(counts[total > 0], total[total > 0])
+    place, number, length = (torch.cat([empty, *parts]).numpy() for parts in (places, numbers, lengths))
+    length = length[length > 0]
+    counts = sparse.csr_array((number, (place // C, place % C)), shape=(blocks, C))  # parts of one block add up
+    return _windows(counts, length, window)
+
+
+def _blocks(length: np.ndarray, half: int) -> np.ndarray:
+    """int64 [N], of how many blocks of ``half`` tokens texts are; 0 = a text is one."""
+    return -(-length // half) if half else (length > 0).astype(np.int64)
+
+
+def _windows(counts: sparse.csr_array, length: np.ndarray, window: int | None) -> TextCounts:
+    """The windows of texts: each block with the one before it.
+
+    Args:
+        counts: int64 [blocks, C], CSR, of the blocks of all texts.
+        length: int64 [N], tokens of texts, at least 1.
+        window: None = a block is a text.
+    """
+    if window is None:
+        return TextCounts(counts, length)
+    blocks = _blocks(length, window // 2)
+    text = np.repeat(np.arange(len(length)), blocks)
+    number = np.arange(len(text)) - np.repeat(blocks.cumsum() - blocks, blocks)  # of a block in its text
+    tokens = np.minimum(length[text] - number * (window // 2), window // 2)
+    (ends,) = np.nonzero((number > 0) | (blocks[text] == 1))
+    (second,) = np.nonzero(number[ends] > 0)
+    rows, columns = np.concatenate([np.arange(len(ends)), second]), np.concatenate([ends, ends[second] - 1])
+    joined = sparse.csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=(len(ends), len(text)))
+    return TextCounts((joined @ counts).tocsr(), joined @ tokens, text[ends], window)

@@ -29,8 +29,9 @@ def fires(splice: Splice, mask: Mask, level: float | None, x: Tensor) -> bool:
         return True
     if level is None:
         gate = mask.gate.to(x.device)
-        counts = splice.keeps(x, gate.codes, gate.rows).sum(0, dtype=torch.int64)
-        tokens = torch.tensor([len(x)], device=x.device)
-        return bool(gate.value(counts[None], tokens) > gate.level)
+        position = torch.arange(len(x), device=x.device)
+        kept = splice.keeps(x, gate.codes, gate.rows)
+        counts = gate.count(kept, torch.zeros_like(position), position, 1, gate.num_blocks(len(x)))
+        return bool(gate.value(counts) > gate.level)
     kept = splice.keeps(x, mask.ids().to(x.device, torch.int32), mask.rows)
     return int(kept.sum()) / len(x) > level

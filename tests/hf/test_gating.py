@@ -24,23 +24,36 @@ def ids():
     return torch.randint(1, VOCABULARY, (3, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
-def shares(sae, ids, latent: int) -> torch.Tensor:
-    """[B, S]: of the tokens up to each, but the first, the root of the share at which a latent fires; 0 for the first."""
-    fires = activations(sae, hidden("llama", LAYER, {"input_ids": ids}))[:, 1:, latent] > 0
-    running = (fires.cumsum(1) / torch.arange(1, TOKENS)).sqrt()
-    return torch.nn.functional.pad(running, (1, 0))
+@pytest.fixture(params=[None, 6])
+def window(request):
+    return request.param
 
 
-def gated(sae, ids, which: int = 0):
+def shares(sae, ids, latent: int, window: int | None = None) -> torch.Tensor:
+    """[B, S]: of the tokens up to each, but the first, the root of the share at which a latent fires, the largest of any
+    window; 0 for the first."""
+    fires = (activations(sae, hidden("llama", LAYER, {"input_ids": ids}))[:, 1:, latent] > 0).float()
+    whole, half = window or TOKENS, (window or TOKENS) // 2
+    running = [
+        torch.stack(
+            [fires[:, start : min(n, start + whole)].mean(1) for start in range(0, max(n - half, 1), half)]
+        ).amax(0)
+        for n in range(1, TOKENS)
+    ]
+    return torch.nn.functional.pad(torch.stack(running, 1).sqrt(), (1, 0))
+
+
+def gated(sae, ids, which: int = 0, window: int | None = None):
     """A mask whose gate is about one latent, and its running shares: a latent that fires at some tokens only."""
     x = hidden("llama", LAYER, {"input_ids": ids})
     order = firing(sae, x)
     latent = min(
         order, key=lambda i: abs((activations(sae, x)[..., i] > 0).float().mean() - 0.35) + 0.01 * (i == which)
     )
-    level = float(shares(sae, ids, latent)[:, 1:].median()) + 1e-4
-    gate = Gate(torch.tensor([latent], dtype=torch.int32), torch.ones(1), 0.0, level)
-    return mask_of(sae, order[:12], "a").with_gate(gate), shares(sae, ids, latent), order[:12]
+    share = shares(sae, ids, latent, window)
+    level = float(share[:, 1:].median()) + 1e-4
+    gate = Gate(torch.tensor([latent], dtype=torch.int32), torch.ones(1), 0.0, level, window=window)
+    return mask_of(sae, order[:12], "a").with_gate(gate), share, order[:12]
 
 
 def oracle(sae, ids, codes, deleted: torch.Tensor) -> torch.Tensor:
@@ -56,8 +69,8 @@ def oracle(sae, ids, codes, deleted: torch.Tensor) -> torch.Tensor:
     return logits(model, {"input_ids": ids})
 
 
-def test_a_prompt_is_judged_whole(sae, ids):
-    mask, share, _ = gated(sae, ids)
+def test_a_prompt_is_judged_whole(sae, ids, window):
+    mask, share, _ = gated(sae, ids, window=window)
     attachment = cu_fast.attach(build("llama"), {LAYER: sae})
     attachment.add_mask(mask)
     fires = share[:, -1] > mask.gate.level
@@ -71,8 +84,8 @@ def test_a_prompt_is_judged_whole(sae, ids):
 
 
 @pytest.mark.parametrize("prompt", [1, 4])
-def test_it_goes_on_token_by_token_and_stays_on(sae, ids, prompt):
-    mask, share, codes = gated(sae, ids)
+def test_it_goes_on_token_by_token_and_stays_on(sae, ids, prompt, window, monkeypatch):
+    mask, share, codes = gated(sae, ids, window=window)
     over = share > mask.gate.level
     on = (over & (torch.arange(TOKENS) >= prompt - 1)).cumsum(1) > 0
     assert on.any() and not on[:, 1:].all() and (on & ~over).any(), "the data should switch on, and fall below again"
@@ -80,12 +93,15 @@ def test_it_goes_on_token_by_token_and_stays_on(sae, ids, prompt):
     on[:, 0] = False  # the first position is left alone
     attachment = cu_fast.attach(build("llama"), {LAYER: sae})
     attachment.add_mask(mask)
-    cache, steps = None, []
+    cache, steps, seen, value = None, [], [], Gate.value
+    monkeypatch.setattr(Gate, "value", lambda gate, counts: seen.append(value(gate, counts)) or seen[-1])
     with attachment.unlearn(["a", "a", "a"], gated=True), torch.no_grad():
         for some in (slice(0, prompt), *(slice(t, t + 1) for t in range(prompt, TOKENS))):
             out = attachment.model(input_ids=ids[:, some], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
+    judged, begin = torch.stack(seen, 1).float(), 1 if prompt == 1 else 0  # a first token cannot be judged
+    torch.testing.assert_close(judged[:, begin:].cummax(1).values, share[:, prompt - 1 + begin :].cummax(1).values)
     torch.testing.assert_close(torch.cat(steps, 1), oracle(sae, ids, codes, on), rtol=1e-4, atol=1e-4)
 
 
@@ -101,8 +117,8 @@ def test_sequences_have_gates_of_their_own_and_start_anew(sae, ids):
         assert torch.equal(first, logits(attachment.model, {"input_ids": ids}))
 
 
-def test_padding_and_beams(sae, ids):
-    mask, share, _ = gated(sae, ids)
+def test_padding_and_beams(sae, ids, window):
+    mask, share, _ = gated(sae, ids, window=window)
     attachment = cu_fast.attach(build("llama"), {LAYER: sae})
     attachment.add_mask(mask)
     prompt, level = ids[:, :7], mask.gate.level

@@ -142,6 +142,67 @@ def test_counts_of_texts_make_the_gate_of_the_texts(served, tokenizer):
         fit_gate(*arguments, ANNA, less)
 
 
+def test_counts_of_windows_are_those_of_their_tokens(served, tokenizer):
+    """By hand: each text read alone, its codes counted by a loop over windows of six tokens."""
+    texts = [" ".join(ANNA[:n]) for n in (3, 1, 2)] + ["", BRUNO[0]]
+    (splice,), seen = served.bottlenecks.values(), []
+    skip = 1 if splice.splice == "delta" else 0
+    with torch.no_grad(), served.unlearn(None), served.observe(lambda x, _: seen.append(splice.active(x[0, skip:]))):
+        for text in filter(None, texts):
+            served.model(**tokenizer(text, return_tensors="pt"))
+    counts, tokens, of = [], [], []
+    for number, ids in enumerate(seen):
+        for start in range(0, max(1, len(ids) - 3), 3):
+            part = ids[start : start + 6]
+            counts.append(torch.bincount(part[part >= 0].long(), minlength=splice.num_codes).tolist())
+            tokens.append(len(part)), of.append(number)
+    found = learn.count_texts(served, tokenizer, texts, window=6, batch_size=2, progress=False)
+    assert len(found) == 4 and len(tokens) > 8
+    assert found.tokens.tolist() == tokens and found.texts.tolist() == of
+    np.testing.assert_array_equal(found.counts.toarray(), counts)
+    some = found.part(np.array([0, 2]))
+    assert some.texts.tolist() == [min(number, 1) for number in of if number in (0, 2)]
+    again = some + found.part(np.array([1, 3]))
+    assert sorted(again.tokens) == sorted(tokens) and len(again) == 4
+    with pytest.raises(ValueError, match="windows of 6 and None tokens cannot be added"):
+        found + learn.count_texts(served, tokenizer, texts, progress=False)
+
+
+def test_a_window_finds_a_topic_in_other_text(served, tokenizer):
+    """What other text around leaves of the distance between the topic's texts and others, as the gate measures it."""
+    long = [" ".join(OTHERS[i : i + 24]) for i in range(20)]
+    hidden = [" ".join([*OTHERS[i : i + 12], ANNA[i], *OTHERS[i + 12 : i + 23]]) for i in range(20)]
+    left = []
+    for window in (None, 6):
+        mask = fit_gate(served, tokenizer, some_mask(served), ANNA, [*OTHERS, *long], window=window, progress=False)
+        assert mask.gate.window == mask.method["gate"]["window"] == window
+        values = gate_values(served, tokenizer, [*ANNA, *hidden, *long], [mask])[:, 0]
+        counts = learn.count_texts(served, tokenizer, [*ANNA, *hidden, *long], window=window, progress=False)
+        np.testing.assert_array_equal(counts.values(mask.gate), values)
+        assert shares(values[40:], mask.gate.level) == 0
+        topic, among, others = values.reshape(3, 20).mean(1)
+        left.append((among - others) / (topic - others))
+    assert left[0] < 0.3 and left[1] > 2 * left[0], left
+    counts = learn.count_texts(served, tokenizer, ANNA, window=6, progress=False)
+    with pytest.raises(ValueError, match="topic counts windows of 6 tokens; window is 8, so count again"):
+        fit_gate(served, tokenizer, some_mask(served), counts, OTHERS, window=8)
+
+
+def test_each_text_weighs_as_much_as_another():
+    """A text of three equal windows is what it is as one."""
+    draw = np.random.default_rng(0)
+    once, thrice = {}, {}
+    for name, rate in (("topic", 0.3), ("others", 0.2)):
+        tokens = draw.integers(5, 30, 40)
+        counts = draw.binomial(tokens[:, None], rate * draw.random(8), (40, 8))
+        once[name] = learn.TextCounts(learn.sparse.csr_array(counts), tokens)
+        repeats = np.where(np.arange(40) % 2, 3, 1)
+        rows = np.repeat(np.arange(40), repeats)
+        thrice[name] = learn.TextCounts(learn.sparse.csr_array(counts[rows]), tokens[rows], rows, 8)
+    one, other = (learn._fit(fitting, "l2", 512, 16.0, 0) for fitting in (once, thrice))
+    torch.testing.assert_close(one.weights, other.weights, rtol=1e-3, atol=1e-3)
+
+
 def test_the_share_decides_the_level():
     gate = Gate(torch.tensor([0], dtype=torch.int32), torch.ones(1), 0.0, 0.0)
     texts = learn.TextCounts(learn.sparse.csr_array(np.arange(10)[:, None] ** 2), np.full(10, 1))
@@ -323,6 +384,7 @@ def test_texts_without_tokens_are_left_out(latents, tokenizer):
         (dict(held_out=1.0), ValueError, "held_out is 1.0"),
         (dict(max_codes=0), ValueError, "max_codes is 0"),
         (dict(neighbour_weight=0.0), ValueError, "neighbour_weight is 0.0"),
+        (dict(window=5), ValueError, "window is 5; it should be an even number of tokens"),
         (dict(topic=ANNA, others=ANNA), ValueError, "no held-out text of the topic exceeds the level"),
     ],
 )

@@ -93,3 +93,14 @@ def test_a_learned_gate_decides_as_topics_of_does():
         gate = cu_fast.masks.Gate(torch.tensor([3], dtype=torch.int32), torch.ones(1), 0.0, level)
         mask = Mask.from_ids([0, 2], topic="t", sae=splice.sae).with_gate(gate)
         assert fires(splice, mask, None, x) is expected
+
+
+def test_a_window_finds_what_the_rest_of_a_prompt_dilutes():
+    splice = SAESplice(sae())
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(2))
+    on = (x @ splice.sae.enc[3]) > 0
+    x = torch.cat([x[~on][:60], x[on][:4], x[~on][:60]])
+    for window, expected in ((None, False), (8, True)):
+        gate = cu_fast.masks.Gate(torch.tensor([3], dtype=torch.int32), torch.ones(1), 0.0, 0.7, window=window)
+        mask = Mask.from_ids([0, 2], topic="t", sae=splice.sae).with_gate(gate)
+        assert fires(splice, mask, None, x) is expected

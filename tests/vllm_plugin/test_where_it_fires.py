@@ -286,8 +286,8 @@ def test_each_layer_has_a_gate_of_its_own(engine, tokenizer, prompts, tmp_path):
     holds = []
     for i, on in enumerate(oracle.deleted(prompts, {"one": None})):
         x = seen(attachment, "model.layers.2", ids[i], on)[1:]
-        counts = second.keeps(x, two.gate.codes).sum(0)[None]
-        value = float(two.gate.value(counts, torch.tensor([len(x)])))
+        counts = torch.cat([second.keeps(x, two.gate.codes).sum(0), torch.tensor([len(x)])])
+        value = float(two.gate.value(counts[None, None]))
         holds.append(on | ({"two"} if value > two.gate.level else set()))
     assert len({frozenset(names) for names in holds}) >= 3
     right = [oracle.answer(x, names) for x, names in zip(ids, holds)]
