@@ -42,7 +42,7 @@ import transformers
 from disguises import Asked, disguises
 from served import Served
 from shared import Table, tofu
-from study import GOLD, Study
+from study import GOLD, Study, short
 from validation import names_of
 
 import cu_fast
@@ -167,11 +167,6 @@ def perturbed(
 ) -> dict[str, Any]:
     with tampering.noisy(served.model, layer, size):
         return served.figures(asked, speak)
-
-
-def short(method: str) -> str:
-    """As study.py names files."""
-    return method.replace(", ", "-").replace(" ", "-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

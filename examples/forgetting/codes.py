@@ -32,6 +32,7 @@ KINDS = ("topk", "codebook")
 RUNNING_TEXT = 60_000  # tokens of wikitext among those that codes are fitted to
 WINDOW = 256
 GATE_LINES = 200  # of running text, among the texts that a gate is to leave alone
+GATE_WINDOW = 64  # tokens that a gate looks at together: a question and its answer
 DSG_PERCENTILE, DSG_SIZE = 95, 20
 
 
@@ -93,7 +94,8 @@ class Codes:
         lines = [text[start : start + 160] for text in self.text for start in (0, 400)][:GATE_LINES]
         return fit_gate(
             self.attachment, self.tokenizer, mask, prompts_of(forget) + texts_of(forget),
-            prompts_of(self.control) + texts_of(self.control) + lines, max_share=0.0, held_out=0.3, progress=False,
+            prompts_of(self.control) + texts_of(self.control) + lines, max_share=0.0, held_out=0.3, window=GATE_WINDOW,
+            progress=False,
         )  # fmt: skip
 
     def random(self, mask: Mask) -> Mask:

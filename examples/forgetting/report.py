@@ -1,7 +1,7 @@
 """The table of a study: python report.py results.csv ratios.jsonl > report.md
 
-Forget quality p is of a row's truth ratios and those of the row "retrained" with the same split and seed; without that row it
-is left out. Utility is also given as a share of the fine-tuned model's own ("none").
+Forget quality p is of a row's truth ratios and those of the row "retrained" with the same split and seed, or, where that seed has
+none, with the first that has one; without any it is left out. Utility is also given as a share of the fine-tuned model's own ("none").
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def rows_of(results: Path, ratios: Path) -> list[dict[str, object]]:
         of = json.loads(line)
         found[tuple(str(of[key]) for key in KEYS)] = np.array(of["ratios"])
 
-    def other(row: dict, method: str) -> dict | None:
-        return next(
-            (o for o in rows if (o["method"], o["split"], o["seed"]) == (method, row["split"], row["seed"])), None
-        )
+    def other(row: dict, method: str, any_seed: bool = False) -> dict | None:
+        same = [o for o in rows if (o["method"], o["split"]) == (method, row["split"])]
+        own = [o for o in same if o["seed"] == row["seed"]]
+        return next(iter([*own, *(same if any_seed else [])]), None)
 
     table = []
     for row in rows:
-        before, gold = other(row, "none"), other(row, "retrained")
+        before, gold = other(row, "none"), other(row, "retrained", any_seed=True)
         mine, its = (found[tuple(r[key] for key in KEYS)] if r else None for r in (row, gold))
         whole = float(before["utility"]) if before else 0.0
         p = None if its is None else metrics.forget_quality(mine, its)

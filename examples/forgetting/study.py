@@ -58,7 +58,22 @@ RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
 NOTHING = methods.Cost(0.0, 0, 0)
 QUOTED = 9  # every ninth answer is kept
 GOLD = {left_out: name for name, left_out in models.MODELS.items() if left_out}
-PARTS = ("models", "codes", "prompts", "training", "replacing")
+METHODS = {
+    "models": ("base", "retrained"),
+    "codes": (
+        *(name.format(kind) for kind in codes.KINDS for name in ("delta {}, gated", "delta {}", "random {}, gated")),
+        "farrell",
+        "dsg",
+    ),
+    "prompts": ("instruction", "in-context"),
+    "training": (*methods.METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul"),
+    "replacing": tuple(f"codebook, replacing{rest}" for rest in (", as published", "", ", gated")),
+}
+
+
+def short(method: str) -> str:
+    """A method's name in options, and in files' names."""
+    return method.replace(", ", "-").replace(" ", "-")
 
 
 class Tried(NamedTuple):
@@ -109,7 +124,7 @@ class Study:
         if not kept.exists():
             save_figures(kept, self.sets.measured(as_it_is))
         self.untouched = load_figures(kept) | self.validation.before
-        if self.todo(method):
+        if not self.table.has(**self.keys(method)):
             self.judge(method, Tried("", as_it_is))
             self.record(method, Tried("", lambda name, *_: self.untouched[name]))
 
@@ -121,11 +136,11 @@ class Study:
         return {"split": self.split, "seed": self.options.seed, "method": method}
 
     def todo(self, method: str) -> bool:
-        return not self.table.has(**self.keys(method))
+        return short(method) in self.options.methods and not self.table.has(**self.keys(method))
 
     def kept(self, method: str) -> Path:
         """Where a method's chosen weights or mask are kept."""
-        return self.output.with_name(f"{method.replace(', ', '-').replace(' ', '-')}-{self.split}-{self.options.seed}")
+        return self.output.with_name(f"{short(method)}-{self.split}-{self.options.seed}")
 
     def record(self, method: str, tried: Tried, runs: int = 1) -> None:
         """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table; the mask too."""
@@ -417,17 +432,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("wikitext", type=Path, help="folder of WikiText-2")
     parser.add_argument("--models", type=Path, default=Path("runs/forgetting"), help="made by models.py")
     parser.add_argument("--split", choices=list(GOLD), default="forget01")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(METHODS), help=f"which of {', '.join(METHODS)}")
+    parser.add_argument("--methods", help="which of these, as delta-topk-gated or npo; all by default")
     parser.add_argument(
         "--retain-rows", type=int, help="rows of retain_perturbed that utility is measured on; all by default"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the models")
     parser.add_argument("--output", type=Path, default=Path("runs/forgetting/results.csv"))
     options = parser.parse_args(arguments)
+    parts = options.only.split(",")
+    if unknown := [name for name in parts if name not in METHODS]:
+        parser.error(f"--only has {unknown[0]!r}; there are {', '.join(METHODS)}")
+    known = [short(method) for part in parts for method in METHODS[part]]
+    options.methods = options.methods.split(",") if options.methods else known
+    if unknown := [name for name in options.methods if name not in known]:
+        parser.error(f"--methods has {unknown[0]!r}; of {', '.join(parts)} there are {', '.join(known)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     study = Study(options)
-    run = dict(zip(PARTS, (study_models, study_codes, study_prompts, study_training, study_replacing)))
-    for part in options.only.split(","):
+    run = dict(zip(METHODS, (study_models, study_codes, study_prompts, study_training, study_replacing)))
+    for part in parts:
         run[part](study)
 
 

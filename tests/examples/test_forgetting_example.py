@@ -341,22 +341,26 @@ def test_how_settings_are_judged(example):
 def test_report(example, tmp_path):
     report = example["report"]
     spread = np.linspace(0.2, 1, 40)
-    ratios = {"none": spread - 0.5, "retrained": spread, "ours": spread + 0.01}
+    ratios = {
+        ("none", 0): spread - 0.5,
+        ("retrained", 0): spread,
+        ("ours", 0): spread + 0.01,
+        ("ours", 1): spread - 0.5,
+    }
     with (tmp_path / "ratios.jsonl").open("w") as stream:
-        for method, values in ratios.items():
-            stream.write(
-                json.dumps({"split": "forget01", "seed": 0, "method": method, "setting": "", "ratios": list(values)})
-                + "\n"
-            )
-    blank = dict.fromkeys(report.COLUMNS, "") | {"split": "forget01", "seed": 0, "setting": ""}
+        for (method, seed), values in ratios.items():
+            line = {"split": "forget01", "seed": seed, "method": method, "setting": "", "ratios": list(values)}
+            stream.write(json.dumps(line) + "\n")
+    blank = dict.fromkeys(report.COLUMNS, "") | {"split": "forget01", "setting": ""}
     with (tmp_path / "results.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*blank, "method"])
+        writer = csv.DictWriter(stream, [*blank, "seed", "method"])
         writer.writeheader()
         writer.writerows(
-            blank | {"method": method, "utility": u}
-            for method, u in (("none", 0.5), ("ours", 0.49), ("retrained", 0.4))
+            blank | {"method": method, "seed": seed, "utility": u}
+            for method, seed, u in (("none", 0, 0.5), ("ours", 0, 0.49), ("retrained", 0, 0.4), ("ours", 1, 0.49))
         )
-    none, ours, gold = report.rows_of(tmp_path / "results.csv", tmp_path / "ratios.jsonl")
+    none, ours, gold, another = report.rows_of(tmp_path / "results.csv", tmp_path / "ratios.jsonl")
+    assert another["p"] == none["p"] and another["of_before"] is None, "a seed without a gold model has another's"
     assert gold["p"] == 1 and ours["p"] > 0.99 and none["p"] < 1e-3 and ours["of_before"] == pytest.approx(0.98)
     assert report.markdown([ours]).splitlines()[-1].count("|") == len(report.KEYS + report.COLUMNS) + 1
 
@@ -412,6 +416,13 @@ def small(example, folder, monkeypatch) -> list[str]:
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     study, given = example["study"], [*small(example, tmp_path, monkeypatch), "--retain-rows", "10"]
     output = tmp_path / "out" / "results.csv"
+    for wrong in (("--only", "codes,all"), ("--methods", "delta"), ("--only", "prompts", "--methods", "npo")):
+        with pytest.raises(SystemExit):
+            study.main([*given, "--output", str(output), *wrong])
+        assert wrong[-1].split(",")[-1] in capsys.readouterr().err and not output.exists()
+    study.main([*given, "--output", str(output), "--only", "models,codes", "--methods", "base,delta-topk-gated"])
+    assert [row.split(",")[2] for row in output.read_text().splitlines()[1:]] == ["none", "base", '"delta topk']
+    output.unlink()
     study.main([*given, "--output", str(output)])
 
     def table(path) -> list[dict[str, str]]:
