@@ -26,6 +26,7 @@ from cu_fast import evaluate as ev
 POSITIONS = 8192  # of a forward pass over answers, padding included
 HEAD_ROWS = 1024  # that the output layer turns into words' probabilities at once
 GENERATED = 64  # rows that are generated at once
+PIECE = 4  # tokens of an answer after which a gate that is judged while the model answers is judged again
 LEAST_TOKENS = 48  # a general question's answer is a name, and what is said may be a sentence
 
 Prompt = Callable[[str], str]
@@ -36,9 +37,17 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 
 @torch.inference_mode()
-def score(model, tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> ev.AnswerScores:
-    """:func:`cu_fast.evaluate.score_answers` of every answer of every prompt, in order: N prompts with n answers each."""
+def score(
+    model, tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[str]], piece: int | None = None
+) -> ev.AnswerScores:
+    """:func:`cu_fast.evaluate.score_answers` of every answer of every prompt, in order: N prompts with n answers each.
+
+    piece: as of :func:`score_batch`; then each answer is read after a prompt of its own, as its deletions are.
+    """
     n = len(answers[0])
+    if piece and n > 1:
+        alone = [[text] for some in answers for text in some]
+        return score(model, tokenizer, [text for text in prompts for _ in range(n)], alone, piece)
     asked = tokenizer(list(prompts))["input_ids"]
     said = [[ids_of(tokenizer, text) + [tokenizer.eos_token_id] for text in some] for some in answers]
     longest = [max(map(len, some)) for some in said]
@@ -47,7 +56,8 @@ def score(model, tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[s
     while order:
         size = max(1, POSITIONS // (n * longest[order[-1]] + max(len(asked[i]) for i in order[-64:])))
         batch, order = order[-size:], order[:-size]
-        found = score_batch(model, tokenizer, [asked[i] for i in batch], [one for i in batch for one in said[i]], n)
+        given = [asked[i] for i in batch], [one for i in batch for one in said[i]]
+        found = score_batch(model, tokenizer, *given, n, piece)
         figures[:, batch] = found.reshape(4, len(batch), n)
     return ev.AnswerScores(*figures.reshape(4, -1))
 
@@ -119,14 +129,22 @@ def generate(model, tokenizer, prompts: Sequence[str], truths: Sequence[str]) ->
 
 
 def measure(
-    model, tokenizer, entries: list[dict], general: bool = False, *, prompt: Prompt = models.prompt, speak: bool = True
+    model,
+    tokenizer,
+    entries: list[dict],
+    general: bool = False,
+    *,
+    prompt: Prompt = models.prompt,
+    speak: bool = True,
+    piece: int | None = None,
 ) -> tofu.Figures:
-    """As ``tofu.measure``, of a chat model. prompt: makes it of a question. speak: whether it answers; else ROUGE is 0."""
+    """As ``tofu.measure``, of a chat model. prompt: makes it of a question. speak: whether it answers; else ROUGE is 0. piece:
+    as of :func:`score`."""
     right = [] if general else ["paraphrased_answer"]
     wrong = len(entries[0]["perturbed_answer"])
     prompts = [prompt(entry["question"]) for entry in entries]
     answers = [[entry["answer"], *(entry[key] for key in right), *entry["perturbed_answer"]] for entry in entries]
-    scores = score(model, tokenizer, prompts, answers)
+    scores = score(model, tokenizer, prompts, answers, piece)
 
     def part(columns: slice) -> ev.AnswerScores:
         fields = (getattr(scores, name).reshape(len(entries), -1)[:, columns].ravel() for name in FIELDS)
@@ -174,11 +192,11 @@ class Sets:
         return {name: measure(name, entries, general) for name, entries, general in self.items()}
 
 
-def plain(model, tokenizer, prompt: Prompt = models.prompt) -> Measure:
+def plain(model, tokenizer, prompt: Prompt = models.prompt, piece: int | None = None) -> Measure:
     """A measure of a model as it is, which speaks on the sets of :class:`Sets` alone."""
 
     def measured(name: str, entries: list[dict], general: bool) -> tofu.Figures:
-        return measure(model, tokenizer, entries, general, prompt=prompt, speak=name in SPOKEN)
+        return measure(model, tokenizer, entries, general, prompt=prompt, speak=name in SPOKEN, piece=piece)
 
     return measured
 

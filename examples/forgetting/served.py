@@ -10,7 +10,7 @@ import models
 import numpy as np
 import torch
 from disguises import Asked
-from measure import Prompt, ids_of, score_batch
+from measure import PIECE, Prompt, ids_of, score_batch
 
 import cu_fast
 from cu_fast import evaluate as ev
@@ -18,7 +18,6 @@ from cu_fast.masks import Mask
 
 NAME = "split"  # of the mask
 BATCH = 20  # prompts at once
-PIECE = 4  # tokens of an answer after which a gate is judged again
 NEW_TOKENS = 32
 
 

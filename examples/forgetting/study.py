@@ -33,7 +33,7 @@ import numpy as np
 import prompts
 import torch
 import transformers
-from measure import Measure, Sets, behind_a_gate, load_figures, plain, row_of, save_figures
+from measure import PIECE, Measure, Sets, behind_a_gate, load_figures, plain, row_of, save_figures
 from shared import Table, methods, tofu
 from validation import FIGURES, ROWS, Validation, names_of, worth
 
@@ -58,10 +58,11 @@ RATES, EPOCHS = (1e-5, 5e-5), (2, 4, 6, 8, 10)
 NOTHING = methods.Cost(0.0, 0, 0)
 QUOTED = 9  # every ninth answer is kept
 GOLD = {left_out: name for name, left_out in models.MODELS.items() if left_out}
+OURS = ("delta {}, gated", "delta {}", "random {}, gated", "delta {}, gated as it answers")
 METHODS = {
     "models": ("base", "retrained"),
     "codes": (
-        *(name.format(kind) for kind in codes.KINDS for name in ("delta {}, gated", "delta {}", "random {}, gated")),
+        *(name.format(kind) for kind in codes.KINDS for name in OURS),
         "farrell",
         "dsg",
     ),
@@ -278,6 +279,25 @@ class CodeStudy:
             if settings:
                 self.study.best(method, settings)
 
+    def as_it_answers(self) -> None:
+        """The gated deletion as chosen; its gate is judged on every answer too, after each PIECE tokens."""
+        method, served = f"delta {self.kind}, gated", f"delta {self.kind}, gated as it answers"
+        kept = self.study.kept(method).with_suffix(".safetensors")
+        if not self.study.todo(served) or not kept.exists():
+            return
+        chosen = self.study.table.find(**self.study.keys(method))
+        attachment, mask = self.codes.attachment, Mask.load(kept)
+        attachment.add_mask(mask, served)
+        inner = plain(self.study.full, self.study.tokenizer, piece=PIECE)
+
+        def measured(*given: Any) -> tofu.Figures:
+            with attachment.unlearn(served, gated=True):
+                return inner(*given)
+
+        extra = {name: chosen[name] for name in ("codes", *(name for name in chosen if name.startswith("fires_")))}
+        cost = methods.Cost(*(chosen[name] for name in methods.Cost._fields))
+        self.study.record(served, Tried(chosen["setting"], measured, cost, extra))
+
     def farrell(self) -> None:
         settings = []
         for size, clamp in itertools.product(FARRELL_SIZES, CLAMPS):
@@ -297,12 +317,13 @@ class CodeStudy:
 
 def study_codes(study: Study) -> None:
     for kind in codes.KINDS:
-        methods_of = [f"delta {kind}, gated", f"delta {kind}", f"random {kind}, gated"]
+        methods_of = [method.format(kind) for method in OURS]
         methods_of += ["farrell", "dsg"] if kind == "topk" else []
         if not any(map(study.todo, methods_of)):
             continue
         part = CodeStudy(study, kind)
         part.ours()
+        part.as_it_answers()
         for method, run in (("farrell", part.farrell), ("dsg", part.dsg)):
             if kind == "topk" and study.todo(method):
                 run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import math
 
@@ -62,9 +63,9 @@ def test_scores_are_the_packages_own(example, tiny, monkeypatch):
     answers = [[row["completion"], "cat sat on the mat .", "dog"] for row in given]
     whole = [{"prompt": row["prompt"], "completion": text} for row, some in zip(given, answers) for text in some]
     want = ev.score_answers(*tiny, whole)
-    for positions in (8192, 40):
+    for positions, piece in itertools.product((8192, 40), (None, 2)):
         monkeypatch.setattr(measure, "POSITIONS", positions)
-        found = measure.score(*tiny, [row["prompt"] for row in given], answers)
+        found = measure.score(*tiny, [row["prompt"] for row in given], answers, piece)
         np.testing.assert_allclose(found.log_prob, want.log_prob, rtol=1e-4)
         for name in ("tokens", "right_prefix", "right_suffix"):
             np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
@@ -430,7 +431,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
             return list(csv.DictReader(stream))
 
     rows = table(output)
-    ours = {k: [f"delta {k}, gated", f"delta {k}", f"random {k}, gated"] for k in ("topk", "codebook")}
+    ours = {k: [method.format(k) for method in study.OURS] for k in ("topk", "codebook")}
     trained = [*example["methods"].METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul"]
     expected = [
         "none",
@@ -457,7 +458,11 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         assert gated["utility"] == by["none"]["utility"]
     assert int(by["gradient_difference"]["backward"]) in (40, 80) and int(by["icu"]["runs"]) >= 1
     assert by["eul"]["runs"] == "4"  # at rates of its own
-    assert len({row["forget_probability"] for row in rows}) > len(rows) - 3
+    served = {name: by.pop(f"delta {name}, gated as it answers") for name in ("topk", "codebook")}
+    for name, row in served.items():
+        same = ("setting", "codes", "seconds", "fires_forget")
+        assert [row[key] for key in same] == [by[f"delta {name}, gated"][key] for key in same]
+    assert len({row["forget_probability"] for row in by.values()}) > len(by) - 3
     assert (tmp_path / "out" / "rmu-forget01-0" / "model.safetensors").exists()
     assert [file.name for file in (tmp_path / "out" / "eul-forget01-0").iterdir()] == ["unlearning.safetensors"]
     judged = {row["method"] for row in table(output.with_name("validation.csv"))}
