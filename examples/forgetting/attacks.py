@@ -42,7 +42,7 @@ import transformers
 from disguises import Asked, disguises
 from served import Served
 from shared import Table, tofu
-from study import GOLD, Study, short
+from trial import GOLD, Study, short
 from validation import names_of
 
 import cu_fast
@@ -77,6 +77,8 @@ class Attacks(Study):
             self.attacks[f"probe at layer {layer}"] = [], functools.partial(self.probed, number=number)
         self.probes: tuple[Served, list[float]] | None = None
         self.settings = {row["method"]: row["setting"] for row in Table(options.results).rows if self.is_of(row)}
+        for method in [method for method in self.settings if method.endswith("as it answers")]:
+            del self.settings[method]  # attacks judge gates like that anyway
 
     def served(self, method: str, dtype: torch.dtype = torch.bfloat16) -> Served | None:
         """A fresh copy; None where it is not there yet."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from served import BATCH, Served
 from shared import methods
-from study import RATES
 from torch import Tensor
+from training import RATES
 
 import cu_fast
 from cu_fast.rows import Collator, encode_row

@@ -438,7 +438,8 @@ def test_every_method_is_attacked_once(example, tmp_path, monkeypatch, capsys):
         with path.open() as stream:
             return list(csv.DictReader(stream))
 
-    rows, methods = table(output), [row["method"] for row in table(results)]
+    rows = table(output)
+    methods = [row["method"] for row in table(results) if not row["method"].endswith("as it answers")]
     names = list(dict.fromkeys(row["attack"] for row in rows))
     assert [(row["method"], row["attack"]) for row in rows] == [(m, a) for m in methods if m != "icu" for a in names]
     assert {"plain", "german frame", "5 tokens after", "biography", "few-shot", "audit", "relearned", "4 bits"} < set(

@@ -20,7 +20,7 @@ from tiny_training import WORDS
 from cu_fast import evaluate as ev
 
 NAMES = (
-    "shared", "models", "measure", "losses", "eul", "prompts", "validation", "codes", "bottleneck", "study", "report", "tofu",
+    "shared", "models", "measure", "losses", "eul", "prompts", "validation", "codes", "bottleneck", "trial", "deletions", "training", "study", "report", "tofu",
     "metrics", "methods", "table",
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ def example(monkeypatch):
 def tiny(example, monkeypatch):
     """A model, its tokenizer, and prompts without marks that a tokenizer of words does not know."""
     monkeypatch.setattr(example["models"], "prompt", lambda question: question)
-    monkeypatch.setattr(example["measure"].plain, "__defaults__", (example["models"].prompt,))
+    monkeypatch.setattr(example["measure"].plain, "__defaults__", (example["models"].prompt, None))
     tokenizer = tiny_training.word_tokenizer()
     return tiny_training.tiny_llama(tokenizer), tokenizer
 
@@ -391,7 +391,9 @@ def write_tofu(folder) -> None:
 
 def small(example, folder, monkeypatch) -> list[str]:
     """Tiny models and sets in a folder, and settings to match; the arguments of study.py."""
-    study, codes, losses = (example[name] for name in ("study", "codes", "losses"))
+    deletions, training, trial, codes, losses = (
+        example[name] for name in ("deletions", "training", "trial", "codes", "losses")
+    )
     write_tofu(folder)
     tokenizer = tiny_training.word_tokenizer()
     model = tiny_training.tiny_llama(tokenizer)
@@ -402,9 +404,9 @@ def small(example, folder, monkeypatch) -> list[str]:
     small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
     monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
     for module, name, value in (
-        (study, "GATED", ((0.1, 1.0), (0.1, 4.0))), (study, "FREE_STRENGTHS", (1.0,)), (study, "FREE_ENRICHMENTS", (0.1, 99.0)), (study, "RANDOM", (0.1, 2.0)),
-        (study, "CLAMPS", (1.0,)), (study, "FARRELL_SIZES", (2,)), (study, "SCALES", (2.0,)), (study, "RATES", (1e-3,)),
-        (study, "EPOCHS", (1, 2)), (study, "ROWS", 8), (study, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
+        (deletions, "GATED", ((0.1, 1.0), (0.1, 4.0))), (deletions, "FREE_STRENGTHS", (1.0,)), (deletions, "FREE_ENRICHMENTS", (0.1, 99.0)), (deletions, "RANDOM", (0.1, 2.0)),
+        (deletions, "CLAMPS", (1.0,)), (deletions, "FARRELL_SIZES", (2,)), (training, "SCALES", (2.0,)), (training, "RATES", (1e-3,)),
+        (training, "EPOCHS", (1, 2)), (trial, "ROWS", 8), (trial, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
         (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
         (losses.RMU, "LAYER", 1), (losses.RMU, "TRAINED", r"model\.layers\.(0|1)\.mlp\.down_proj\.weight"),
     ):  # fmt: skip
@@ -431,7 +433,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
             return list(csv.DictReader(stream))
 
     rows = table(output)
-    ours = {k: [method.format(k) for method in study.OURS] for k in ("topk", "codebook")}
+    ours = {k: [method.format(k) for method in example["deletions"].OURS] for k in ("topk", "codebook")}
     trained = [*example["methods"].METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul"]
     expected = [
         "none",

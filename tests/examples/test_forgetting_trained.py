@@ -190,8 +190,8 @@ def test_deletions_are_judged_by_their_own_model(example, tiny, tmp_path, monkey
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.setattr(example["codes"], "fit_codes", functools.partial(example["codes"].fit_codes, **SMALL))
     for module, name, value in (
-        (study, "GATED", ((0.1, 1.0),)), (study, "STRICTER", (("R > 1", {"min_enrichment": 1.0}),)), (study, "ROWS", 8),
-        (study, "CONTROL", 40), (example["codes"], "RUNNING_TEXT", 200), (example["codes"], "WINDOW", 20),
+        (example["deletions"], "GATED", ((0.1, 1.0),)), (example["deletions"], "STRICTER", (("R > 1", {"min_enrichment": 1.0}),)), (example["trial"], "ROWS", 8),
+        (example["trial"], "CONTROL", 40), (example["codes"], "RUNNING_TEXT", 200), (example["codes"], "WINDOW", 20),
         (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4), (bottleneck, "RATE", 1e-2),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
