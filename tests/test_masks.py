@@ -214,10 +214,7 @@ class TestGate:
     position = torch.tensor([0, 0, 1, 2, -1])
 
     def test_counts_tokens_that_keep_a_code(self):
-        kept = gate().kept(self.ids)
-        assert kept.dtype == torch.bool
-        assert kept.int().tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]
-        arguments = kept, self.sequence, self.position
+        arguments = self.ids, self.sequence, self.position
         counts = gate().count(*arguments, 3, 1)
         assert counts.dtype == torch.int64
         assert counts.tolist() == [[[1, 1, 0, 1]], [[0, 0, 0, 0]], [[1, 1, 1, 3]]]
@@ -229,6 +226,11 @@ class TestGate:
         assert torch.equal(blocks.sum(1, keepdim=True), counts) and blocks[1].sum() == 0
         later = gate(window=2).count(*(tensor[2:4] for tensor in arguments), 3, 2, first=1)
         assert torch.equal(later[2], blocks[2, 1:])
+        kept = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
+        for window, K in ((None, 1), (2, 3)):
+            made = gate(window=window)
+            found = made.count_kept(kept, self.sequence, self.position, 3, K)
+            assert torch.equal(found, made.count(*arguments, 3, K)) and found.dtype == torch.int64
 
     @pytest.mark.parametrize("window", [2, 6, 16, None])
     def test_of_windows_the_largest_value_counts(self, window):
@@ -239,7 +241,7 @@ class TestGate:
         kept = torch.rand(sum(lengths), 4, generator=generator) < 0.3
         sequence = torch.repeat_interleave(torch.arange(8), torch.tensor(lengths))
         position = torch.cat([torch.arange(n) for n in lengths])
-        found = made.value(made.count(kept, sequence, position, 8, made.num_blocks(20)))
+        found = made.value(made.count_kept(kept, sequence, position, 8, made.num_blocks(20)))
         half = (window or 40) // 2
         for n, of, value in zip(lengths, kept.split(lengths), found.tolist()):
             starts = [0] if n <= 2 * half else range(0, n - half, half)
@@ -261,7 +263,7 @@ class TestGate:
         nowhere = torch.zeros(23, dtype=torch.int64)
         whole, last = [], []
         for n in range(1, 24):
-            counts = made.count(kept[:n], nowhere[:n], position[:n], 1, made.num_blocks(n))
+            counts = made.count_kept(kept[:n], nowhere[:n], position[:n], 1, made.num_blocks(n))
             whole.append(made.value(counts))
             last.append(made.value(counts[:, max(0, made.num_blocks(n - 1) - 2) :]))
         assert torch.equal(torch.cat(whole).cummax(0).values, torch.cat(last).cummax(0).values)

@@ -74,7 +74,7 @@ def gated_rows(
         first = max(0, gate.num_blocks(int(before.min())) - 2)
         last = gate.num_blocks(int(tokens.max()))
         kept = layer.bottleneck.keeps(x, gate.codes, gate.rows).reshape(len(sequence), -1)
-        found = gate.count(kept, sequence, position, len(names), last - first, first).cpu()
+        found = gate.count_kept(kept, sequence, position, len(names), last - first, first).cpu()
         if (index, name) in state.counts:
             earlier, counts = state.counts[index, name]
             counts = counts[:, first - earlier :]

@@ -78,34 +78,20 @@ class Gate:
         if not (bool(self.weights.isfinite().all()) and math.isfinite(self.bias) and math.isfinite(self.level)):
             raise ValueError(f"weights, bias {self.bias} and level {self.level} of the gate should be finite")
 
-    def kept(self, ids: Tensor) -> Tensor:
-        """Which of the gate's codes tokens keep.
-
-        Args:
-            ids: int32 [T, n'], the codes that each token keeps, none of them twice, -1 = an empty place; on the device
-                of the gate, as :meth:`cu_fast.nn.Splice.active` gives them.
-
-        Returns:
-            bool [T, n].
-        """
-        n = len(self.codes)
-        place = torch.searchsorted(self.codes, ids.contiguous()).clamp(max=n - 1)
-        place = torch.where(self.codes[place] == ids, place, n)
-        return torch.zeros(len(ids), n + 1, dtype=torch.bool, device=ids.device).scatter_(1, place, True)[:, :n]
-
     def num_blocks(self, tokens: int) -> int:
         """Of how many blocks a prompt of so many tokens is; 1 without a window."""
         return max(1, math.ceil(tokens / (self.window // 2))) if self.window else 1
 
     def count(
-        self, kept: Tensor, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int = 0
+        self, ids: Tensor, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int = 0
     ) -> Tensor:
         """How many tokens of each block of each sequence keep each of the gate's codes, and how many there are.
 
         Counts of parts of a sequence add up to those of the whole. Nothing here waits for a GPU.
 
         Args:
-            kept: bool [T, n], as :meth:`kept` gives it, or :meth:`cu_fast.nn.Splice.keeps`.
+            ids: int32 [T, n'], the codes that each token keeps, none of them twice, -1 = an empty place; on the device
+                of the gate, as :meth:`cu_fast.nn.Splice.active` gives them.
             sequence: int64 [T], to which of the B sequences each token belongs; -1 = none, as padding and the first
                 positions, which masks leave alone.
             position: int64 [T], how many tokens that count are before each in its sequence.
@@ -116,11 +102,31 @@ class Gate:
         Returns:
             int64 [B, K, n + 1], tokens last.
         """
-        block = position // (self.window // 2) - first if self.window else 0
-        index = torch.where(sequence >= 0, sequence * num_blocks + block, num_sequences * num_blocks)
+        n = len(self.codes)
+        row, rows = self._rows(sequence, position, num_sequences, num_blocks, first)
+        place = torch.searchsorted(self.codes, ids.contiguous()).clamp(max=n - 1)
+        index = torch.where(self.codes[place] == ids, row[:, None] * (n + 1) + place, rows * (n + 1)).flatten()
+        index = torch.cat([index, row * (n + 1) + n])
+        counts = torch.zeros((rows + 1) * (n + 1), dtype=torch.int64, device=ids.device)
+        counts.scatter_add_(0, index, torch.ones_like(index))
+        return counts.reshape(rows + 1, n + 1)[:-1].reshape(num_sequences, num_blocks, n + 1)
+
+    def count_kept(
+        self, kept: Tensor, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int = 0
+    ) -> Tensor:
+        """The same of kept: bool [T, n], which of the gate's codes tokens keep, as :meth:`cu_fast.nn.Splice.keeps` says."""
+        row, rows = self._rows(sequence, position, num_sequences, num_blocks, first)
         found = torch.cat([kept, kept.new_ones(len(kept), 1)], 1).long()
-        counts = found.new_zeros(num_sequences * num_blocks + 1, found.shape[1])
-        return counts.index_add_(0, index, found)[:-1].reshape(num_sequences, num_blocks, -1)
+        counts = found.new_zeros(rows + 1, found.shape[1]).index_add_(0, row, found)
+        return counts[:-1].reshape(num_sequences, num_blocks, -1)
+
+    def _rows(
+        self, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int
+    ) -> tuple[Tensor, int]:
+        """In which row each token is counted, int64 [T], and their number: those of none come behind the last."""
+        rows = num_sequences * num_blocks
+        block = position // (self.window // 2) - first if self.window else 0
+        return torch.where(sequence >= 0, sequence * num_blocks + block, rows), rows
 
     def value(self, counts: Tensor) -> Tensor:
         """The gate's value of each sequence; the mask is used where it is above :attr:`level`.

@@ -268,7 +268,7 @@ def _read(
             for name, masks in learned.items():
                 if layer in masks:
                     gate, part = masks[layer].gate, slice(done, done + len(ids))
-                    more = gate.count(gate.kept(ids), sequence[part], position[part], B, gate.num_blocks(S))
+                    more = gate.count(ids, sequence[part], position[part], B, gate.num_blocks(S))
                     counts[name, layer] = counts.get((name, layer), 0) + more
             done += len(ids)
         for name, parts in deleted.items():

@@ -31,7 +31,7 @@ def fires(splice: Splice, mask: Mask, level: float | None, x: Tensor) -> bool:
         gate = mask.gate.to(x.device)
         position = torch.arange(len(x), device=x.device)
         kept = splice.keeps(x, gate.codes, gate.rows)
-        counts = gate.count(kept, torch.zeros_like(position), position, 1, gate.num_blocks(len(x)))
+        counts = gate.count_kept(kept, torch.zeros_like(position), position, 1, gate.num_blocks(len(x)))
         return bool(gate.value(counts) > gate.level)
     kept = splice.keeps(x, mask.ids().to(x.device, torch.int32), mask.rows)
     return int(kept.sum()) / len(x) > level
