@@ -136,7 +136,8 @@ def fit_gate(
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: fewer than two texts of a kind, a number out of range, a mask of another codebook, counts of another
-            number of codes or of other windows, or a level that no held-out text of the topic exceeds: with it the mask would never hold.
+            number of codes or of other windows, or a level that no held-out text of the topic exceeds: with it the mask
+            would never hold.
         TypeError: texts of a kind are one text, or hold anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
