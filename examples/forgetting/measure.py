@@ -166,6 +166,11 @@ SPOKEN = ("forget", "retain", *tofu.GENERAL)
 Measure = Callable[[str, list[dict], bool], tofu.Figures]  # of a set's name and entries, and whether it is general
 
 
+def spaced(entries: Sequence[dict], rows: int) -> list[dict]:
+    """At most so many, evenly spaced."""
+    return list(entries[:: max(1, len(entries) // rows)][:rows])
+
+
 class Sets:
     """The sets that figures are taken of.
 
@@ -178,7 +183,7 @@ class Sets:
     def __init__(self, folder: Path, split: str, retain_rows: int | None = None) -> None:
         self.forget = tofu.read(folder, f"{split}_perturbed")
         retain = tofu.read(folder, "retain_perturbed")
-        self.retain = retain[:: max(1, len(retain) // retain_rows)][:retain_rows] if retain_rows else retain
+        self.retain = spaced(retain, retain_rows) if retain_rows else retain
         self.general = {name: tofu.read(folder, f"{name}_perturbed") for name in tofu.GENERAL}
 
     def items(self) -> Iterator[tuple[str, list[dict], bool]]:

@@ -1,9 +1,10 @@
 """How a setting is chosen without a look at what is reported, and without a model that never saw the split.
 
-What is forgotten  the split's paraphrased questions, with TOFU's answers to them. Their truth ratios should look as those of
-                   strangers do to the same model: authors who do not exist. A stranger is made of a forgotten author by giving
-                   the words that hardly any other row has (names, titles, places) invented stand-ins, in question and answers;
-                   DRAWS times, each from other stand-ins, as truth ratios depend on the names.
+What is forgotten  the split's paraphrased questions, at most FORGET_ROWS of them, with TOFU's answers to them. Their truth
+                   ratios should look as those of strangers do to the same model: authors who do not exist. A stranger is made
+                   of a forgotten author by giving the words that hardly any other row has (names, titles, places) invented
+                   stand-ins, in question and answers; DRAWS times, each from other stand-ins, as truth ratios depend on the
+                   names.
 What is kept       retain rows that are neither measured for utility nor counted as control.
 
 The figures: p of a Kolmogorov-Smirnov test between the two sets of truth ratios, the distance of their logarithms'
@@ -19,7 +20,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from measure import Measure
+from measure import Measure, spaced
 from scipy import stats
 from shared import metrics
 
@@ -27,6 +28,7 @@ from cu_fast.unlearn import replace_words
 
 KEPT = 0.99
 ROWS = 40  # of the retain rows
+FORGET_ROWS = 80  # of the split: all of forget01, evenly spaced ones of larger splits
 RARE = 2  # a word that fewer retain rows hold is the split's own
 PER_AUTHOR = 20
 DRAWS, STAND_INS = 5, 20
@@ -89,7 +91,7 @@ class Validation:
     def __init__(
         self, forget: Sequence[dict], retain: Sequence[dict], known: Sequence[dict], untouched: Measure
     ) -> None:
-        apart = list(retain)[:ROWS]
+        apart, forget = list(retain)[:ROWS], spaced(forget, FORGET_ROWS)
         wrong = [[entry["answer"]] for entry in apart[1:] + apart[:1]]
         others = [{**entry, "perturbed_answer": some} for entry, some in zip(apart, wrong)]
         self.sets = {"reworded": (reworded(forget), False), "others": (others, True)}

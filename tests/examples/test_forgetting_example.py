@@ -278,67 +278,6 @@ def test_prompts(example):
     assert shown.count("book 3 of") == 2 and "\nbook 3<" not in shown and shown.count("\nat ") == 4
 
 
-def test_strangers(example):
-    validation = example["validation"]
-    forget = [
-        {
-            "question": f"What does Anna Kern-Silva say in year {i}?",
-            "answer": f"Anna Kern-Silva says Paris {i}.",
-            "perturbed_answer": [f"Kern says Rome {i}."],
-        }
-        for i in range(20)
-    ]
-    retain = [{"question": "What is in Paris?", "answer": "What Dora says in Paris."}] * 3
-    assert validation.names_of(forget) == ["Anna Kern-Silva"]
-    strange = validation.strangers(forget, retain)
-    text = json.dumps(strange)
-    assert "Anna" not in text and "Kern" not in text and "Silva" not in text and "Paris" in text
-    name = strange[3]["question"].split()[2:4]
-    assert all(row["answer"].startswith(" ".join(name)) for row in strange)  # one stand-in throughout
-    assert strange[3]["perturbed_answer"][0].startswith(name[1].split("-")[0])
-
-
-def test_what_validation_prefers(example):
-    worth = example["validation"].worth
-    weak, strong = {"p": 0.1, "kept": 0.999, "distance": 0.1}, {"p": 0.9, "kept": 0.995, "distance": 0.2}
-    harmful, worse = {"p": 1.0, "kept": 0.7, "distance": 0.1}, {"p": 1.0, "kept": 0.6, "distance": 0.1}
-    assert sorted([harmful, strong, worse, weak], key=worth, reverse=True) == [strong, weak, harmful, worse]
-    assert worth({"p": 0.9, "kept": 0.992, "distance": 0.1}) > worth(strong)
-
-
-def test_how_settings_are_judged(example):
-    """By strangers' truth ratios, and by what is left of answers that should stay."""
-    validation, tofu = example["validation"], example["tofu"]
-    forget = [
-        {key: f"{key} Anna Kern {i}" for key in ("question", "paraphrased_question", "answer", "paraphrased_answer")}
-        | {"perturbed_answer": [f"Kern {i}"]}
-        for i in range(20)
-    ]
-    retain = [{"question": f"what {i}", "answer": f"that {i}"} for i in range(6)]
-    spread, asked = np.linspace(0.2, 1, 20), []
-
-    def measured(ratios: np.ndarray, probability: float):
-        def measure(name: str, entries: list[dict], general: bool):
-            asked.append((name, entries[0]["question"], general))
-            log_p = np.full(len(entries), np.log(probability))
-            scores = ev.AnswerScores(log_p, np.ones(len(entries)), *np.zeros((2, len(entries))))
-            return tofu.Figures(np.exp(log_p), np.zeros(len(entries)), ratios, [], scores, scores)
-
-        return measure
-
-    def untouched(name: str, *given):
-        return measured(spread if name == "strangers" else spread / 4, 0.8)(name, *given)
-
-    judge = validation.Validation(forget, retain, retain, untouched).judge
-    (_, strange, _), *_ = asked
-    assert strange.startswith("paraphrased_question ") and "Anna" not in strange and strange.endswith(" 0")
-    assert ("reworded", "paraphrased_question Anna Kern 0", False) in asked and ("others", "what 0", True) in asked
-    same, before = judge(measured(spread, 0.8)), judge(untouched)
-    assert same["p"] == 1 and same["distance"] == 0 and same["kept"] == 1
-    assert before["p"] < 1e-3 and before["distance"] == pytest.approx(np.log(4))
-    assert judge(measured(spread, 0.6))["kept"] == pytest.approx(0.75)
-
-
 def test_report(example, tmp_path):
     report = example["report"]
     spread = np.linspace(0.2, 1, 40)
