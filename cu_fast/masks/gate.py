@@ -103,30 +103,31 @@ class Gate:
             int64 [B, K, n + 1], tokens last.
         """
         n = len(self.codes)
-        row, rows = self._rows(sequence, position, num_sequences, num_blocks, first)
+        block, blocks = self._block_of(sequence, position, num_sequences, num_blocks, first)
         place = torch.searchsorted(self.codes, ids.contiguous()).clamp(max=n - 1)
-        index = torch.where(self.codes[place] == ids, row[:, None] * (n + 1) + place, rows * (n + 1)).flatten()
-        index = torch.cat([index, row * (n + 1) + n])
-        counts = torch.zeros((rows + 1) * (n + 1), dtype=torch.int64, device=ids.device)
+        index = torch.where(self.codes[place] == ids, block[:, None] * (n + 1) + place, blocks * (n + 1)).flatten()
+        index = torch.cat([index, block * (n + 1) + n])
+        counts = torch.zeros((blocks + 1) * (n + 1), dtype=torch.int64, device=ids.device)
         counts.scatter_add_(0, index, torch.ones_like(index))
-        return counts.reshape(rows + 1, n + 1)[:-1].reshape(num_sequences, num_blocks, n + 1)
+        return counts.reshape(blocks + 1, n + 1)[:-1].reshape(num_sequences, num_blocks, n + 1)
 
     def count_kept(
         self, kept: Tensor, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int = 0
     ) -> Tensor:
         """The same of kept: bool [T, n], which of the gate's codes tokens keep, as :meth:`cu_fast.nn.Splice.keeps` says."""
-        row, rows = self._rows(sequence, position, num_sequences, num_blocks, first)
+        block, blocks = self._block_of(sequence, position, num_sequences, num_blocks, first)
         found = torch.cat([kept, kept.new_ones(len(kept), 1)], 1).long()
-        counts = found.new_zeros(rows + 1, found.shape[1]).index_add_(0, row, found)
+        counts = found.new_zeros(blocks + 1, found.shape[1]).index_add_(0, block, found)
         return counts[:-1].reshape(num_sequences, num_blocks, -1)
 
-    def _rows(
+    def _block_of(
         self, sequence: Tensor, position: Tensor, num_sequences: int, num_blocks: int, first: int
     ) -> tuple[Tensor, int]:
-        """In which row each token is counted, int64 [T], and their number: those of none come behind the last."""
-        rows = num_sequences * num_blocks
-        block = position // (self.window // 2) - first if self.window else 0
-        return torch.where(sequence >= 0, sequence * num_blocks + block, rows), rows
+        """The block that each token is counted in, int64 [T], numbered through all sequences, and how many there are: the
+        number of a token of none."""
+        blocks = num_sequences * num_blocks
+        own = position // (self.window // 2) - first if self.window else 0
+        return torch.where(sequence >= 0, sequence * num_blocks + own, blocks), blocks
 
     def value(self, counts: Tensor) -> Tensor:
         """The gate's value of each sequence; the mask is used where it is above :attr:`level`.
