@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,29 +91,36 @@ class CodeStudy:
         attachment.remove_mask("gate")
         return fires
 
+    def choose(self, method: str, found: Iterable[tuple[str, Mask, float]], fires: bool) -> None:
+        """Record the best of the masks that were found, each with its rule and the seconds that it took. fires: they delete
+        behind the learned gate."""
+        where, gate = (self.gated(), self.gate) if fires else (None, None)
+        settings = []
+        for rule, mask, seconds in found:
+            if mask.num_deleted:  # else no code is that enriched
+                seconds += self.counting + self.gating * fires
+                settings.append(self.tried(f"{method}, {rule}", mask, seconds, where, gate))
+        if settings:
+            self.study.best(method, settings)
+
+    def enriched(self, pairs: Iterable[tuple[float, float]], random: bool) -> Iterator[tuple[str, Mask, float]]:
+        for enrichment, strength in pairs:
+            started = time.perf_counter()
+            strength = strength * UNIT[self.kind]
+            mask = self.find(min_enrichment=enrichment).with_strength(strength)
+            if random:
+                mask = self.codes.random(mask)
+            yield f"R > {enrichment:g}, strength {strength:g}", mask, time.perf_counter() - started
+
     def ours(self) -> None:
-        for method, pairs, fires in (
-            (f"delta {self.kind}, gated", GATED, True),
-            (f"delta {self.kind}", itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS), False),
-            (f"random {self.kind}, gated", [RANDOM], True),
+        free = itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS)
+        for method, pairs, random, fires in (
+            (f"delta {self.kind}, gated", GATED, False, True),
+            (f"delta {self.kind}", free, False, False),
+            (f"random {self.kind}, gated", [RANDOM], True, True),
         ):
-            if not self.study.todo(method):
-                continue
-            where = self.gated() if fires else None
-            settings = []
-            for enrichment, strength in pairs:
-                started = time.perf_counter()
-                strength = strength * UNIT[self.kind]
-                mask = self.find(min_enrichment=enrichment).with_strength(strength)
-                if method.startswith("random"):
-                    mask = self.codes.random(mask)
-                if mask.num_deleted == 0:  # no code is that enriched
-                    continue
-                seconds = self.counting + time.perf_counter() - started + self.gating * fires
-                setting = f"{method}, R > {enrichment:g}, strength {strength:g}"
-                settings.append(self.tried(setting, mask, seconds, where, self.gate if fires else None))
-            if settings:
-                self.study.best(method, settings)
+            if self.study.todo(method):
+                self.choose(method, self.enriched(pairs, random), fires)
 
     def as_it_answers(self) -> None:
         """The gated deletion as chosen; its gate is judged on every answer too, after each PIECE tokens."""
@@ -190,19 +197,11 @@ class Replacing(CodeStudy):
 
         return measured
 
-    def delete(self, method: str, rules: Sequence[tuple[str, dict[str, Any]]], fires: bool) -> None:
-        where = self.gated() if fires else None
-        settings = []
+    def by_rule(self, rules: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, Mask, float]]:
         for (rule, options), self.mode in itertools.product(rules, MASK_MODES):
             started = time.perf_counter()
             mask = self.find(**options)
-            if mask.num_deleted == 0:
-                continue
-            seconds = self.counting + time.perf_counter() - started + self.gating * fires
-            setting = f"{method}, {rule}, {self.mode}"
-            settings.append(self.tried(setting, mask, seconds, where, self.gate if fires else None))
-        if settings:
-            self.study.best(method, settings)
+            yield f"{rule}, {self.mode}", mask, time.perf_counter() - started
 
 
 def study_replacing(study: Study) -> None:
@@ -216,5 +215,5 @@ def study_replacing(study: Study) -> None:
     if not wanted or not (folder / CODEBOOK).exists():
         return
     part = Replacing(study, folder)
-    for method, how in wanted.items():
-        part.delete(method, *how)
+    for method, (rules, fires) in wanted.items():
+        part.choose(method, part.by_rule(rules), fires)
