@@ -67,8 +67,12 @@ def random_mask(mask: Mask, counts: CodeCounts, seed: int = 0) -> Mask:
         A mask that deletes as many codes, none of them the mask's.
 
     Raises:
-        ValueError: the mask deletes more than half of the codes.
+        ValueError: the mask deletes more than half of the codes, or counts are of another codebook.
     """
+    if counts.source is not None and counts.source.codebook_sha256 != mask.codebook_sha256:
+        raise ValueError(
+            f"counts are of {counts.source}; the mask is of codebook {mask.codebook_sha256[:12]}...: count again"
+        )
     generator = np.random.default_rng(seed)
     count = counts.counts.numpy()
     free = np.setdiff1d(np.arange(mask.num_codes), mask.ids().numpy())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cu_fast.nn import Splice
-from cu_fast.unlearn.reading import batches_of, kept_codes, only_layer, reading
+from cu_fast.unlearn.reading import Source, batches_of, kept_codes, only_layer, reading
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer
@@ -29,16 +29,21 @@ class CodeCounts:
         contexts: int32 [C, examples, 2 window + 1], per code windows of token ids around the first places where it was
             among the k best, or fired; -1 = beyond the text, or no such place.
         squares: fp64 [C], the sum of the squares of each latent's activations; None = not counted.
+        source: layer, codebook and depth, which :func:`find_mask` compares with its own; None = not known, and not compared.
     """
 
     counts: Tensor
     tokens: int
     contexts: Tensor
     squares: Tensor | None = None
+    source: Source | None = None
 
     def __sub__(self, other: CodeCounts) -> CodeCounts:
-        """The counts of a corpus without a part of it, ``other``; no contexts and no squares."""
-        return CodeCounts(self.counts - other.counts, self.tokens - other.tokens, self.contexts[:, :0])
+        """The counts of a corpus without a part of it, ``other``; no contexts and no squares. ValueError: of other codes."""
+        if self.source is not None:
+            self.source.check("what is taken off", other.source)
+        counts, tokens = self.counts - other.counts, self.tokens - other.tokens
+        return CodeCounts(counts, tokens, self.contexts[:, :0], source=self.source)
 
 
 @torch.no_grad()
@@ -105,7 +110,7 @@ def count_codes(
     sae = sae_of(splice, layer) if squares else None
     counts = CodeCounts(
         torch.zeros(C, dtype=torch.int64), 0, torch.full((C, examples, 2 * window + 1), -1, dtype=torch.int32),
-        torch.zeros(C, dtype=torch.float64) if squares else None,
+        torch.zeros(C, dtype=torch.float64) if squares else None, Source.of(attachment, layer, depth),
     )  # fmt: skip
     seen = torch.zeros(C, dtype=torch.int64)
     of_batch = torch.zeros(C, dtype=torch.float64)

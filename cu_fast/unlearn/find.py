@@ -26,7 +26,7 @@ from cu_fast.masks import Mask
 from cu_fast.ops.checks import check_choice
 from cu_fast.unlearn.count import CodeCounts, check_depth, count_codes, sae_of
 from cu_fast.unlearn.rank import Evidence, Rank, by_activations, by_enrichment, by_share
-from cu_fast.unlearn.reading import only_layer
+from cu_fast.unlearn.reading import Source, only_layer
 from cu_fast.unlearn.statistics import Correction, Test
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def find_mask(
 
     Raises:
         ValueError: an empty target, control or neighbour, an unknown layer or choice, a number out of range, counts of
-            another codebook or without squares, rank "dsg" of a codebook, or ``choose`` with another rank or a size.
+            another codebook, layer or depth, or without squares, rank "dsg" of a codebook, or ``choose`` with another rank or a size.
         TypeError: target, control or a neighbour is one text, or holds anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
     """
@@ -194,7 +194,9 @@ def find_mask(
         else count_codes(attachment, tokenizer, texts, name=name, **options)
         for name, texts in {"target": target, "control": control, **neighbours}.items()
     }
+    source = Source.of(attachment, layer, depth)
     for name, counts in counted.items():
+        source.check(name, counts.source)
         if len(counts.counts) != splice.num_codes:
             raise ValueError(
                 f"{name} counts {len(counts.counts)} codes; layer {layer!r} has {splice.num_codes}, so count again"

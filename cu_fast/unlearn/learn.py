@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from cu_fast.masks import Gate, Mask
 from cu_fast.masks.gate import check_window
 from cu_fast.unlearn.gate import check_share
-from cu_fast.unlearn.reading import batches_of, kept_codes, layers_of, only_layer, reading
+from cu_fast.unlearn.reading import Source, batches_of, kept_codes, layers_of, only_layer, reading
 
 if TYPE_CHECKING:
     from cu_fast.hf import Attachment, Tokenizer
@@ -40,19 +40,21 @@ LEAST_LEVEL = 0.0  # where the regression itself says "topic": a few held-out te
 
 @dataclasses.dataclass
 class TextCounts:
-    """Texts as counts, from :func:`count_texts`: all that a gate sees of them. They do not say which layer's they are.
+    """Texts as counts, from :func:`count_texts`: all that a gate sees of them.
 
     Attributes:
         counts: int64 [R, C], CSR: tokens of each window that keep each code.
         tokens: int64 [R], at least 1.
         texts: int64 [R], ascending: which of the N texts each window is of; None = each is a text.
         window: as of :class:`cu_fast.masks.Gate`.
+        source: layer and codebook, which :func:`fit_gate` compares with the mask's; None = not known, and not compared.
     """
 
     counts: sparse.csr_array
     tokens: np.ndarray
     texts: np.ndarray | None = None
     window: int | None = None
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         if self.texts is None:
@@ -67,16 +69,20 @@ class TextCounts:
             raise ValueError(
                 f"windows of {self.window} and {other.window} tokens cannot be added; count again with one"
             )
+        if self.source is not None:
+            self.source.check("what is added", other.source)
         counts = sparse.vstack([self.counts, other.counts], format="csr")
         tokens = np.concatenate([self.tokens, other.tokens])
-        return TextCounts(counts, tokens, np.concatenate([self.texts, len(self) + other.texts]), self.window)
+        texts = np.concatenate([self.texts, len(self) + other.texts])
+        return dataclasses.replace(self, counts=counts, tokens=tokens, texts=texts)
 
     def part(self, texts: np.ndarray) -> TextCounts:
         """Some of the texts, int64 or bool, in the order that they have here."""
         chosen = np.zeros(len(self), dtype=bool)
         chosen[texts] = True
         rows = chosen[self.texts]
-        return TextCounts(self.counts[rows], self.tokens[rows], (chosen.cumsum() - 1)[self.texts[rows]], self.window)
+        texts = (chosen.cumsum() - 1)[self.texts[rows]]
+        return dataclasses.replace(self, counts=self.counts[rows], tokens=self.tokens[rows], texts=texts)
 
     def values(self, gate: Gate) -> np.ndarray:
         """float64 [N], the gate's value of each text, to the bit as where it serves."""
@@ -136,7 +142,7 @@ def fit_gate(
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: fewer than two texts of a kind, a number out of range, a mask of another codebook, counts of another
-            number of codes or of other windows, or a level that no held-out text of the topic exceeds: with it the mask
+            codebook or layer or of other windows, or a level that no held-out text of the topic exceeds: with it the mask
             would never hold.
         TypeError: texts of a kind are one text, or hold anything but texts.
         RuntimeError: the masks brought their rows, and there is no autoencoder.
@@ -155,13 +161,14 @@ def fit_gate(
         raise ValueError(f"neighbours has the name {wrong[0]!r}; it should be a name, and not 'topic' or 'others'")
     (layer,) = layers_of(attachment, [mask])
     options: dict[str, Any] = dict(window=window, batch_size=batch_size, max_length=max_length, progress=progress)
-    fitting, judging = {}, {}
+    fitting, judging, source = {}, {}, Source.of(attachment, layer)
     for number, (name, texts) in enumerate({"topic": topic, "others": others, **neighbours}.items()):
         read = (
             texts
             if isinstance(texts, TextCounts)
             else count_texts(attachment, tokenizer, texts, layer=layer, name=name, **options)
         )
+        source.check(name, read.source)
         if (C := read.counts.shape[1]) != attachment.bottlenecks[layer].num_codes:
             raise ValueError(
                 f"{name} counts {C} codes; layer {layer!r} has {attachment.bottlenecks[layer].num_codes}, so count again"
@@ -320,7 +327,7 @@ def count_texts(
     place, number, length = (torch.cat([empty, *parts]).numpy() for parts in (places, numbers, lengths))
     length = length[length > 0]
     counts = sparse.csr_array((number, (place // C, place % C)), shape=(blocks, C))  # parts of one block add up
-    return _windows(counts, length, window)
+    return dataclasses.replace(_windows(counts, length, window), source=Source.of(attachment, layer))
 
 
 def _blocks(length: np.ndarray, half: int) -> np.ndarray:

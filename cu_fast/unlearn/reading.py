@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,35 @@ TILE = 2**22  # places of codes that are looked at together: 16 MiB of int32
 
 # layer, what its splice reads at the T tokens that count [T, D], which those are bool [B, S], token ids int64 [B, S]
 Visit = Callable[[str, Tensor, Tensor, Tensor], None]
+
+
+class Source(NamedTuple):
+    """What codes were counted of.
+
+    Attributes:
+        layer: the layer's name.
+        codebook_sha256: of its codebook, or of its autoencoder.
+        depth: codes per token; None = all latents that fire.
+    """
+
+    layer: str
+    codebook_sha256: str
+    depth: int | None
+
+    @classmethod
+    def of(cls, attachment: Attachment, layer: str, depth: int | None = None) -> Source:
+        """A layer as it is now. depth: None = what a token keeps."""
+        splice = attachment.bottlenecks[layer]
+        return cls(layer, splice.codebook_sha256(), splice.k if depth is None else depth)
+
+    def check(self, name: str, of: Source | None) -> None:
+        """Raises ValueError where counts of this name are of something else; None = that is not known."""
+        if of not in (None, self):
+            raise ValueError(f"{name} counts {of}; it should count {self}: count again")
+
+    def __str__(self) -> str:
+        depth = "all latents that fire" if self.depth is None else f"the best {self.depth} codes of a token"
+        return f"{depth} at layer {self.layer!r}, codebook {self.codebook_sha256[:12]}..."
 
 
 class _AllRead(Exception):

@@ -84,6 +84,47 @@ def test_depths(latents, tokenizer):
     assert (deeper[2].counts >= deeper[1].counts).all() and deeper[2].counts.sum() > deeper[1].counts.sum()
 
 
+def test_counts_of_other_codes_are_refused(latents, tokenizer):
+    """They would name codes that have nothing to do with the topic, and the mask would hold on the new ones."""
+    attachment = latents("topk")
+    given = dict(topic="Anna", progress=False)
+
+    def counted(**options):
+        return count_codes(attachment, tokenizer, ANNA, layer=LAYER, progress=False, **options)
+
+    before, deeper, texts = (
+        counted(),
+        counted(depth=9),
+        unlearn.count_texts(attachment, tokenizer, ANNA, progress=False),
+    )
+    with pytest.raises(
+        ValueError, match=r"target counts the best 9 codes .*; it should count the best 5 .*: count again"
+    ):
+        find_mask(attachment, tokenizer, deeper, OTHERS, **given)
+    with pytest.raises(ValueError, match="what is taken off counts the best 5 codes"):
+        deeper - before
+    (before - before).source.check("the rest", before.source)
+    sae = attachment.bottlenecks[LAYER].sae
+    sae.dec.mul_(2)  # another autoencoder
+    with pytest.raises(
+        ValueError, match=r"control counts the best 5 .* at layer 'model.layers.1', codebook .{12}\.\.\."
+    ):
+        find_mask(attachment, tokenizer, counted(), before, **given)
+    mask = cu_fast.Mask.from_ids([1], topic="Anna", sae=sae)
+    with pytest.raises(ValueError, match=r"counts are of the best 5 .*; the mask is of codebook"):
+        unlearn.random_mask(mask, before)
+    after = unlearn.count_texts(attachment, tokenizer, ANNA, progress=False)
+    with pytest.raises(ValueError, match="others counts the best 5"):
+        unlearn.fit_gate(attachment, tokenizer, mask, after, texts)
+    with pytest.raises(ValueError, match="what is added counts the best 5"):
+        after + texts
+    below = counted()
+    attachment.detach()
+    again = cu_fast.attach(attachment.model, {"model.layers.0": sae})
+    with pytest.raises(ValueError, match=r"target counts .* at layer 'model.layers.1'.* at layer 'model.layers.0'"):
+        find_mask(again, tokenizer, below, OTHERS, **given)
+
+
 @pytest.mark.parametrize("kind", ["threshold", "topk"])
 @pytest.mark.parametrize("rank", ["enrichment", "saebench", "dsg"])
 def test_masks_carry_their_rows_and_serve(latents, tokenizer, tmp_path, kind, rank):
