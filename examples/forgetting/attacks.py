@@ -91,7 +91,7 @@ class Attacks(Study):
             prompt = made[method]() if method in made else None
             return Served(self.model(whole[method], dtype), self.tokenizer, prompt)
         weights, mask = self.kept(method), self.kept(method).with_suffix(".safetensors")
-        if method == "eul" and weights.exists():
+        if method.startswith("eul") and weights.exists():
             return Served(eul.load(self.model("full", dtype), weights), self.tokenizer)
         if weights.exists():
             model = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).eval()

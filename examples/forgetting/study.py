@@ -23,10 +23,11 @@ import prompts
 from deletions import OURS, study_codes, study_replacing
 from measure import plain
 from shared import methods
-from training import study_training
+from training import ANY_PRICE, study_training
 from trial import GOLD, Study, Tried, short
 from validation import names_of
 
+TRAINED = (*methods.METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul")
 METHODS = {
     "models": ("base", "retrained"),
     "codes": (
@@ -35,7 +36,7 @@ METHODS = {
         "dsg",
     ),
     "prompts": ("instruction", "in-context"),
-    "training": (*methods.METHODS, "rmu", "me+gd", "idk+ap", "icu", "eul"),
+    "training": (*TRAINED, *map(ANY_PRICE.format, TRAINED)),
     "replacing": tuple(f"codebook, replacing{rest}" for rest in (", as published", "", ", gated")),
 }
 

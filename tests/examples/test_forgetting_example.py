@@ -357,6 +357,7 @@ def small(example, folder, monkeypatch) -> list[str]:
 @heavy
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     study, given = example["study"], [*small(example, tmp_path, monkeypatch), "--retain-rows", "10"]
+    monkeypatch.setattr(example["training"], "worth", lambda judged: (judged["distance"],))  # not what forgets best
     output = tmp_path / "out" / "results.csv"
     for wrong in (("--only", "codes,all"), ("--methods", "delta"), ("--only", "prompts", "--methods", "npo")):
         with pytest.raises(SystemExit):
@@ -386,7 +387,8 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         "in-context",
     ]
     expected += trained
-    assert [row["method"] for row in rows] == expected
+    prices = {row["method"].removesuffix(", at any price"): row for row in rows if "price" in row["method"]}
+    assert [row["method"] for row in rows if row not in prices.values()] == expected
     by = {row["method"]: row for row in rows}
     assert all(0 <= float(row["utility"]) <= 1 and row["retain_rows"] == "10" for row in rows)
     for name in ("real_authors", "world_facts", "retain"):
@@ -406,8 +408,16 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
     assert len({row["forget_probability"] for row in by.values()}) > len(by) - 3
     assert (tmp_path / "out" / "rmu-forget01-0" / "model.safetensors").exists()
     assert [file.name for file in (tmp_path / "out" / "eul-forget01-0").iterdir()] == ["unlearning.safetensors"]
-    judged = {row["method"] for row in table(output.with_name("validation.csv"))}
-    assert judged == {"none", "base", "retrained", "delta topk, gated", "delta codebook, gated", *trained}
+    judged = table(output.with_name("validation.csv"))
+    assert {row["method"] for row in judged} == {
+        "none", "base", "retrained", "delta topk, gated", "delta codebook, gated", *trained,
+    }  # fmt: skip
+    for method in trained:
+        of = {row["setting"]: float(row["p"]) for row in judged if row["method"] == method}
+        row = prices.get(method, by[method])
+        assert of[row["setting"]] == max(of.values()) and row["runs"] == str(len(of))
+        assert method not in prices or row["setting"] != by[method]["setting"]
+    assert prices and all((tmp_path / "out" / f"{m}-at-any-price-forget01-0").exists() for m in prices)
 
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:-2]))  # cut off: the last two again, and the same
