@@ -296,7 +296,7 @@ def count_texts(
     """
     check_window(window)
     layer = only_layer(attachment, layer)
-    splice = attachment.bottlenecks[layer]
+    splice, source = attachment.bottlenecks[layer], Source.of(attachment, layer)
     C, half = splice.num_codes, (window or 0) // 2
     places, numbers, lengths = [], [], []  # of codes in blocks, how often; tokens of texts
     blocks = 0
@@ -327,7 +327,7 @@ def count_texts(
     place, number, length = (torch.cat([empty, *parts]).numpy() for parts in (places, numbers, lengths))
     length = length[length > 0]
     counts = sparse.csr_array((number, (place // C, place % C)), shape=(blocks, C))  # parts of one block add up
-    return dataclasses.replace(_windows(counts, length, window), source=Source.of(attachment, layer))
+    return dataclasses.replace(_windows(counts, length, window), source=source)
 
 
 def _blocks(length: np.ndarray, half: int) -> np.ndarray:

@@ -118,6 +118,16 @@ def test_counts_of_other_codes_are_refused(latents, tokenizer):
         unlearn.fit_gate(attachment, tokenizer, mask, after, texts)
     with pytest.raises(ValueError, match="what is added counts the best 5"):
         after + texts
+
+    def written():
+        yield ANNA[0]
+        sae.dec.mul_(2)
+        yield ANNA[1]
+
+    half = unlearn.count_texts(attachment, tokenizer, written(), batch_size=1, progress=False)
+    mask = cu_fast.Mask.from_ids([1], topic="Anna", sae=sae)
+    with pytest.raises(ValueError, match="topic counts the best 5"):
+        unlearn.fit_gate(attachment, tokenizer, mask, half, OTHERS)
     below = counted()
     attachment.detach()
     again = cu_fast.attach(attachment.model, {"model.layers.0": sae})
