@@ -47,7 +47,7 @@ from validation import names_of
 
 import cu_fast
 from cu_fast.hf.checkpoint import CODEBOOK
-from cu_fast.masks import Mask
+from cu_fast.masks import Mask, load_masks
 
 SPOKEN = ("plain", "paraphrased", "french", "few-shot", "audit", "relearned", "4 bits")
 NOISE_EVERY = 2  # of so many questions one is asked
@@ -90,38 +90,38 @@ class Attacks(Study):
         if method in whole:
             prompt = made[method]() if method in made else None
             return Served(self.model(whole[method], dtype), self.tokenizer, prompt)
-        weights, mask = self.kept(method), self.kept(method).with_suffix(".safetensors")
+        weights, saved = self.kept(method), self.kept(method).with_suffix(".safetensors")
         if method.startswith("eul") and weights.exists():
             return Served(eul.load(self.model("full", dtype), weights), self.tokenizer)
         if weights.exists():
             model = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).eval()
             return Served(model, self.tokenizer)
         if method.startswith("codebook, replacing"):
-            return self.replacing(self.settings[method], Mask.load(mask) if mask.exists() else None, dtype)
-        if not mask.exists():
+            return self.replacing(self.settings[method], load_masks(saved) if saved.exists() else [], dtype)
+        if not saved.exists():
             return None
-        model, deleted = self.model("full", dtype), Mask.load(mask)
+        model, masks = self.model("full", dtype), load_masks(saved)
         kind = "codebook" if "codebook" in method else "topk"
         folder = self.output.with_name(f"{kind}-{self.options.seed}")
         if method == "dsg":
-            part = codes.Codes(model, self.tokenizer, folder, kind, self.control, [])
-            level = part.dsg_level(deleted)
+            part, (mask,) = codes.Codes(model, self.tokenizer, folder, kind, self.control, []), masks
+            level = part.dsg_level(mask)
             return Served(
-                model, self.tokenizer, attachment=part.attachment, mask=deleted,
-                judge=lambda given: part.share_firing(deleted, given) > level,
+                model, self.tokenizer, attachment=part.attachment, masks=masks,
+                judge=lambda given: part.share_firing(mask, given) > level,
             )  # fmt: skip
         attachment = cu_fast.attach(model, cu_fast.load_sae(folder) if kind == "topk" else folder)
-        return Served(model, self.tokenizer, attachment=attachment, mask=deleted)
+        return Served(model, self.tokenizer, attachment=attachment, masks=masks)
 
-    def replacing(self, setting: str, mask: Mask | None, dtype: torch.dtype) -> Served:
+    def replacing(self, setting: str, masks: Sequence[Mask], dtype: torch.dtype) -> Served:
         """The model that was trained with its bottleneck."""
         model = self.model("bottleneck", dtype)
         attachment = cu_fast.attach(model, self.options.models / f"bottleneck-{self.options.seed}" / CODEBOOK)
-        if mask is None:
+        if not masks:
             return Served(model, self.tokenizer)
         (splice,) = attachment.bottlenecks.values()
         splice.mask_mode = setting.split(", ")[-1]
-        return Served(model, self.tokenizer, attachment=attachment, mask=mask)
+        return Served(model, self.tokenizer, attachment=attachment, masks=masks)
 
     def relearned(self, served: Served, method: str, asked: Sequence[Asked], speak: bool) -> dict[str, Any]:
         weights = tampering.relearn(self.served(method, torch.float32), self.entries[::2], self.options.seed)

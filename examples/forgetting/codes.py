@@ -13,6 +13,7 @@ Negative values are given as multiples of what the latents are where they fire, 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 
 import cu_fast
-from cu_fast.masks import Mask
+from cu_fast.masks import Gate, Mask
 from cu_fast.train.fit import fit_codes
-from cu_fast.unlearn import count_codes, fit_gate, random_mask
+from cu_fast.unlearn import TextCounts, count_codes, count_texts, fit_gate, random_mask
 from cu_fast.unlearn.reading import kept_codes, reading
 
 KINDS = ("topk", "codebook")
@@ -89,14 +90,25 @@ class Codes:
         )
         return found.mask
 
-    def gate(self, mask: Mask, forget: Sequence[dict]) -> Mask:
-        """The mask with a gate that lets no retain prompt pass that it was fitted with."""
+    @functools.cached_property
+    def beside_gates(self) -> TextCounts:
+        """What a gate is to leave alone: retain rows and running text, counted once for all gates."""
         lines = [text[start : start + 160] for text in self.text for start in (0, 400)][:GATE_LINES]
-        return fit_gate(
-            self.attachment, self.tokenizer, mask, prompts_of(forget) + texts_of(forget),
-            prompts_of(self.control) + texts_of(self.control) + lines, max_share=0.0, held_out=0.3, window=GATE_WINDOW,
-            progress=False,
+        start = time.perf_counter()
+        counts = self.count_texts(prompts_of(self.control) + texts_of(self.control) + lines)
+        print(f"{self.kind}: counted what gates leave alone in {time.perf_counter() - start:.1f} s", flush=True)
+        return counts
+
+    def count_texts(self, texts: Sequence[str]) -> TextCounts:
+        return count_texts(self.attachment, self.tokenizer, texts, window=GATE_WINDOW, progress=False)
+
+    def gate(self, mask: Mask, forget: Sequence[dict]) -> Gate:
+        """That lets no retain prompt pass that it was fitted with."""
+        fitted = fit_gate(
+            self.attachment, self.tokenizer, mask, self.count_texts(prompts_of(forget) + texts_of(forget)),
+            self.beside_gates, max_share=0.0, held_out=0.3, window=GATE_WINDOW, progress=False,
         )  # fmt: skip
+        return fitted.gate
 
     def random(self, mask: Mask) -> Mask:
         """As many codes of the same frequency, deleted in the same way and behind the same gate."""

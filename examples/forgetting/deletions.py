@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import codes
 import numpy as np
-from measure import PIECE, Measure, behind_a_gate, plain
+from codes import texts_of
+from measure import PIECE, Fires, Measure, behind_a_gate, plain
 from shared import methods, tofu
 from trial import Study, Tried
+from validation import PER_AUTHOR
 
 import cu_fast
 from cu_fast.hf.checkpoint import CODEBOOK
-from cu_fast.masks import Mask
+from cu_fast.masks import Gate, Mask, load_masks
 from cu_fast.ops import MASK_MODES
 
 # R, and strengths behind a gate: of fewer codes more is taken out
@@ -29,11 +33,65 @@ UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fe
 CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
 PUBLISHED = (("R > 0, p < 0.05", {"min_enrichment": 0.0, "correction": "none", "test": "chi2"}),)
 STRICTER = tuple((f"R > {R:g}", {"min_enrichment": R}) for R in (1.0, 2.0, 3.0, 4.0))
-OURS = ("delta {}, gated", "delta {}", "random {}, gated", "delta {}, gated as it answers")
+OURS = (
+    "delta {}, gated", "delta {}", "random {}, gated", "delta {}, gated per author", "delta {}, gated as it answers"
+)  # fmt: skip
+Found = tuple[str, dict[str, Mask], float]  # a rule, the masks of parts, and the seconds that they took
+
+
+class Parts:
+    """What is deleted, in parts that each have codes and a gate of their own.
+
+    Attributes:
+        targets: name of a part -> what its texts keep.
+        counting, gating: seconds that counting them took, and fitting their gates.
+    """
+
+    def __init__(self, codes: codes.Codes, entries: dict[str, Sequence[dict]]) -> None:
+        self.codes, self.entries = codes, entries
+        started = time.perf_counter()
+        self.targets = {name: codes.count(texts_of(some)) for name, some in entries.items()}
+        self.counting = time.perf_counter() - started
+
+    def find(self, **options: Any) -> dict[str, Mask]:
+        found = {name: self.codes.find(target, name, **options) for name, target in self.targets.items()}
+        return {name: mask for name, mask in found.items() if mask.num_deleted}  # else no code is that enriched
+
+    @functools.cached_property
+    def gates(self) -> dict[str, Gate]:
+        _ = self.codes.beside_gates  # counted once for all deletions
+        started = time.perf_counter()
+        masks = self.find(min_enrichment=GATED[0][0])
+        gates = {name: self.codes.gate(mask, self.entries[name]) for name, mask in masks.items()}
+        self.gating = time.perf_counter() - started
+        return gates
+
+    def topics_of(self, tokenizer: Any, prompts: Sequence[str]) -> list[set[str] | None]:
+        """For each prompt the parts whose gates fire."""
+        attachment, masks = self.codes.attachment, self.find(min_enrichment=GATED[0][0])
+        with known(attachment, {name: masks[name].with_gate(gate) for name, gate in self.gates.items()}):
+            return cu_fast.topics_of(attachment, tokenizer, prompts, set(self.gates))
+
+
+@contextlib.contextmanager
+def known(attachment: cu_fast.Attachment, masks: dict[str, Mask]) -> Iterator[None]:
+    """In which an attachment knows these masks."""
+    for name, mask in masks.items():
+        attachment.add_mask(mask, name)
+    try:
+        yield
+    finally:
+        for name in masks:
+            attachment.remove_mask(name)
 
 
 class CodeStudy:
-    """The methods of codes.py, of one kind of codes."""
+    """The methods of codes.py, of one kind of codes.
+
+    Attributes:
+        whole: the split in one part.
+        prompts: of each set that is measured.
+    """
 
     def __init__(self, study: Study, kind: str, folder: Path | None = None) -> None:
         """folder: of the codes; None = they are fitted to the model."""
@@ -44,83 +102,86 @@ class CodeStudy:
             codes.fitted(study.full, study.tokenizer, study.forget + study.known, text, folder, kind)
         self.codes = codes.Codes(study.full, study.tokenizer, folder, kind, study.control, text)
         self.rows = len(study.forget)
-        started = time.perf_counter()
-        self.target = self.codes.count(codes.texts_of(study.forget))
-        self.counting = time.perf_counter() - started
-        started = time.perf_counter()
-        self.gate = self.codes.gate(self.find(min_enrichment=GATED[0][0]), study.forget).gate
-        self.gating = time.perf_counter() - started
+        self.whole = Parts(self.codes, {study.split: study.forget})
         sets = {name: entries for name, entries, _ in study.sets.items()}
         sets |= {name: entries for name, (entries, _) in study.validation.sets.items()}
         self.prompts = {name: codes.prompts_of(entries) for name, entries in sets.items()}
 
-    def find(self, **options: Any) -> Mask:
-        return self.codes.find(self.target, self.study.split, **options)
+    @functools.cached_property
+    def authors(self) -> Parts:
+        """The split in parts of an author."""
+        starts = range(0, self.rows, PER_AUTHOR)
+        entries = {f"author {i}": self.study.forget[start : start + PER_AUTHOR] for i, start in enumerate(starts)}
+        return Parts(self.codes, entries)
 
-    def under(self, mask: Mask | None, name: str | None) -> Measure:
-        """Measures the model while a mask deletes in every prompt; None = nothing does."""
-        attachment, inner = self.codes.attachment, plain(self.study.full, self.study.tokenizer)
-        if mask is not None:
-            attachment.add_mask(mask, name)
+    def under(self, masks: dict[str, Mask], topics: Collection[str] | None = None, piece: int | None = None) -> Measure:
+        """Measures the model while masks delete.
+
+        Args:
+            topics: which of the masks; None = all.
+            piece: tokens of an answer after which gates are judged again; None = masks delete in every prompt.
+        """
+        attachment, inner = self.codes.attachment, plain(self.study.full, self.study.tokenizer, piece=piece)
 
         def measured(*given: Any) -> tofu.Figures:
-            with attachment.unlearn(name):
+            chosen = set(masks).intersection(masks if topics is None else topics)
+            with known(attachment, masks), attachment.unlearn(chosen or None, gated=piece is not None):
                 return inner(*given)
 
         return measured
 
     def tried(
-        self, setting: str, mask: Mask, seconds: float, fires: dict[str, np.ndarray] | None, gate: Any = None
+        self,
+        setting: str,
+        masks: dict[str, Mask],
+        seconds: float,
+        fires: Fires | None,
+        gates: dict[str, Gate] | None = None,
     ) -> Tried:
-        """fires: for which entries of each set the mask deletes; None = all. gate: what decided it, to be kept."""
-        measure, extra = self.under(mask, setting), {"codes": mask.num_deleted}
+        """fires: which masks delete for which entries of each set; None = all for all. gates: what decided it, to be kept."""
+        measure, extra = self.under(masks), {"codes": sum(mask.num_deleted for mask in masks.values())}
         if fires is not None:
-            measure = behind_a_gate(measure, self.study.untouched, fires)
-            extra |= {f"fires_{name}": float(fires[name].mean()) for name in ("forget", "reworded", "retain")}
-            extra["fires_general"] = float(np.concatenate([fires[name] for name in tofu.GENERAL]).mean())
-        kept = mask if gate is None else mask.with_gate(gate)
+            measure = behind_a_gate(functools.partial(self.under, masks), self.study.untouched, fires)
+            share = {name: np.array([topics is not None for topics in found]) for name, found in fires.items()}
+            extra |= {f"fires_{name}": float(share[name].mean()) for name in ("forget", "reworded", "retain")}
+            extra["fires_general"] = float(np.concatenate([share[name] for name in tofu.GENERAL]).mean())
+        kept = [mask.with_gate(gates[name]) if gates else mask for name, mask in masks.items()]
         return Tried(setting, measure, methods.Cost(seconds, self.rows, 0), extra, kept)
 
-    def gated(self) -> dict[str, np.ndarray]:
-        attachment = self.codes.attachment
-        attachment.add_mask(self.find(min_enrichment=GATED[0][0]).with_gate(self.gate), "gate")
-        fires = {}
-        for name, asked in self.prompts.items():
-            found = cu_fast.topics_of(attachment, self.study.tokenizer, asked, ["gate"])
-            fires[name] = np.array([topics is not None for topics in found])
-        attachment.remove_mask("gate")
-        return fires
-
-    def choose(self, method: str, found: Iterable[tuple[str, Mask, float]], fires: bool) -> None:
-        """Record the best of the masks that were found, each with its rule and the seconds that it took. fires: they delete
-        behind the learned gate."""
-        where, gate = (self.gated(), self.gate) if fires else (None, None)
+    def choose(self, method: str, parts: Parts, found: Iterable[Found], gated: bool) -> None:
+        """Record the best of the masks that were found. gated: they delete behind learned gates."""
+        gates, fires = None, None
+        if gated:
+            gates = parts.gates
+            fires = {name: parts.topics_of(self.study.tokenizer, asked) for name, asked in self.prompts.items()}
         settings = []
-        for rule, mask, seconds in found:
-            if mask.num_deleted:  # else no code is that enriched
-                seconds += self.counting + self.gating * fires
-                settings.append(self.tried(f"{method}, {rule}", mask, seconds, where, gate))
+        for rule, masks, seconds in found:
+            if masks:
+                seconds += parts.counting + (parts.gating if gated else 0)
+                settings.append(self.tried(f"{method}, {rule}", masks, seconds, fires, gates))
         if settings:
             self.study.best(method, settings)
 
-    def enriched(self, pairs: Iterable[tuple[float, float]], random: bool) -> Iterator[tuple[str, Mask, float]]:
+    def enriched(self, parts: Parts, pairs: Iterable[tuple[float, float]], random: bool) -> Iterator[Found]:
         for enrichment, strength in pairs:
             started = time.perf_counter()
             strength = strength * UNIT[self.kind]
-            mask = self.find(min_enrichment=enrichment).with_strength(strength)
+            masks = {name: mask.with_strength(strength) for name, mask in parts.find(min_enrichment=enrichment).items()}
             if random:
-                mask = self.codes.random(mask)
-            yield f"R > {enrichment:g}, strength {strength:g}", mask, time.perf_counter() - started
+                masks = {name: self.codes.random(mask) for name, mask in masks.items()}
+            yield f"R > {enrichment:g}, strength {strength:g}", masks, time.perf_counter() - started
 
     def ours(self) -> None:
         free = itertools.product(FREE_ENRICHMENTS, FREE_STRENGTHS)
-        for method, pairs, random, fires in (
+        for method, pairs, random, gated in (
             (f"delta {self.kind}, gated", GATED, False, True),
             (f"delta {self.kind}", free, False, False),
             (f"random {self.kind}, gated", [RANDOM], True, True),
+            (f"delta {self.kind}, gated per author", GATED, False, True),
         ):
             if self.study.todo(method):
-                self.choose(method, self.enriched(pairs, random), fires)
+                parts = self.authors if "author" in method else self.whole
+                self.choose(method, parts, self.enriched(parts, pairs, random), gated)
 
     def as_it_answers(self) -> None:
         """The gated deletion as chosen; its gate is judged on every answer too, after each PIECE tokens."""
@@ -129,33 +190,31 @@ class CodeStudy:
         if not self.study.todo(served) or not kept.exists():
             return
         chosen = self.study.table.find(**self.study.keys(method))
-        attachment, mask = self.codes.attachment, Mask.load(kept)
-        attachment.add_mask(mask, served)
-        inner = plain(self.study.full, self.study.tokenizer, piece=PIECE)
-
-        def measured(*given: Any) -> tofu.Figures:
-            with attachment.unlearn(served, gated=True):
-                return inner(*given)
-
+        measure = self.under({mask.topic: mask for mask in load_masks(kept)}, piece=PIECE)
         extra = {name: chosen[name] for name in ("codes", *(name for name in chosen if name.startswith("fires_")))}
         cost = methods.Cost(*(chosen[name] for name in methods.Cost._fields))
-        self.study.record(served, Tried(chosen["setting"], measured, cost, extra))
+        self.study.record(served, Tried(chosen["setting"], measure, cost, extra))
 
     def farrell(self) -> None:
         settings = []
         for size, clamp in itertools.product(FARRELL_SIZES, CLAMPS):
-            mask = self.codes.find(self.target, self.study.split, rank="saebench", size=size)
-            mask = mask.with_clamp(-clamp * self.codes.size_of(mask, self.target))
-            settings.append(self.tried(f"farrell, {size} latents, -{clamp:g}", mask, self.counting, None))
+            ((name, mask),) = self.whole.find(rank="saebench", size=size).items()
+            mask = mask.with_clamp(-clamp * self.codes.size_of(mask, self.whole.targets[name]))
+            settings.append(self.tried(f"farrell, {size} latents, -{clamp:g}", {name: mask}, self.whole.counting, None))
         self.study.best("farrell", settings)
 
     def dsg(self) -> None:
-        mask = self.codes.find(self.target, self.study.split, rank="dsg", size=codes.DSG_SIZE)
-        level, size = self.codes.dsg_level(mask), self.codes.size_of(mask, self.target)
-        fires = {name: self.codes.share_firing(mask, asked) > level for name, asked in self.prompts.items()}
-        self.study.best(
-            "dsg", [self.tried(f"dsg, -{c:g}", mask.with_clamp(-c * size, dense=True), self.counting, fires) for c in CLAMPS]
-        )  # fmt: skip
+        ((name, mask),) = self.whole.find(rank="dsg", size=codes.DSG_SIZE).items()
+        level, size = self.codes.dsg_level(mask), self.codes.size_of(mask, self.whole.targets[name])
+        fires = {
+            key: [{name} if share > level else None for share in self.codes.share_firing(mask, asked)]
+            for key, asked in self.prompts.items()
+        }
+        settings = []
+        for clamp in CLAMPS:
+            masks = {name: mask.with_clamp(-clamp * size, dense=True)}
+            settings.append(self.tried(f"dsg, -{clamp:g}", masks, self.whole.counting, fires))
+        self.study.best("dsg", settings)
 
 
 def study_codes(study: Study) -> None:
@@ -185,10 +244,10 @@ class Replacing(CodeStudy):
         own = copy.copy(study)
         own.full = own.model("bottleneck")
         super().__init__(own, "codebook", folder / CODEBOOK)
-        own.start("codebook, replacing, nothing deleted", self.under(None, None), "bottleneck")
+        own.start("codebook, replacing, nothing deleted", self.under({}), "bottleneck")
 
-    def under(self, mask: Mask | None, name: str | None) -> Measure:
-        inner, mode = super().under(mask, name), self.mode
+    def under(self, *given: Any, **options: Any) -> Measure:
+        inner, mode = super().under(*given, **options), self.mode
 
         def measured(*given: Any) -> tofu.Figures:
             (splice,) = self.codes.attachment.bottlenecks.values()
@@ -197,11 +256,11 @@ class Replacing(CodeStudy):
 
         return measured
 
-    def by_rule(self, rules: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, Mask, float]]:
+    def by_rule(self, rules: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Found]:
         for (rule, options), self.mode in itertools.product(rules, MASK_MODES):
             started = time.perf_counter()
-            mask = self.find(**options)
-            yield f"{rule}, {self.mode}", mask, time.perf_counter() - started
+            masks = self.whole.find(**options)
+            yield f"{rule}, {self.mode}", masks, time.perf_counter() - started
 
 
 def study_replacing(study: Study) -> None:
@@ -215,5 +274,5 @@ def study_replacing(study: Study) -> None:
     if not wanted or not (folder / CODEBOOK).exists():
         return
     part = Replacing(study, folder)
-    for method, (rules, fires) in wanted.items():
-        part.choose(method, part.by_rule(rules), fires)
+    for method, (rules, gated) in wanted.items():
+        part.choose(method, part.whole, part.by_rule(rules), gated)

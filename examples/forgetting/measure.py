@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ def measure(
 FIELDS = tuple(inspect.signature(ev.AnswerScores).parameters)
 SPOKEN = ("forget", "retain", *tofu.GENERAL)
 Measure = Callable[[str, list[dict], bool], tofu.Figures]  # of a set's name and entries, and whether it is general
+Fires = Mapping[str, Sequence["set[str] | None"]]  # a set's name -> for each entry the topics that are deleted
 
 
 def spaced(entries: Sequence[dict], rows: int) -> list[dict]:
@@ -206,21 +207,28 @@ def plain(model, tokenizer, prompt: Prompt = models.prompt, piece: int | None = 
     return measured
 
 
-def behind_a_gate(touched: Measure, untouched: dict[str, tofu.Figures], fires: dict[str, np.ndarray]) -> Measure:
+def behind_a_gate(
+    touched: Callable[[Collection[str]], Measure], untouched: dict[str, tofu.Figures], fires: Fires
+) -> Measure:
     """A measure of a model that is changed for some prompts alone. The others have the untouched model's bits.
 
     Args:
-        touched: of the model while it is changed.
+        touched: of topics, which measures the model while they are deleted.
         untouched: each set's figures of the model as it was.
-        fires: bool per entry of each set.
+        fires: the topics that are deleted for each entry of each set.
     """
 
     def measured(name: str, entries: list[dict], general: bool) -> tofu.Figures:
-        yes, no = np.flatnonzero(fires[name]), np.flatnonzero(~fires[name])
-        if not len(yes):
+        groups = tofu.grouped(fires[name])
+        if list(groups) == [None]:
             return untouched[name]
-        parts = [touched(name, [entries[i] for i in yes], general)]
-        return tofu.merged([*parts, some(untouched[name], no)], [yes, no]) if len(no) else parts[0]
+        parts = [
+            some(untouched[name], places)
+            if topics is None
+            else touched(topics)(name, [entries[i] for i in places], general)
+            for topics, places in groups.items()
+        ]
+        return tofu.merged(parts, list(groups.values()))
 
     return measured
 

@@ -16,7 +16,6 @@ import cu_fast
 from cu_fast import evaluate as ev
 from cu_fast.masks import Mask
 
-NAME = "split"  # of the mask
 BATCH = 20  # prompts at once
 NEW_TOKENS = 32
 
@@ -26,8 +25,8 @@ class Served:
 
     Args:
         prompt: makes one of a question; None = the chat format alone.
-        attachment, mask: of a method of codes; the mask is not known to the attachment yet.
-        judge: of prompts whether the mask deletes, bool [N]; None = a learned gate decides, or all do.
+        attachment, masks: of a method of codes; the masks are not known to the attachment yet.
+        judge: of prompts whether the masks delete, bool [N]; None = learned gates decide, or all do.
     """
 
     def __init__(
@@ -36,14 +35,13 @@ class Served:
         tokenizer: Any,
         prompt: Prompt | None = None,
         attachment: cu_fast.Attachment | None = None,
-        mask: Mask | None = None,
+        masks: Sequence[Mask] = (),
         judge: Callable[[Sequence[str]], np.ndarray] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.prompt = model, tokenizer, prompt or models.prompt
-        self.attachment, self.mask, self.judge = attachment, mask, judge
-        self.gated = mask is not None and mask.gate is not None
-        if attachment is not None:
-            attachment.add_mask(mask, NAME)
+        self.attachment, self.judge = attachment, judge
+        self.gated = any(mask.gate is not None for mask in masks)
+        self.topics = {attachment.add_mask(mask) for mask in masks} if attachment is not None else set()
 
     def prompt_of(self, asked: Asked) -> str:
         """The whole prompt: a method's own words come first, then earlier turns."""
@@ -55,8 +53,8 @@ class Served:
         if self.attachment is None:
             return contextlib.nullcontext()
         if self.judge is not None:
-            return self.attachment.unlearn([NAME if fires else None for fires in self.judge(given)])
-        return self.attachment.unlearn(NAME, gated=True)
+            return self.attachment.unlearn([self.topics if fires else None for fires in self.judge(given)])
+        return self.attachment.unlearn(self.topics, gated=True)
 
     def fires(self, given: Sequence[str]) -> np.ndarray:
         """For which prompts something is deleted: bool [N]."""
@@ -64,7 +62,7 @@ class Served:
             return self.judge(given)
         if not self.gated:
             return np.full(len(given), self.attachment is not None)
-        found = cu_fast.topics_of(self.attachment, self.tokenizer, given, [NAME])
+        found = cu_fast.topics_of(self.attachment, self.tokenizer, given, self.topics)
         return np.array([topics is not None for topics in found])
 
     def probability(self, given: Sequence[str], answers: Sequence[str]) -> np.ndarray:

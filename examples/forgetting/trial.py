@@ -7,7 +7,7 @@ import json
 import random
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +33,13 @@ def short(method: str) -> str:
 
 
 class Tried(NamedTuple):
-    """A setting, what it makes of the model, what it cost, further columns, and the mask that it is, where it is one."""
+    """A setting, what it makes of the model, what it cost, further columns, and the masks that it is, where it is some."""
 
     setting: str
     measure: Measure
     cost: methods.Cost = NOTHING
     extra: Mapping[str, Any] = types.MappingProxyType({})
-    mask: Mask | None = None
+    masks: Collection[Mask] = ()
 
 
 class Study:
@@ -99,9 +99,10 @@ class Study:
         return self.output.with_name(f"{short(method)}-{self.split}-{self.options.seed}")
 
     def record(self, method: str, tried: Tried, runs: int = 1) -> None:
-        """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table; the mask too."""
-        if tried.mask is not None:
-            tried.mask.save(self.kept(method).with_suffix(".safetensors"))
+        """Measure all sets, and add the row; the truth ratios and some answers, to a file beside the table; masks too."""
+        for mask in tried.masks:
+            folder = self.kept(method).with_suffix(".safetensors")
+            mask.save(folder / mask.topic if len(tried.masks) > 1 else folder)
         started = time.perf_counter()
         found = self.sets.measured(tried.measure)
         keys = self.keys(method) | {"setting": tried.setting}

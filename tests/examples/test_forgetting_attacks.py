@@ -200,7 +200,7 @@ def test_a_gate_deletes_from_the_token_at_which_it_fires(example, coded, monkeyp
     want = float(((before + last) / (n + 1)).exp())
     attachment.remove_mask("all")
 
-    one = served.Served(attachment.model, tokenizer, attachment=attachment, mask=mask.with_gate(gate))
+    one = served.Served(attachment.model, tokenizer, attachment=attachment, masks=[mask.with_gate(gate)])
     monkeypatch.setattr(served, "PIECE", 1)
     assert one.probability([PROMPT], [ANSWER])[0] == pytest.approx(want, rel=1e-4)
     silent = float(((before + untouched[-1, tokenizer.eos_token_id]) / (n + 1)).exp())
@@ -226,7 +226,7 @@ def test_prompts_that_are_judged_have_their_own_figures(example, coded, monkeypa
     answers = [row["completion"] for row in forgetting.rows(7)]
     untouched = served(attachment.model, tokenizer).probability(given, answers)
     one = served(
-        attachment.model, tokenizer, attachment=attachment, mask=mask_of(attachment),
+        attachment.model, tokenizer, attachment=attachment, masks=[mask_of(attachment)],
         judge=lambda some: np.array([len(text.split()) % 2 == 0 for text in some]),
     )  # fmt: skip
     fires = one.fires(given)
@@ -352,7 +352,7 @@ def test_relearning_trains_what_is_served(example, coded, monkeypatch):
 
     monkeypatch.setattr(methods, "unlearn", unlearn)
     monkeypatch.setattr(methods, "nll", counted)
-    one = example["served"].Served(model, tokenizer, attachment=attachment, mask=mask_of(attachment, 8))
+    one = example["served"].Served(model, tokenizer, attachment=attachment, masks=[mask_of(attachment, 8)])
     (splice,) = attachment.bottlenecks.values()
     codes = splice.codebook_sha256()
     texts = [entry["question"] for entry in given], [entry["answer"] for entry in given]

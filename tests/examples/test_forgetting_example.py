@@ -18,6 +18,7 @@ from tiers import heavy
 from tiny_training import WORDS
 
 from cu_fast import evaluate as ev
+from cu_fast.masks import load_masks
 
 NAMES = (
     "shared", "models", "measure", "losses", "eul", "prompts", "validation", "codes", "bottleneck", "trial", "deletions", "training", "study", "report", "tofu",
@@ -106,25 +107,34 @@ def test_figures_of_a_set(example, tiny):
 
 
 def test_prompts_behind_a_gate(example, tiny, tmp_path):
-    """Entries for which the gate fires have the changed model's figures, all others the untouched one's bits."""
+    """Entries have the figures of the model without their own topics; where no gate fires, the untouched model's bits."""
     measure = example["measure"]
     model, tokenizer = tiny
     given = entries(6)
     untouched = {"forget": measure.plain(model, tokenizer)("forget", given, False)}
-    torch.manual_seed(1)
-    changed = measure.plain(type(model)(model.config).eval(), tokenizer)
-    fires = np.array([False, True, False, False, True, False])
-    found = measure.behind_a_gate(changed, untouched, {"forget": fires})("forget", given, False)
-    there = changed("forget", [given[1], given[4]], False)
-    for name in ("probability", "ratios", "rouge"):
-        assert (getattr(found, name)[~fires] == getattr(untouched["forget"], name)[~fires]).all()
-        assert (getattr(found, name)[fires] == getattr(there, name)).all()
-    assert found.wrong.log_prob.reshape(6, 2)[4].tolist() == there.wrong.log_prob.reshape(2, 2)[1].tolist()
-    assert [found.answers[1], found.answers[4]] == there.answers and found.answers[0] == untouched["forget"].answers[0]
-    none = measure.behind_a_gate(changed, untouched, {"forget": fires & False})("forget", given, False)
+    changed = {}
+    for seed, topics in ((1, frozenset({"a"})), (2, frozenset({"a", "b"}))):
+        torch.manual_seed(seed)
+        changed[topics] = measure.plain(type(model)(model.config).eval(), tokenizer)
+    both, one = {"a", "b"}, {"a"}
+    fires = {"forget": [None, both, None, one, both, None]}
+    found = measure.behind_a_gate(changed.get, untouched, fires)("forget", given, False)
+    there = {topics: of("forget", given, False) for topics, of in changed.items()}
+    for place, topics in enumerate(fires["forget"]):
+        own = untouched["forget"] if topics is None else there[frozenset(topics)]
+        for name in ("probability", "ratios", "rouge"):
+            assert getattr(found, name)[place] == pytest.approx(
+                getattr(own, name)[place], rel=0 if topics is None else 1e-4
+            )
+        np.testing.assert_allclose(
+            found.wrong.log_prob.reshape(6, 2)[place], own.wrong.log_prob.reshape(6, 2)[place], rtol=1e-4
+        )
+        assert found.answers[place] == own.answers[place]
+    assert len({figures.ratios[1] for figures in (untouched["forget"], *there.values())}) == 3
+    none = measure.behind_a_gate(changed.get, untouched, {"forget": [None] * 6})("forget", given, False)
     assert none is untouched["forget"]
-    every = measure.behind_a_gate(changed, untouched, {"forget": fires | True})("forget", given, False)
-    assert (every.ratios == changed("forget", given, False).ratios).all()
+    every = measure.behind_a_gate(changed.get, untouched, {"forget": [one] * 6})("forget", given, False)
+    assert (every.ratios == there[frozenset(one)].ratios).all()
     measure.save_figures(tmp_path / "figures.json", untouched)
     again = measure.load_figures(tmp_path / "figures.json")["forget"]
     assert (again.ratios == untouched["forget"].ratios).all() and again.answers == untouched["forget"].answers
@@ -345,7 +355,7 @@ def small(example, folder, monkeypatch) -> list[str]:
     for module, name, value in (
         (deletions, "GATED", ((0.1, 1.0), (0.1, 4.0))), (deletions, "FREE_STRENGTHS", (1.0,)), (deletions, "FREE_ENRICHMENTS", (0.1, 99.0)), (deletions, "RANDOM", (0.1, 2.0)),
         (deletions, "CLAMPS", (1.0,)), (deletions, "FARRELL_SIZES", (2,)), (training, "SCALES", (2.0,)), (training, "RATES", (1e-3,)),
-        (training, "EPOCHS", (1, 2)), (trial, "ROWS", 8), (trial, "CONTROL", 40), (codes, "RUNNING_TEXT", 200),
+        (training, "EPOCHS", (1, 2)), (trial, "ROWS", 8), (trial, "CONTROL", 40), (deletions, "PER_AUTHOR", 7), (codes, "RUNNING_TEXT", 200),
         (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
         (losses.RMU, "LAYER", 1), (losses.RMU, "TRAINED", r"model\.layers\.(0|1)\.mlp\.down_proj\.weight"),
     ):  # fmt: skip
@@ -401,16 +411,24 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         assert gated["utility"] == by["none"]["utility"]
     assert int(by["gradient_difference"]["backward"]) in (40, 80) and int(by["icu"]["runs"]) >= 1
     assert by["eul"]["runs"] == "4"  # at rates of its own
+    for part in ("topk", "codebook"):
+        per_author = by[f"delta {part}, gated per author"]
+        assert per_author["runs"] == "2" and int(per_author["codes"]) != int(by[f"delta {part}, gated"]["codes"])
+        kept = tmp_path / "out" / f"delta-{part}-gated-per-author-forget01-0.safetensors"
+        masks = load_masks(kept)
+        assert [mask.topic for mask in masks] == ["author 0", "author 1", "author 2"]
+        assert all(mask.gate is not None for mask in masks) and len({mask.gate.digest() for mask in masks}) == 3
     served = {name: by.pop(f"delta {name}, gated as it answers") for name in ("topk", "codebook")}
     for name, row in served.items():
         same = ("setting", "codes", "seconds", "fires_forget")
         assert [row[key] for key in same] == [by[f"delta {name}, gated"][key] for key in same]
-    assert len({row["forget_probability"] for row in by.values()}) > len(by) - 3
+    assert len({row["forget_probability"] for row in by.values()}) > len(by) - 5  # an author may be all of a split
     assert (tmp_path / "out" / "rmu-forget01-0" / "model.safetensors").exists()
     assert [file.name for file in (tmp_path / "out" / "eul-forget01-0").iterdir()] == ["unlearning.safetensors"]
     judged = table(output.with_name("validation.csv"))
     assert {row["method"] for row in judged} == {
-        "none", "base", "retrained", "delta topk, gated", "delta codebook, gated", *trained,
+        "none", "base", "retrained", "delta topk, gated", "delta codebook, gated", "delta topk, gated per author",
+        "delta codebook, gated per author", *trained,
     }  # fmt: skip
     for method in trained:
         of = {row["setting"]: float(row["p"]) for row in judged if row["method"] == method}
