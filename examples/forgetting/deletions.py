@@ -15,7 +15,7 @@ import codes
 import numpy as np
 from codes import texts_of
 from measure import PIECE, Fires, Measure, behind_a_gate, plain
-from shared import methods, tofu
+from shared import methods, metrics, tofu
 from trial import Study, Tried
 from validation import PER_AUTHOR
 
@@ -27,6 +27,10 @@ from cu_fast.ops import MASK_MODES
 # R, and strengths behind a gate: of fewer codes more is taken out
 STRENGTHS = {1.0: (0.75, 1, 1.5, 2), 1.5: (0.75, 1, 1.25, 1.5, 2), 2.0: (1, 1.25, 1.5, 2, 2.5, 3), 3.0: (2, 3, 4, 8)}
 GATED = [(enrichment, strength) for enrichment, some in STRENGTHS.items() for strength in some]
+# also, of an author, whose few rows name few codes
+BROADER = [(0.5, 1.5), (0.5, 2), (0.5, 3), (1.0, 3), (1.0, 4), (1.5, 3)]
+# for other authors' gold figures; each is measured on the whole split
+SET_BY_OTHERS = [(0.5, 1.25), (0.5, 1.5), (0.5, 2), (1.0, 1.25), (1.0, 1.5), (1.5, 1.25), (1.5, 1.5)]
 FREE_ENRICHMENTS, FREE_STRENGTHS = (2.0, 3.0, 4.0), (1.0, 1.5, 2.0, 4.0)  # without a gate
 RANDOM = (1.5, 3.0)
 UNIT = {"topk": 1.0, "codebook": 0.5}  # of strengths: a codebook's codes are fewer, and each says more
@@ -34,7 +38,8 @@ CLAMPS, FARRELL_SIZES = (1.0, 4.0, 16.0), (10, 20)
 PUBLISHED = (("R > 0, p < 0.05", {"min_enrichment": 0.0, "correction": "none", "test": "chi2"}),)
 STRICTER = tuple((f"R > {R:g}", {"min_enrichment": R}) for R in (1.0, 2.0, 3.0, 4.0))
 OURS = (
-    "delta {}, gated", "delta {}", "random {}, gated", "delta {}, gated per author", "delta {}, gated as it answers"
+    "delta {}, gated", "delta {}", "random {}, gated", "delta {}, gated per author",
+    "delta {}, gated per author, set by other authors", "delta {}, gated as it answers",
 )  # fmt: skip
 Found = tuple[str, dict[str, Mask], float]  # a rule, the masks of parts, and the seconds that they took
 
@@ -45,10 +50,14 @@ class Parts:
     Attributes:
         targets: name of a part -> what its texts keep.
         counting, gating: seconds that counting them took, and fitting their gates.
+        fires: a set's name -> for each prompt the parts whose gates fire.
     """
 
-    def __init__(self, codes: codes.Codes, entries: dict[str, Sequence[dict]]) -> None:
-        self.codes, self.entries = codes, entries
+    def __init__(
+        self, codes: codes.Codes, entries: dict[str, Sequence[dict]], prompts: dict[str, Sequence[str]]
+    ) -> None:
+        """prompts: of each set that is measured."""
+        self.codes, self.entries, self.prompts = codes, entries, prompts
         started = time.perf_counter()
         self.targets = {name: codes.count(texts_of(some)) for name, some in entries.items()}
         self.counting = time.perf_counter() - started
@@ -66,11 +75,14 @@ class Parts:
         self.gating = time.perf_counter() - started
         return gates
 
-    def topics_of(self, tokenizer: Any, prompts: Sequence[str]) -> list[set[str] | None]:
-        """For each prompt the parts whose gates fire."""
+    @functools.cached_property
+    def fires(self) -> Fires:
         attachment, masks = self.codes.attachment, self.find(min_enrichment=GATED[0][0])
         with known(attachment, {name: masks[name].with_gate(gate) for name, gate in self.gates.items()}):
-            return cu_fast.topics_of(attachment, tokenizer, prompts, set(self.gates))
+            return {
+                name: cu_fast.topics_of(attachment, self.codes.tokenizer, asked, set(self.gates))
+                for name, asked in self.prompts.items()
+            }
 
 
 @contextlib.contextmanager
@@ -102,17 +114,17 @@ class CodeStudy:
             codes.fitted(study.full, study.tokenizer, study.forget + study.known, text, folder, kind)
         self.codes = codes.Codes(study.full, study.tokenizer, folder, kind, study.control, text)
         self.rows = len(study.forget)
-        self.whole = Parts(self.codes, {study.split: study.forget})
         sets = {name: entries for name, entries, _ in study.sets.items()}
         sets |= {name: entries for name, (entries, _) in study.validation.sets.items()}
         self.prompts = {name: codes.prompts_of(entries) for name, entries in sets.items()}
+        self.whole = Parts(self.codes, {study.split: study.forget}, self.prompts)
 
     @functools.cached_property
     def authors(self) -> Parts:
         """The split in parts of an author."""
         starts = range(0, self.rows, PER_AUTHOR)
         entries = {f"author {i}": self.study.forget[start : start + PER_AUTHOR] for i, start in enumerate(starts)}
-        return Parts(self.codes, entries)
+        return Parts(self.codes, entries, self.prompts)
 
     def under(self, masks: dict[str, Mask], topics: Collection[str] | None = None, piece: int | None = None) -> Measure:
         """Measures the model while masks delete.
@@ -150,10 +162,7 @@ class CodeStudy:
 
     def choose(self, method: str, parts: Parts, found: Iterable[Found], gated: bool) -> None:
         """Record the best of the masks that were found. gated: they delete behind learned gates."""
-        gates, fires = None, None
-        if gated:
-            gates = parts.gates
-            fires = {name: parts.topics_of(self.study.tokenizer, asked) for name, asked in self.prompts.items()}
+        gates, fires = (parts.gates, parts.fires) if gated else (None, None)
         settings = []
         for rule, masks, seconds in found:
             if masks:
@@ -177,11 +186,35 @@ class CodeStudy:
             (f"delta {self.kind}, gated", GATED, False, True),
             (f"delta {self.kind}", free, False, False),
             (f"random {self.kind}, gated", [RANDOM], True, True),
-            (f"delta {self.kind}, gated per author", GATED, False, True),
+            (f"delta {self.kind}, gated per author", [*GATED, *BROADER], False, True),
         ):
             if self.study.todo(method):
                 parts = self.authors if "author" in method else self.whole
                 self.choose(method, parts, self.enriched(parts, pairs, random), gated)
+
+    def set_by_others(self) -> None:
+        """A mask per author. Of two halves of the authors each has the setting that brings the other nearest to the gold model."""
+        method, gold = f"delta {self.kind}, gated per author, set by other authors", self.study.ratios("retrained", "")
+        if not self.study.todo(method) or gold is None:
+            return
+        parts = self.authors
+        author = {entry["question"]: i // PER_AUTHOR for i, entry in enumerate(self.study.forget)}
+        asked, fires, untouched = self.study.sets.forget, parts.fires["forget"], self.study.untouched["forget"]
+        half = np.array([author[entry["question"]] % 2 for entry in asked])
+        found = {}
+        for rule, masks, seconds in self.enriched(parts, SET_BY_OTHERS, False):
+            ratios = self.study.ratios(method, rule)
+            if ratios is None:
+                measure = behind_a_gate(functools.partial(self.under, masks), {"asked": untouched}, {"asked": fires})
+                ratios = measure("asked", asked, False).ratios
+                self.study.keep_ratios(method, rule, ratios)
+            found[rule] = masks, seconds, [metrics.forget_quality(ratios[half == h], gold[half == h]) for h in (0, 1)]
+        best = [max(found, key=lambda rule: found[rule][2][1 - h]) for h in (0, 1)]
+        masks = {name: found[best[i % 2]][0].get(name) for i, name in enumerate(parts.targets)}
+        masks = {name: mask for name, mask in masks.items() if mask is not None}
+        seconds = parts.counting + parts.gating + max(found[rule][1] for rule in best)
+        tried = self.tried("; ".join(best), masks, seconds, parts.fires, parts.gates)
+        self.study.record(method, tried, len(found))
 
     def as_it_answers(self) -> None:
         """The gated deletion as chosen; its gate is judged on every answer too, after each PIECE tokens."""
@@ -225,6 +258,7 @@ def study_codes(study: Study) -> None:
             continue
         part = CodeStudy(study, kind)
         part.ours()
+        part.set_by_others()
         part.as_it_answers()
         for method, run in (("farrell", part.farrell), ("dsg", part.dsg)):
             if kind == "topk" and study.todo(method):

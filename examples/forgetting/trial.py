@@ -7,11 +7,12 @@ import json
 import random
 import time
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import models
+import numpy as np
 import torch
 import transformers
 from measure import Measure, Sets, load_figures, plain, row_of, save_figures
@@ -23,6 +24,7 @@ from cu_fast.masks import Mask
 SEED = 0  # of what is drawn
 CONTROL = 800  # retain rows that are counted
 NOTHING = methods.Cost(0.0, 0, 0)
+RATIOS = "ratios.jsonl"  # beside the table
 QUOTED = 9  # every ninth answer is kept
 GOLD = {left_out: name for name, left_out in models.MODELS.items() if left_out}
 
@@ -110,13 +112,29 @@ class Study:
         measuring = {"retain_rows": len(self.sets.retain), "measuring": round(time.perf_counter() - started)}
         forget = found["forget"]
         said = {entry["question"]: text for entry, text in zip(self.sets.forget, forget.answers)}
-        ratios = [float(f"{value:.6g}") for value in forget.ratios]
-        with self.output.with_name("ratios.jsonl").open("a") as stream:
-            line = keys | {"ratios": ratios, "answers": dict(list(said.items())[::QUOTED])}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.keep_ratios(method, tried.setting, forget.ratios, dict(list(said.items())[::QUOTED]))
         self.table.add(
             keys | {"runs": runs, **tried.cost._asdict(), **columns, **tried.extra} | row_of(found) | measuring
         )
+
+    def keep_ratios(
+        self,
+        method: str,
+        setting: str,
+        ratios: Iterable[float],
+        answers: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        line = self.keys(method) | {"setting": setting, "ratios": [float(f"{ratio:.6g}") for ratio in ratios]}
+        with self.output.with_name(RATIOS).open("a") as stream:
+            stream.write(json.dumps(line | {"answers": dict(answers)}, ensure_ascii=False) + "\n")
+
+    def ratios(self, method: str, setting: str) -> np.ndarray | None:
+        """Of the split's questions, in order; None = not measured yet."""
+        path = self.output.with_name(RATIOS)
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        keys = self.keys(method) | {"setting": setting}
+        found = [line["ratios"] for line in lines if keys.items() <= line.items()]
+        return np.array(found[-1]) if found else None
 
     def judge(self, method: str, tried: Tried) -> dict[str, float]:
         keys = self.keys(method) | {"setting": tried.setting}

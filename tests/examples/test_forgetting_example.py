@@ -353,7 +353,7 @@ def small(example, folder, monkeypatch) -> list[str]:
     small = dict(num_codes=64, k=4, code_dim=16, max_length=32, batch_size=64, epochs=1.0)
     monkeypatch.setattr(codes, "fit_codes", functools.partial(codes.fit_codes, **small))
     for module, name, value in (
-        (deletions, "GATED", ((0.1, 1.0), (0.1, 4.0))), (deletions, "FREE_STRENGTHS", (1.0,)), (deletions, "FREE_ENRICHMENTS", (0.1, 99.0)), (deletions, "RANDOM", (0.1, 2.0)),
+        (deletions, "GATED", ((0.1, 1.0), (0.1, 4.0))), (deletions, "FREE_STRENGTHS", (1.0,)), (deletions, "FREE_ENRICHMENTS", (0.1, 99.0)), (deletions, "RANDOM", (0.1, 2.0)), (deletions, "BROADER", []), (deletions, "SET_BY_OTHERS", ((0.1, 1.0), (0.1, 4.0))),
         (deletions, "CLAMPS", (1.0,)), (deletions, "FARRELL_SIZES", (2,)), (training, "SCALES", (2.0,)), (training, "RATES", (1e-3,)),
         (training, "EPOCHS", (1, 2)), (trial, "ROWS", 8), (trial, "CONTROL", 40), (deletions, "PER_AUTHOR", 7), (codes, "RUNNING_TEXT", 200),
         (codes, "WINDOW", 20), (example["tofu"], "NEW_TOKENS", 4), (example["measure"], "LEAST_TOKENS", 4),
@@ -362,6 +362,28 @@ def small(example, folder, monkeypatch) -> list[str]:
         monkeypatch.setattr(module, name, value)
     where = [str(folder / name) for name in ("base", "", "")]
     return [*where, "--models", str(folder)]
+
+
+def check_set_by_others(example, output, row) -> None:
+    """Authors with even numbers have the setting that the others' truth ratios chose, and the other way round."""
+    lines = [json.loads(line) for line in output.with_name("ratios.jsonl").read_text().splitlines()]
+    (gold,) = {tuple(line["ratios"]) for line in lines if line["method"] == "retrained"}
+    tried = {line["setting"]: line["ratios"] for line in lines if line["method"] == row["method"]}
+    own = tried.pop(row["setting"])
+    assert row["runs"] == "2" == str(len(tried)) and row["setting"].count("; ") == 1
+    author = [i // 7 for i in range(20)]
+    for half, chosen in enumerate(row["setting"].split("; ")):
+        others = [i for i in range(20) if author[i] % 2 != half]
+        p = {
+            setting: example["metrics"].forget_quality([ratios[i] for i in others], [gold[i] for i in others])
+            for setting, ratios in tried.items()
+        }
+        assert p[chosen] == max(p.values())
+        strength = float(chosen.split("strength ")[1])
+        kept = output.with_name(f"{example['trial'].short(row['method'])}-forget01-0.safetensors")
+        masks = [mask for mask in load_masks(kept) if int(mask.topic.split()[1]) % 2 == half]
+        assert masks and all(mask.strength == strength for mask in masks)
+    assert len(own) == 20
 
 
 @heavy
@@ -418,6 +440,7 @@ def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, ca
         masks = load_masks(kept)
         assert [mask.topic for mask in masks] == ["author 0", "author 1", "author 2"]
         assert all(mask.gate is not None for mask in masks) and len({mask.gate.digest() for mask in masks}) == 3
+        check_set_by_others(example, output, by[f"delta {part}, gated per author, set by other authors"])
     served = {name: by.pop(f"delta {name}, gated as it answers") for name in ("topk", "codebook")}
     for name, row in served.items():
         same = ("setting", "codes", "seconds", "fires_forget")
