@@ -52,20 +52,11 @@ def gated_rows(
 
     Returns:
         One row per row of the batch, -1 = nothing is deleted.
-
-    Raises:
-        RuntimeError: the cache holds another number of sequences.
     """
     B = x.shape[0]
     names = request.names if request.of == "sequence" else request.names * B
     copies = B // len(names)
     before = state.tokens.get(index, torch.zeros(len(names), dtype=torch.int64))
-    if len(before) != len(names):
-        raise RuntimeError(
-            f"layer {layer.name!r}: this forward has {len(names)} sequences, and its cache holds {len(before)} that gates "
-            f"have seen; gated=True needs the sequences of one cache to stay the same. Repeat them before their first "
-            f"forward, or judge the prompts before, with cu_fast.topics_of, and give unlearn() what it returns"
-        )
     order = counted.cpu().long().cumsum(1)  # of each row's tokens that count, from 1
     position = (order - 1 + before.repeat_interleave(copies)[:, None]).flatten().to(x.device)
     sequence = (torch.arange(B) // copies)[:, None].to(x.device)

@@ -31,7 +31,7 @@ OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_output
 def check_order(cache: Cache) -> None:
     """Raises StaleCacheError where a cache's rows were selected or moved since it was filled.
 
-    With a mask per sequence the rows must be in the order in which they were filled.
+    With a mask or gates per sequence the rows must be in the order in which they were filled.
     """
     state = first_tensor(cache) if getattr(cache, ROWS, False) else None
     if state is not None and not hasattr(state, ROWS):
@@ -68,11 +68,11 @@ def check_filled(active: Active, value: Any, length: int | Tensor | None, what: 
 
 
 def mark_order(active: Active, cache: Any) -> None:
-    """Note that a cache's rows lie as they were filled, where its sequences have different masks."""
+    """Note that a cache's rows lie as they were filled, where its sequences have different masks, or gates that count for each."""
     if torch.compiler.is_compiling() or not isinstance(cache, Cache):
         return
     request, state = active.now(), first_tensor(cache)
-    moves = request is not None and len(set(request.rows)) > 1 and state is not None
+    moves = request is not None and (request.gated or len(set(request.rows)) > 1) and state is not None
     setattr(cache, ROWS, moves)
     if moves:
         setattr(state, ROWS, True)

@@ -174,8 +174,13 @@ def test_what_cannot_be_judged_raises(sae, ids):
     with attachment.unlearn("a", gated=True), torch.no_grad():
         cache = attachment.model(input_ids=ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(2)
-        with pytest.raises(RuntimeError, match="has 6 sequences, and its cache holds 3 that gates have seen"):
+        with pytest.raises(cu_fast.StaleCacheError, match="rows were selected or moved"):
             attachment.model(input_ids=ids[:, :1].repeat(2, 1), past_key_values=cache)
+    with attachment.unlearn("a", gated=True), torch.no_grad():
+        cache = attachment.model(input_ids=ids, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([2, 1, 0]))
+        with pytest.raises(cu_fast.StaleCacheError, match="rows were selected or moved"):
+            attachment.model(input_ids=ids[:, :1], past_key_values=cache)
     compiled = torch.compile(attachment.model, backend="eager")
     with (
         attachment.unlearn("a", gated=True),
