@@ -184,7 +184,8 @@ class Attachment:
                 :attr:`always` hold too.
             gated: masks that carry a learned gate (``cu_fast.unlearn.fit_gate``) delete in a sequence only from the
                 forward on in which the gate fires, over all of its tokens so far, the prompt first; other masks hold
-                throughout. In eager mode, not under continuous batching. On a GPU each forward then waits for the device.
+                throughout. Without a cache each forward is judged by itself. In eager mode, neither under continuous
+                batching nor with assisted decoding. On a GPU each forward then waits for the device.
 
         Returns:
             A context manager, which gives this attachment. It can be entered once.

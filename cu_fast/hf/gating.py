@@ -28,11 +28,13 @@ class GateState:
         counts: (layer's number, name of a mask) -> the number of the first block that is kept, and int64 [N, K, n + 1],
             as ``Gate.count`` gives them.
         on: layer's number -> per sequence the names whose masks delete.
+        length: tokens that the cache held after the last forward; None = it does not know.
     """
 
     tokens: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     counts: dict[tuple[int, str], tuple[int, Tensor]] = dataclasses.field(default_factory=dict)
     on: dict[int, list[set[str]]] = dataclasses.field(default_factory=dict)
+    length: int | None = None
 
 
 def gated_rows(

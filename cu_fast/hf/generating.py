@@ -45,6 +45,11 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
                     f"generate() was given {batch} sequences, and unlearn() {len(request.rows)} entries; "
                     f"give an entry for each sequence"
                 )
+            if request is not None and request.gated and _drafts(model, given):
+                raise ValueError(
+                    "gated=True cannot be used with assisted decoding: gates would count drafts that are taken back; generate "
+                    "without them, or judge the prompts before, with cu_fast.topics_of, and give unlearn() what it returns"
+                )
             for cache in itertools.chain.from_iterable(map(caches_of, given.values())):
                 check_order(cache)
             if given.get("encoder_outputs") is not None and any(layer.in_encoder for layer in active.layers):
@@ -94,6 +99,14 @@ def _batch(model: nn.Module, given: Mapping[str, Any]) -> int:
 
 def _expansion(model: nn.Module, given: Mapping[str, Any]) -> int:
     """How many rows of the batch ``generate`` makes of one sequence: the larger of beams and return sequences."""
-    config = given.get("generation_config") or model.generation_config
-    names = ("num_beams", "num_return_sequences")
-    return max(given.get(name) or getattr(config, name, None) or 1 for name in names)
+    return max(_option(model, given, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def _drafts(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether ``generate`` computes tokens that it may take back."""
+    names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+    return any(_option(model, given, name) for name in names)
+
+
+def _option(model: nn.Module, given: Mapping[str, Any], name: str) -> Any:
+    return given.get(name) or getattr(given.get("generation_config") or model.generation_config, name, None)

@@ -32,6 +32,7 @@ from cu_fast.hf.states import (
     check_filled,
     check_order,
     check_towers,
+    gates_of,
     identity_of,
     knows_length,
     length_of,
@@ -286,7 +287,7 @@ class ModelHook:
         if not any(layer.runner == self.runner for layer in self.active.layers):
             return
         caches = caches_in(given.values())
-        state = getattr(caches[0], GATES, None) if caches and int(length_of(caches[0])) else None
+        state = gates_of(caches[0]) if caches else None
         counted = real_tokens(given, SEQUENCES)
         if counted is not None:
             self.active.judge(self.runner, state or GateState(), counted if first is None else counted & ~first)
@@ -301,7 +302,10 @@ class ModelHook:
             state = active.judged(self.runner)
             active.leave(self.runner)
         made = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
-        for cache in caches_in((*args, *kwargs.values(), *made)):
+        caches = caches_in((*args, *kwargs.values(), *made))
+        if state is not None and caches:
+            state.length = int(length_of(caches[0])) if knows_length(caches[0]) else None
+        for cache in caches:
             if state is not None:
                 setattr(cache, GATES, state)
             if getattr(cache, STAMP, None) is None:  # this forward made the cache

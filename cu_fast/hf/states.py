@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from cu_fast.hf.active import Active, StaleCacheError
 from cu_fast.hf.compiled import ORDER
+from cu_fast.hf.gating import GateState
 from cu_fast.hf.request import CapturedRequest
 
 # Attributes that are set on the objects of transformers.
@@ -29,16 +30,31 @@ OF_TOWERS = ("cross_attention_states", "image_hidden_states", "mm_encoder_output
 
 
 def check_order(cache: Cache) -> None:
-    """Raises StaleCacheError where a cache's rows were selected or moved since it was filled.
+    """Raises StaleCacheError where a cache's rows were selected or moved since it was filled, or it was cropped.
 
     With a mask or gates per sequence the rows must be in the order in which they were filled.
     """
     state = first_tensor(cache) if getattr(cache, ROWS, False) else None
     if state is not None and not hasattr(state, ROWS):
         raise StaleCacheError(
-            "this KV cache's rows were selected or moved since it was filled under a mask for each sequence; which row "
-            "has which mask is no longer known; start with a new one"
+            "this KV cache was cropped, or its rows were selected or moved, since it was filled under gates or a mask for "
+            "each sequence; which row has which mask is no longer known; start with a new one"
         )
+
+
+def gates_of(cache: Cache) -> GateState | None:
+    """What gates have seen of a cache's sequences; None = it is empty.
+
+    Raises StaleCacheError where tokens were taken out again, as drafts are in assisted decoding: gates have counted them.
+    """
+    length = int(length_of(cache))
+    state = getattr(cache, GATES, None) if length else None
+    if state is not None and state.length not in (None, length):
+        raise StaleCacheError(
+            f"this KV cache holds {length} tokens, and its gates have counted {state.length}; it was cropped, or a forward "
+            f"failed; start with a new one"
+        )
+    return state
 
 
 def check_filled(active: Active, value: Any, length: int | Tensor | None, what: str) -> Tensor | None:

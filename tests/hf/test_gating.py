@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, attach_to, build, logits
 from tiny_saes import activations, firing, hidden, make_sae, mask_of, without
+from transformers import DynamicCache, StaticCache
 
 import cu_fast
 from cu_fast.masks import Gate
@@ -161,6 +162,42 @@ def test_masks_without_a_gate_hold_and_codebooks_can_have_one(ids):
     assert torch.equal(results["plain"], results["ever"]) and not torch.equal(results["plain"], untouched)
     with attachment.unlearn({"never", "plain"}, gated=True):
         assert torch.equal(logits(attachment.model, {"input_ids": ids}), results["plain"])
+
+
+def test_a_static_cache_goes_on_until_it_is_cropped(sae, ids, window):
+    mask, _, _ = gated(sae, ids, window=window)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    found = []
+    with attachment.unlearn("a", gated=True), torch.no_grad():
+        for cache in (DynamicCache(), StaticCache(attachment.model.config, max_cache_len=TOKENS)):
+            steps = [attachment.model(input_ids=some, past_key_values=cache).logits for some in ids.split(4, dim=1)[:2]]
+            found.append(torch.cat(steps, 1))
+            cache.crop(-2)  # of a static cache its tensors stay
+            with pytest.raises(cu_fast.StaleCacheError, match="was cropped"):
+                attachment.model(input_ids=ids[:, 6:], past_key_values=cache)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model", "use_mtp"])
+def test_assisted_decoding_is_refused(sae, ids, option):
+    mask, _, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    value = build("llama") if option == "assistant_model" else 1
+    with attachment.unlearn("a", gated=True), pytest.raises(ValueError, match="cannot be used with assisted decoding"):
+        attachment.model.generate(ids[:1], max_new_tokens=2, **{option: value})
+
+
+def test_drafts_that_are_taken_back_are_not_counted(sae, ids, monkeypatch):
+    mask, _, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    monkeypatch.setattr("cu_fast.hf.generating._drafts", lambda *_: False)  # of an option that is not known yet
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "prompt_lookup_num_tokens": 5}
+    with attachment.unlearn("a", gated=True), pytest.raises(cu_fast.StaleCacheError, match="was cropped"):
+        for row in ids:
+            attachment.model.generate(row.repeat(1, 2), **options)
 
 
 def test_what_cannot_be_judged_raises(sae, ids):
