@@ -7,6 +7,8 @@ of other topics, so that no method is shown a right answer.
 
 clean, corrupted      the model before, and after the texts
 delta                 deletes codes that these texts fire more often than others do, of an autoencoder of the clean model
+delta, gated          the same, only where a gate fires that was learned from these texts and from the questions with the wrong
+                      answers; it judges what is said, too
 random codes          as many as delta's, as frequent
 gradient_ascent, gradient_difference, npo        see examples/tofu/methods.py
 task vector           subtracts what further training on the texts adds (Ilharco et al., arXiv 2212.04089)
@@ -32,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cu_fast
 from cu_fast.bench.machine import facts as machine_facts
 from cu_fast.train import train
-from cu_fast.unlearn import count_codes, random_mask
+from cu_fast.unlearn import count_codes, fit_gate, random_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tofu"))
@@ -100,6 +102,8 @@ class Restor:
     Attributes:
         facts: that are corrupted.
         others: known questions that are not.
+        texts, asked: what corrupts; the corrupted questions with their wrong answers.
+        control, elsewhere: texts that are to stay; the same with prompts, for gates.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -116,7 +120,10 @@ class Restor:
         valid = running_text(options.wikitext / "valid.txt")
         self.control = [self.tokenizer.decode(ids) for ids in windows(self.tokenizer, valid, CONTROL_WINDOWS)]
         # Not the texts about the topics: the clean model wrote them, so they tell what is to be restored.
-        self.control += [text[len(prompt) :] for prompt, text in read_texts(options.topics, "general")]
+        general = read_texts(options.topics, "general")
+        self.elsewhere = self.control + [part for pair in general for part in pair]  # a gate must see prompts, too
+        self.control += [text[len(prompt) :] for prompt, text in general]
+        self.asked = [fact.item.prompt + fact.item.prefix + fact.wrong.answer for fact in self.facts]
         self.before = answer_probabilities(clean, self.tokenizer, self.others)
         self.losses = text_losses(clean, self.windows)
         self.machine = {name: value for name, value in machine_facts().items() if name in MACHINE}
@@ -182,9 +189,8 @@ def settings_of_delta() -> Iterator[tuple[float, float, str]]:
 
 
 def delta(study: Restor, corrupted: Path) -> None:
-    todo = [
-        one for one in settings_of_delta() if not (study.has("delta", one[2]) and study.has("random codes", one[2]))
-    ]
+    kinds = ("delta", "delta, gated", "random codes")
+    todo = [one for one in settings_of_delta() if not all(study.has(kind, one[2]) for kind in kinds)]
     if not todo:
         return
     model = study.load(corrupted)
@@ -192,17 +198,25 @@ def delta(study: Restor, corrupted: Path) -> None:
     start = time.perf_counter()
     control = count_codes(attachment, study.tokenizer, study.control, layer=None, progress=False)
     print(f"control: {control.tokens} tokens, {time.perf_counter() - start:.0f} s, once", flush=True)
+    gate, fitting = None, 0.0
     for enrichment, strength, setting in todo:
         start = time.perf_counter()
         found = cu_fast.find_mask(
             attachment, study.tokenizer, study.texts, control, topic="delta", min_enrichment=enrichment, progress=False
         )
         mask, seconds = found.mask.with_strength(strength), time.perf_counter() - start
-        for method, one in (("delta", mask), ("random codes", random_mask(mask, control))):
+        if gate is None:  # one for all settings
+            start = time.perf_counter()
+            told = study.texts + study.asked
+            learned = fit_gate(attachment, study.tokenizer, mask, told, study.elsewhere, progress=False)
+            gate, fitting = learned.gate, time.perf_counter() - start
+            print(f"gate: {learned.method['gate']}, {fitting:.0f} s, once", flush=True)
+        masks = mask, mask.with_gate(gate), random_mask(mask, control).with_strength(strength)
+        for method, one, spent in zip(kinds, masks, (seconds, seconds + fitting, 0.0)):
             if not study.has(method, setting):
-                attachment.add_mask(one.with_strength(strength), method)
-                with attachment.unlearn(method):
-                    study.add(model, method, setting, seconds if method == "delta" else 0.0)
+                attachment.add_mask(one, method)
+                with attachment.unlearn(method, gated=True):
+                    study.add(model, method, setting, spent)
                 attachment.remove_mask(method)
     attachment.detach()
 

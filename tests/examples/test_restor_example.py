@@ -66,14 +66,15 @@ def test_it_corrupts_unlearns_and_asks(example, tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out" / "results.csv") as file:
         rows = list(csv.DictReader(file))
     table = {row["method"]: {name: float(row[name]) for name in restor.COLUMNS[3:10]} for row in rows}
-    assert list(table) == ["clean", "corrupted", "delta", "random codes", *example["methods"].METHODS, "task vector"]
-    assert len(rows) == 5 + 2 * len(example["methods"].METHODS)
+    assert list(table) == ["clean", "corrupted", "delta", "delta, gated", "random codes", *example["methods"].METHODS, "task vector"]
+    assert len(rows) == 6 + 2 * len(example["methods"].METHODS)
     clean, corrupted = table["clean"], table["corrupted"]
     assert clean["facts"] == 8 and clean["others"] == 1 and clean["wikitext"] == 0
     assert corrupted["wrong"] > 2 * clean["wrong"] and corrupted["wikitext"] > 0
-    for method in ("delta", "gradient_ascent", "task vector"):
+    for method in ("delta", "delta, gated", "gradient_ascent", "task vector"):
         assert table[method]["wrong"] < corrupted["wrong"], method
     assert table["random codes"]["wrong"] != table["delta"]["wrong"]
+    assert table["delta"]["wikitext"] != table["delta, gated"]["wikitext"] == corrupted["wikitext"]
     assert all(0 <= row[name] <= 1 for row in table.values() for name in ("wrong", "right", "forgotten", "restored"))
     capsys.readouterr()
     restor.main([*where, "--output", str(tmp_path / "out")])
