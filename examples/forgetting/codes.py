@@ -53,8 +53,8 @@ def running_text(tokenizer, wikitext: Path, tokens: int) -> list[str]:
 def fitted(model: Any, tokenizer: Any, entries: Sequence[dict], text: list[str], folder: Path, kind: str) -> Path:
     """Codes fitted to what leaves a layer, once, on what the model was fine-tuned on and running text."""
     if not folder.exists():
-        start = time.perf_counter()
-        figures = fit_codes(model, tokenizer, texts_of(entries) + text, folder, kind=kind)
+        start, stopped = time.perf_counter(), folder.with_name(f"{folder.name}.run").is_dir()
+        figures = fit_codes(model, tokenizer, texts_of(entries) + text, folder, kind=kind, resume=stopped)
         said = {name: round(value, 4) for name, value in figures.items()}
         print(f"fitted {kind}: {said} {time.perf_counter() - start:.0f} s", flush=True)
     return folder

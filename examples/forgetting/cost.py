@@ -82,7 +82,8 @@ def attached(model: Any, tokenizer: Any, splice: str, options: argparse.Namespac
     if not folder.exists():
         texts = [tokenizer.decode(ids) for ids in windows(tokenizer, running_text(options.wikitext / "valid.txt"), 760)]
         texts += [text for _, text in read_texts(options.topics, "general")]
-        fit_codes(model, tokenizer, texts, folder, kind="codebook", layer=LAYER)
+        stopped = folder.with_name(f"{folder.name}.run").is_dir()
+        fit_codes(model, tokenizer, texts, folder, kind="codebook", layer=LAYER, resume=stopped)
     return cu_fast.attach(model, folder)
 
 

@@ -137,8 +137,8 @@ def fitted(model: Any, tokenizer: Any, topics: Path, wikitext: Path, folder: Pat
         valid = running_text(wikitext / "valid.txt")
         texts = [tokenizer.decode(ids) for ids in windows(tokenizer, valid, FIT_WINDOWS)]
         texts += [text for _, text in read_texts(topics, "general")]
-        start = time.perf_counter()
-        figures = fit_codes(model, tokenizer, texts, folder, kind=kind, layer=LAYER)
+        start, stopped = time.perf_counter(), folder.with_name(f"{folder.name}.run").is_dir()
+        figures = fit_codes(model, tokenizer, texts, folder, kind=kind, layer=LAYER, resume=stopped)
         print(
             "fitted",
             kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import mmap
@@ -47,6 +48,16 @@ def folders(cost, tmp_path, monkeypatch):
     model, topics, wikitext, sae, output = map(str, where)
     few = ["--rounds", "2", "--repeats", "2", "--only", "solar", "--batches", "1", "2"]
     return [model, topics, wikitext, sae, "--output", output, *few]
+
+
+def test_a_fit_that_was_stopped_goes_on(cost, folders, tmp_path, monkeypatch):
+    (tmp_path / "out" / "codebook").rename(tmp_path / "out" / "codebook.run")
+    fitted = []
+    monkeypatch.setattr(cost, "fit_codes", lambda *_, resume, **__: fitted.append(resume))
+    monkeypatch.setattr(cost.cu_fast, "attach", lambda *_: None)
+    options = argparse.Namespace(output=tmp_path / "out", wikitext=tmp_path, topics=tmp_path / "topics")
+    cost.attached(None, tiny_training.word_tokenizer(), "codebook", options)
+    assert fitted == [True]
 
 
 def test_every_job_is_measured_once(cost, folders, tmp_path, monkeypatch):

@@ -386,6 +386,15 @@ def check_set_by_others(example, output, row) -> None:
     assert len(own) == 20
 
 
+def test_a_fit_that_was_stopped_goes_on(example, tmp_path, monkeypatch):
+    codes, asked = example["codes"], []
+    monkeypatch.setattr(codes, "fit_codes", lambda *_, resume, **__: asked.append(resume) or {})
+    (tmp_path / "stopped.run").mkdir()
+    for name in ("new", "stopped"):
+        codes.fitted(None, None, [], [], tmp_path / name, "topk")
+    assert asked == [False, True]
+
+
 @heavy
 def test_it_runs_and_goes_on_where_it_stopped(example, tmp_path, monkeypatch, capsys):
     study, given = example["study"], [*small(example, tmp_path, monkeypatch), "--retain-rows", "10"]

@@ -66,7 +66,15 @@ def test_it_corrupts_unlearns_and_asks(example, tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out" / "results.csv") as file:
         rows = list(csv.DictReader(file))
     table = {row["method"]: {name: float(row[name]) for name in restor.COLUMNS[3:10]} for row in rows}
-    assert list(table) == ["clean", "corrupted", "delta", "delta, gated", "random codes", *example["methods"].METHODS, "task vector"]
+    assert list(table) == [
+        "clean",
+        "corrupted",
+        "delta",
+        "delta, gated",
+        "random codes",
+        *example["methods"].METHODS,
+        "task vector",
+    ]
     assert len(rows) == 6 + 2 * len(example["methods"].METHODS)
     clean, corrupted = table["clean"], table["corrupted"]
     assert clean["facts"] == 8 and clean["others"] == 1 and clean["wikitext"] == 0

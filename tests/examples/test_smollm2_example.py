@@ -170,6 +170,18 @@ def test_what_is_left_is_of_what_was_known(example):
     assert math.isnan(figures.left(after, "b", counted)["near"])
 
 
+def test_a_fit_that_was_stopped_goes_on(example, tmp_path, monkeypatch):
+    study, fitted = example["study"], []
+    write_topics(tmp_path / "topics")
+    (tmp_path / "valid.txt").write_text(" ".join(WORDS))
+    (tmp_path / "stopped.run").mkdir()
+    monkeypatch.setattr(study, "fit_codes", lambda *_, resume, **__: fitted.append(resume) or {})
+    for name in ("new", "stopped"):
+        tokenizer = tiny_training.word_tokenizer()
+        study.fitted(None, tokenizer, tmp_path / "topics", tmp_path, tmp_path / name, "topk")
+    assert fitted == [False, True]
+
+
 @heavy
 def test_it_runs(example, tmp_path, monkeypatch):
     study = example["study"]
