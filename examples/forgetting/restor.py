@@ -121,11 +121,9 @@ class Restor:
         self.control = [self.tokenizer.decode(ids) for ids in windows(self.tokenizer, valid, CONTROL_WINDOWS)]
         # Not the texts about the topics: the clean model wrote them, so they tell what is to be restored.
         general = read_texts(options.topics, "general")
-        self.elsewhere = (
-            self.control
-            + [part for pair in general for part in pair]
-            + [item.prompt + item.prefix + item.answer for item in read_items(options.topics / "near.txt")]
-        )  # without questions among these a gate takes every question for a corrupted one
+        # Without questions among these a gate takes every question for a corrupted one.
+        near = [item.prompt + item.prefix + item.answer for item in read_items(options.topics / "near.txt")]
+        self.elsewhere = [*self.control, *(part for pair in general for part in pair), *near]
         self.control += [text[len(prompt) :] for prompt, text in general]
         self.asked = [fact.item.prompt + fact.item.prefix + fact.wrong.answer for fact in self.facts]
         self.before = answer_probabilities(clean, self.tokenizer, self.others)
