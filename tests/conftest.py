@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CU_FAST_TRITON_TABLE"] = "shipped"  # not what was once measured on this machine
 
 import background
+import budget
 import pytest
 import tiers
 import tiny_training
@@ -31,7 +32,12 @@ if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it
     settings.load_profile("default" if tiers.TEST_ALL else "same")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--budget", help="a CSV file: what the tests of each folder may cost (helpers/budget.py)")
+
+
 def pytest_configure(config):
+    config.pluginmanager.register(budget.Budget(config.option.budget))
     config.addinivalue_line("markers", "background(task): a helpers/background.py Task that the test waits for")
     if background.FOLDER not in os.environ:
         os.environ[background.FOLDER] = config.stash[OUTPUTS] = tempfile.mkdtemp(prefix="cu_fast-tests-")
@@ -52,7 +58,11 @@ def pytest_collection_finish(session):
     if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
         return
     runs = (item for item in session.items if not any(mark.args[0] for mark in item.iter_markers("skipif")))
-    background.start(dict.fromkeys(mark.args[0] for item in runs for mark in item.iter_markers("background")))
+    tasks: dict[background.Task, str] = {}
+    for item in runs:
+        for mark in item.iter_markers("background"):
+            tasks.setdefault(mark.args[0], item.nodeid.split("::")[0])
+    background.start(tasks)
 
 
 @pytest.fixture
