@@ -119,7 +119,9 @@ class Budget:
         for file, seconds in self.files.most_common(SLOWEST):
             line(f"{seconds:8.1f} {file}")
         line("")
-        line(f"{sum(self.folders.values()):8.1f} in all; of {os.path.relpath(self.path, ROOT)}, times {self.scale:.2f}:")
+        line(
+            f"{sum(self.folders.values()):8.1f} in all; of {os.path.relpath(self.path, ROOT)}, times {self.scale:.2f}:"
+        )
         for folder in sorted(self.limits, key=lambda name: -self.folders[name]):
             line(f"{self.folders[folder]:8.1f} of {self.limits[folder]:6.1f} {folder}")
         for folder in self.over:

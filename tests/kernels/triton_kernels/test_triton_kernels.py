@@ -30,8 +30,9 @@ from cu_fast.kernels.triton import launch
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed; pip install triton")
-# Compiled with every configuration that they take by `make test-all`, the others always with the main ones.
-EVERY = ("sm_90", "gfx942") if TEST_ALL else ()
+# `make test` compiles for two targets, the main configurations of each kernel; `make test-all` for all targets, for these
+# two with every configuration.
+FIRST = ("sm_90", "gfx942")
 # Whose products and sums are defined.
 SCORES = {
     "fix_rows", *launch.SCORING, "gather_sum", "dot_slots", "sum_pieces", "sum_codes", "scale_tokens", "add_latents",
@@ -54,7 +55,8 @@ INTERPRETED, EXACT, GRADIENTS, REGISTERED = map(
     script, ("triton_interpreted.py", "triton_exact.py", "triton_gradients.py", "triton_operators.py")
 )
 COMPILED = {
-    arch: script("triton_compiled.py", arch, *(["every"] if arch in EVERY else [])) for arch in launch.SHARED_MEMORY
+    arch: script("triton_compiled.py", arch, *(["every"] if TEST_ALL and arch in FIRST else []))
+    for arch in launch.SHARED_MEMORY
 }
 
 
@@ -97,7 +99,11 @@ def compiled(arch: str) -> list[dict]:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.background(task)) for arch, task in COMPILED.items()]
+    "arch",
+    [
+        pytest.param(arch, marks=[pytest.mark.background(task), *([] if arch in FIRST else [heavy])])
+        for arch, task in COMPILED.items()
+    ],
 )
 class TestCompiled:
     def test_fits_and_does_not_spill(self, arch):
