@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from cu_fast import ops
 from cu_fast.kernels import reference
@@ -36,7 +37,7 @@ def both(*arguments, **options):
     return results
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     T=st.integers(0, 20) | st.sampled_from([65, 130]), D=st.integers(1, 40), E=st.integers(1, 40),
     C=st.integers(1, 80) | st.integers(80, 400), k=st.integers(1, 20), share=hurtful.shares, kind=hurtful.kinds,

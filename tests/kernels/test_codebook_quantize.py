@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from cu_fast import ops
 from cu_fast.kernels import reference
@@ -123,7 +124,7 @@ def integers_of_rows(seed):
     return rows.int()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     T=st.integers(0, 40) | st.sampled_from([65, 130, 257]), E=st.integers(1, 70),
     C=st.integers(1, 300) | st.integers(300, 700),

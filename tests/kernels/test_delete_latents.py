@@ -8,6 +8,7 @@ import torch
 from calls import call, latent_masks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiers import examples
 from torch import Tensor
 
 from cu_fast import ops
@@ -63,7 +64,7 @@ def check(arguments: dict) -> tuple[Tensor, ...]:
     return got
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(
     T=st.sampled_from([0, 1, 2, 3, 5, 17, 70, 140]), Din=st.sampled_from([1, 2, 7, 16, 33, 100, 530]),
     Dout=st.sampled_from([None, 1, 20, 129, 260]), R=st.integers(1, 80), U=st.integers(0, 4),
@@ -236,7 +237,7 @@ def test_denormals_are_kept():
     assert torch.equal(got[0].view(torch.int32), want[0].view(torch.int32)) and torch.equal(got[1], want[1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     T=st.integers(1, 40), R=st.integers(1, 90), k=st.integers(1, 90), ties=st.booleans(), seed=hurtful.seeds,
     scale=st.sampled_from(["none", "layer_norm", "constant_norm"]), impl=st.sampled_from(IMPLS),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from cu_fast import ops
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(
     T=st.integers(0, 30), D=st.integers(1, 150), C=st.integers(1, 200), k=st.integers(1, 20), share=hurtful.shares,
     kind=hurtful.kinds, dtype=hurtful.dtypes, weight_dtype=st.sampled_from([None, *hurtful.DTYPES]),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from cu_fast import ops
 
@@ -30,7 +31,7 @@ shapes = dict(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(**shapes)
 def test_dense_cpu_equals_reference(activation, **shape):
     arguments = arguments_of(**shape)
@@ -39,7 +40,7 @@ def test_dense_cpu_equals_reference(activation, **shape):
     assert hurtful.equal(encode(*arguments, activation=activation, impl="cpu"), want)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     k=st.integers(1, 90) | st.integers(1, 9), share=hurtful.shares, scan=st.sampled_from(["int8", "none"]),
     **shapes | dict(

@@ -15,7 +15,7 @@ from calls import plane_of as plane_by
 from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import TEST_ALL
+from tiers import TEST_ALL, examples
 
 from cu_fast.kernels import reference
 
@@ -73,7 +73,7 @@ machines = st.sampled_from([1, 3, 8, 40])  # multiprocessors: into how many part
 # -- against the reference --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     T=st.integers(0, 30) | st.sampled_from([4, 5, 65]), D=st.integers(1, 70) | st.integers(100, 150),
     E=st.integers(1, 90) | st.integers(100, 300), kind=hurtful.kinds, w_kind=hurtful.kinds, x_dtype=hurtful.dtypes,
@@ -88,7 +88,7 @@ def test_sae_encode(T, D, E, kind, w_kind, x_dtype, w_dtype, layout, biases, rel
     assert hurtful.equal(emulated("sae_encode", **given, seed=seed), call("sae_encode", on=reference, **given))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     T=st.integers(0, 40) | st.sampled_from([1, 4, 8, 9, 65, 136, 137, 280]), E=st.integers(1, 70) | st.integers(1, 200),
     C=st.integers(1, 300) | st.integers(300, 900), k=st.integers(1, 120) | st.integers(1, 13), scans=st.booleans(),
@@ -120,7 +120,7 @@ def test_codebook_quantize(
     assert same(got, call("codebook_quantize", on=reference, **given))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     T=st.integers(0, 20) | st.sampled_from([65, 140]), D=st.integers(1, 70), E=st.integers(1, 90) | st.integers(90, 700),
     k=st.integers(1, 90) | st.integers(1, 9), share=hurtful.shares, scans=st.booleans(), kind=hurtful.kinds,
@@ -143,7 +143,7 @@ def test_sae_encode_topk(
     assert same(got, call("sae_encode_topk", on=reference, **given))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     T=st.integers(0, 20), D=st.integers(1, 40) | st.integers(500, 530) | st.sampled_from([8, 512, 1200]),
     C=st.integers(1, 200), k=st.integers(1, 20) | st.sampled_from([127, 128, 129, 300]), share=hurtful.shares,
@@ -165,7 +165,7 @@ def test_masked_decode(T, D, C, k, share, kind, dtype, weight_dtype, other_dtype
     assert hurtful.equal(emulated("masked_decode", **given, seed=seed), call("masked_decode", on=reference, **given))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     T=st.integers(0, 20) | st.sampled_from([4, 5, 140, 280]), D=st.integers(1, 40) | st.sampled_from([512, 600, 1100]),
     E=st.integers(1, 40), C=st.integers(1, 80) | st.integers(80, 400), k=st.integers(1, 14) | st.integers(12, 140),
@@ -211,7 +211,7 @@ def deleted(given, **how):
     return got
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     T=st.integers(0, 20) | st.sampled_from([1, 6, 7]), Din=st.integers(1, 70) | st.sampled_from([1024, 1030]),
     Dout=st.integers(1, 70) | st.sampled_from([1024, 1030]), R=st.integers(1, 60), U=st.integers(0, 3),

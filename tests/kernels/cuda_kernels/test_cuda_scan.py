@@ -15,6 +15,7 @@ from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_kernels import INF, NAN, emulated, plane_of, pytestmark, same, select
+from tiers import examples
 
 from cu_fast.kernels import reference
 
@@ -201,7 +202,7 @@ class Scan:
             self.needed = max([self.needed, *((self.score[t, ids] - middle).abs() / half).tolist()])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     T=st.integers(1, 20) | st.sampled_from([4, 5, 8, 9, 32, 33, 65, 72]), E=st.integers(1, 80) | st.integers(80, 400),
     C=st.integers(8, 170) | st.integers(170, 1100), k=st.integers(1, 100) | st.integers(1, 9), share=hurtful.shares,
