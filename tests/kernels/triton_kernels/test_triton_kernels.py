@@ -6,6 +6,7 @@ triton_gradients.py, triton_operators.py, triton_compiled.py.
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import background
@@ -60,37 +62,68 @@ COMPILED = {
 }
 
 
+def cases_of(module: types.ModuleType) -> list:
+    return [pytest.param(name, marks=[heavy] if name in module.HEAVY else []) for name in module.CASES]
+
+
 def passed(task: background.Task, case: str) -> None:
-    failures = {line["case"]: line["failure"] for line in map(json.loads, task.output().splitlines())}
+    *lines, _ = map(json.loads, task.output().splitlines())
+    failures = {line["case"]: line["failure"] for line in lines}
     assert failures[case] is None, failures[case]
 
 
 @needs_triton
 @pytest.mark.background(INTERPRETED)
-@pytest.mark.parametrize("name", triton_interpreted.CASES)
+@pytest.mark.parametrize("name", cases_of(triton_interpreted))
 def test_equals_the_reference(name):
     passed(INTERPRETED, name)
 
 
 @needs_triton
 @pytest.mark.background(EXACT)
-@pytest.mark.parametrize("name", triton_exact.CASES)
+@pytest.mark.parametrize("name", cases_of(triton_exact))
 def test_scores_are_exact(name):
     passed(EXACT, name)
 
 
 @needs_triton
 @pytest.mark.background(GRADIENTS)
-@pytest.mark.parametrize("name", triton_gradients.CASES)
+@pytest.mark.parametrize("name", cases_of(triton_gradients))
 def test_gradients(name):
     passed(GRADIENTS, name)
 
 
 @needs_triton
 @pytest.mark.background(REGISTERED)
-@pytest.mark.parametrize("name", triton_operators.CASES)
+@pytest.mark.parametrize("name", cases_of(triton_operators))
 def test_is_an_operator_that_can_be_compiled(name):
     passed(REGISTERED, name)
+
+
+def statements(path: Path) -> Iterator[str]:
+    """FILE:LINE of each statement of a file's kernels."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and any(
+            "triton.jit" in ast.unparse(one) for one in function.decorator_list
+        ):
+            for node in ast.walk(function):
+                if isinstance(node, ast.stmt) and node is not function:
+                    yield f"{path.name}:{node.lineno}"
+
+
+@needs_triton
+@pytest.mark.background(INTERPRETED)
+@pytest.mark.background(EXACT)
+@pytest.mark.background(GRADIENTS)
+def test_every_statement_of_the_kernels_was_run():
+    seen = {
+        one
+        for task in (INTERPRETED, EXACT, GRADIENTS)
+        for one in json.loads(task.output().splitlines()[-1])["statements"]
+    }
+    wanted = {one for path in Path(kernels.__file__).parent.glob("*.py") for one in statements(path)}
+    assert len(wanted) > 400
+    assert sorted(wanted - seen) == []
 
 
 def compiled(arch: str) -> list[dict]:

@@ -98,5 +98,8 @@ CASES = {
 }
 
 
+HEAVY = {"sae_encode: exact, width 4100"}
+
+
 if __name__ == "__main__":
-    report(CASES)
+    report(CASES, HEAVY)

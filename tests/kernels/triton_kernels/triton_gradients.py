@@ -223,7 +223,7 @@ def gradients_do_not_depend_on_the_tiles() -> None:
     """Every tile that ships, and smaller ones, give the same bits."""
     from cu_fast.kernels.triton import gather_dot, launch, scatter_sum
 
-    ids, weights, g = scattered(Scatter(600, 2, 300, hot=590))
+    ids, weights, g = scattered(Scatter(300, 2, 300, hot=290))
     ids, weights, g = ids[:, :1], weights[:, :1], g.nan_to_num()
     ids, weights, g = on((ids, weights, g))
     few, few_g, codes = on(chosen(5, 20, 40)), g[1:6], on(hurtful.matrix(40, 300, "gaussian", fp32, 4))
@@ -350,5 +350,8 @@ CASES = {
 }
 
 
+HEAVY = {"gradients: hot", "gradients: l2", "gradients: weights by scores", "scatter_sum: many pieces"}
+
+
 if __name__ == "__main__":
-    report(CASES)
+    report(CASES, HEAVY)

@@ -39,7 +39,7 @@ SELECTIONS = {
     "few tokens": Quantize(3, 33, 301, 20, bf16, share=0.5, hits=True),
     "many tokens": Quantize(18, 40, 150, 5, fp16, "faulty", "tied", share=0.5, score="dot"),
     "list of 256": Quantize(2, 24, 300, 100, share=0.3, hits=True, score="bias"),
-    "keys in memory": Quantize(3, 20, 330, 270, share=0.1, hits=True, tuning={"keys": 660}),
+    "keys in memory": Quantize(3, 9, 280, 258, share=0.05, hits=True, tuning={"keys": 560}),
     "some tokens at a time": Quantize(9, 33, 60, 7, bf16, share=0.3, hits=True, tuning={"keys": 100}),
     "every code": Quantize(5, 33, 40, 40, bf16, score="l2", share=0.5, hits=True),
     "everything deleted": Quantize(5, 16, 70, 4, share=1.0, hits=True),
@@ -54,7 +54,7 @@ SELECTIONS = {
     "rows apart": Quantize(6, 33, 100, 7, fp16, layout="rows"),
     "columns apart": Quantize(6, 33, 100, 7, layout="columns"),
     "scan": Quantize(5, 70, 300, 5, scan=True),
-    "scan, two tiles of tokens": Quantize(66, 64, 150, 3, bf16, scan=True, score="dot"),
+    "scan, two tiles of tokens": Quantize(66, 20, 70, 3, bf16, scan=True, score="dot"),
     "scan, chunks": Quantize(19, 40, 400, 5, share=0.5, hits=True, scan=True, score="bias", tuning={"chunk": 8}),
     "scan, sample": Quantize(4, 130, 1500, 3, fp16, scan=True, share=0.3, tuning={"sample_share": 4}),
     "scan, outliers": Quantize(
@@ -317,6 +317,24 @@ def does_not_depend_on_the_tiles() -> None:
         launch.arch_of = arch_of
 
 
+def more_than_a_block_of_keys() -> None:
+    """What finds the k best, a threshold and the candidates goes on where one block ends; a tile of faulty rows ends at once."""
+    from cu_fast.kernels.triton import codebook_quantize, launch
+
+    launch.TUNING, choose = launch.Tuning(scan_start=-1), codebook_quantize.choose
+    z, codes = hurtful.normal(3, 16), hurtful.normal(330, 16, seed=1)
+    given = dict(codes=codes, k=9, mask=hurtful.masks(3, 330, 0.3, 4), return_hits=True)
+    short = {name: launch._config(4, N=32) for name in ("finish", "scan_threshold", "narrow")}
+    codebook_quantize.choose = lambda kernel, *of: short.get(kernel) or choose(kernel, *of)
+    try:
+        for some in (z, z * torch.nan):
+            want = by_reference("codebook_quantize", z=some, **given)
+            for scan in (plane_of(codes, on=reference), None):
+                same(by_triton("codebook_quantize", z=some, **given, scan=scan), want)
+    finally:
+        codebook_quantize.choose = choose
+
+
 def through_ops(mask_mode: str, encode: bool) -> None:
     """impl="triton" of the operators and of the bottleneck, with its receipt."""
     from cu_fast import ops
@@ -345,6 +363,7 @@ CASES = {
     "codebook_quantize: scan, bounds": (bounds, "gaussian", False),
     "codebook_quantize: scan, bounds with a mean and biases": (bounds, "mean", True),
     "codebook_quantize: tiles": (does_not_depend_on_the_tiles,),
+    "codebook_quantize: more than a block of keys": (more_than_a_block_of_keys,),
     "sae_encode: one token": (encode, 1, 70, 100, fp32, "gaussian", True, True, "plain"),
     "sae_encode: few tokens": (encode, 3, 33, 65, bf16, "faulty", True, True, "plain"),
     "sae_encode: many tokens": (encode, 17, 40, 100, fp16, "mixed", True, False, "rows"),
@@ -362,5 +381,13 @@ CASES = {
 }
 
 
+# A kernel's every statement is met without them (test_triton_kernels.py).
+HEAVY = {
+    "codebook_quantize: scan, bounds", "codebook_quantize: scan, rows of every size", "codebook_quantize: scan, chunks",
+    "codebook_quantize: scan, a sample that lies", "codebook_quantize: list of 256",
+    "delete_latents: layer norm of hurtful rows",
+}  # fmt: skip
+
+
 if __name__ == "__main__":
-    report(CASES)
+    report(CASES, HEAVY)

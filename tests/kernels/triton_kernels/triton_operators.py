@@ -100,5 +100,9 @@ CASES = {
 }
 
 
+HEAVY = {"codebook_quantize: compiled", "codebook_bottleneck: compiled, reselect"}
+HEAVY |= {name for name in CASES if name.endswith(("opcheck, bf16", "opcheck, nothing given"))}
+
+
 if __name__ == "__main__":
-    triton_harness.report(CASES)
+    triton_harness.report(CASES, HEAVY)
