@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiers import heavy
 
 from cu_fast import bench
 from cu_fast.bench import clock_gpu
@@ -127,6 +128,7 @@ def triton_rows():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@heavy
 def test_rows_of_the_triton_kernels_are_right():
     done = subprocess.run(
         [sys.executable, "-c", "import test_bench_gpu; test_bench_gpu.triton_rows()"], cwd=Path(__file__).parent,

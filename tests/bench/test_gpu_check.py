@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiers import heavy
 
 from cu_fast import bench
 from cu_fast.bench.providers import PROVIDERS
@@ -198,6 +199,7 @@ def test_the_steps_call_files_that_exist_within_the_budget(check):
     assert len({step.log_name for step in known}) + 2 <= 8  # summary and figures beside them: few files to carry home
 
 
+@heavy
 def test_each_word_of_the_triton_step_chooses_tests(check):
     (step,) = (step for step in check.steps(check.output, "90a") if step.name == "triton")
     assert step.environment == {"CU_FAST_TEST_GPU_ON": "cuda", "CU_FAST_TEST_GPU_IMPL": "triton"}

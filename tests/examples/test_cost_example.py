@@ -12,6 +12,7 @@ import tiny_training
 import torch
 from scripts import scripts
 from test_smollm2_example import write_topics
+from tiers import heavy
 from tiny_training import WORDS
 
 import cu_fast
@@ -60,6 +61,7 @@ def test_a_fit_that_was_stopped_goes_on(cost, folders, tmp_path, monkeypatch):
     assert fitted == [True]
 
 
+@heavy
 def test_every_job_is_measured_once(cost, folders, tmp_path, monkeypatch):
     jobs = []
 

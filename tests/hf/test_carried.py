@@ -38,7 +38,7 @@ def attachment(request, given):
     return KINDS[request.param](given)
 
 
-@pytest.fixture(params=["replace", "autoencoder-at-two-places"])
+@pytest.fixture(params=["replace", pytest.param("autoencoder-at-two-places", marks=heavy)])
 def some(request, given):
     """Compiling takes its time: a model of each kind."""
     return KINDS[request.param](given)

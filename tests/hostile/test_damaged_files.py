@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiers import TEST_ALL
+from tiers import TEST_ALL, heavy
 from tiny_models import add_masks, attach_to, build, inputs, under
 
 import cu_fast
@@ -91,6 +91,7 @@ def test_files_zeroed_after_loading_change_nothing(copied):
     assert not torch.equal(under(attachment, "a", given), under(attachment, None, given))
 
 
+@heavy
 def test_files_truncated_after_loading_do_not_kill_the_process(folder):
     code = f"""
 import os, pathlib, torch

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import heavy
 from tiny_training import CONFIG, LAYERS, ROWS, arguments, tiny_llama, word_tokenizer
 
 from cu_fast.nn import BottleneckConfig
@@ -114,6 +115,7 @@ def test_a_fresh_run_does_not_go_where_checkpoints_lie(stopped):
         run(stopped)
 
 
+@heavy
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(trained, tmp_path):
     script = f"""
 import os, signal, sys
@@ -139,6 +141,7 @@ run({str(tmp_path)!r})
         assert torch.equal(weights[name], value), name
 
 
+@heavy
 def test_the_command_line_refuses_another_layer_instead_of_crashing(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
 

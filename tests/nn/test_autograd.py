@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_nn import FAMILIES, bottleneck
+from tiers import heavy
 from torch.utils.checkpoint import checkpoint
 
 from cu_fast import ops
@@ -348,6 +349,7 @@ def test_a_loss_curve_is_the_references(name, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@heavy
 def test_a_step_is_small():
     """No [T, C] (67 MB) and no [T, k, E] (17 MB): the gradient of the codes takes 4 MB, their digits 3, the int8 plane 1."""
     script = Path(__file__).parents[2] / "benchmarks" / "train_memory.py"

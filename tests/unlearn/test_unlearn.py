@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiers import heavy
 
 import cu_fast
 from cu_fast import unlearn
@@ -50,6 +51,7 @@ def test_counts_add_up_over_the_corpus(attachment, tokenizer):
     assert torch.equal(many.counts, 3 * few.counts) and many.tokens == 3 * few.tokens
 
 
+@heavy
 def test_memory_does_not_depend_on_the_corpus():
     """20,000 tokens with 300 ids each, 48 MB as int64, of a corpus that is a generator."""
     setup = """
