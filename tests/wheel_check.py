@@ -146,7 +146,7 @@ def check_machine_code(library: Path, built: str) -> None:
     if not built:
         check(os.environ.get("CU_FAST_BUILD") != "require", "it was built without CUDA; install nvcc")
         return
-    sys.path.insert(0, str(ROOT / "tests/kernels"))
+    sys.path[:0] = [str(ROOT / "tests/kernels"), str(ROOT / "tests/helpers")]
     from test_machine_code import dump
 
     holds = re.findall(r"\.sm_(\d+[af]?)\.cubin", dump("--list-elf", library))
