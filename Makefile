@@ -27,7 +27,6 @@ test: $(VENV)/installed
 # Also what is too heavy for every check (tests/helpers/tiers.py), and the plug-in in vLLM.
 test-all: $(VENV)/installed
 	CU_FAST_TEST_ALL=1 $(PYTEST)
-	$(MAKE) planted
 	CU_FAST_TEST_ALL=1 $(MAKE) test-vllm
 
 # Whether the tests still see bugs that they once saw, planted one at a time in a copy: tests/planted_bugs.py.
