@@ -40,7 +40,7 @@ def attachment(request, given):
 
 @pytest.fixture(params=["replace", pytest.param("autoencoder-at-two-places", marks=heavy)])
 def some(request, given):
-    """Compiling takes its time: a model of each kind."""
+    """Compiling takes its time: one model, and by `make test-all` one of the other kind."""
     return KINDS[request.param](given)
 
 

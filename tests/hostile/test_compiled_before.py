@@ -44,7 +44,7 @@ def compile_the_layers(model):
 
 
 WAYS = (compile_in_place, compile_forward, keep_a_wrapper, call_from_a_function)
-# Compiling takes its time: one family in each way, and the others, with TEST_ALL.
+# Compiling takes its time: one family in two ways; with TEST_ALL all families in all ways.
 CASES = [("llama", way) for way in (WAYS if TEST_ALL else WAYS[::2])]
 if TEST_ALL:
     CASES += [(name, way) for name in ("gpt2", "t5_decoder", "t5_encoder", "opt", "mamba") for way in WAYS]

@@ -307,7 +307,6 @@ def test_below_a_stack_is_a_page_without_access(machine):
 
 @heavy
 @emulation.needs_address_sanitizer
-@heavy
 def test_address_sanitizer():
     code = """
 import numpy
