@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -44,6 +45,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
+    gc.unfreeze()
     if OUTPUTS in config.stash:
         shutil.rmtree(config.stash[OUTPUTS], ignore_errors=True)
         del os.environ[background.FOLDER]
@@ -55,6 +57,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_collection_finish(session):
+    gc.freeze()  # what was imported stays: without this each collection of garbage walks it all, a second at a time
     if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
         return
     runs = (item for item in session.items if not any(mark.args[0] for mark in item.iter_markers("skipif")))

@@ -9,6 +9,7 @@ import tiny_training
 import torch
 from scripts import scripts
 from test_smollm2_example import write_topics
+from tiers import heavy
 from tiny_training import WORDS
 
 import cu_fast
@@ -39,6 +40,7 @@ def test_a_wrong_answer_is_another_questions(example):
     assert len(texts) == 3 * len(example["restor"].TEXTS) and all(f"p {topics[0]} 0 f" in text for text in texts[:5])
 
 
+@heavy
 def test_it_corrupts_unlearns_and_asks(example, tmp_path, monkeypatch, capsys):
     restor = example["restor"]
     write_topics(tmp_path / "topics")

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from tiers import heavy
+from tiers import heavies, heavy
 from tiny_models import build, inputs, logits
 from tiny_saes import firing, hidden, make_sae, mask_of
 from tiny_splices import KINDS, LAYERS, with_autoencoder, with_codebooks
@@ -56,7 +56,7 @@ def traced(model, fullgraph=True):
     return torch.compile(model, fullgraph=fullgraph, backend=backend), seen
 
 
-def test_its_layers_look_nothing_up_and_masks_change(attachment, given):
+def test_its_layers_look_nothing_up_and_masks_change_and_are_counted(attachment, given):
     model = attachment.model
     with attachment.unlearn({"a", "b"}):
         pass  # its table is wide enough: one that grows is another tensor
@@ -66,38 +66,30 @@ def test_its_layers_look_nothing_up_and_masks_change(attachment, given):
             call(**given, use_cache=False)
         asked = set(seen) & {*dir(compiled)}
         assert {"rows_of", "leave"} <= asked and not asked & {"mask_rows", "delete", "remember"}
-        results = []
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for topics in TOPICS:
-                with attachment.unlearn(topics):
-                    results.append(call(**given, use_cache=False).logits)
-                    torch.testing.assert_close(results[-1], model(**given, use_cache=False).logits)
+        results, reports = [], []
+        for one in (call, model):
+            attachment.reset_report()
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for topics in TOPICS:
+                    with attachment.unlearn(topics):
+                        results.append(one(**given, use_cache=False).logits)
+            reports.append(attachment.report())
+        results, eager = results[: len(TOPICS)], results[len(TOPICS) :]
+        torch.testing.assert_close(results, eager)
     # A graph copies what it does not know to stay; and nothing is kept of a trace that has ended.
     kept = [tensor for layer in attachment._layers for tensor in layer.table.tensors]
     assert {tensor._dynamo_static_input_type for tensor in kept} == {"unguarded"}
     assert attachment._active.carried == {}
     assert torch.equal(results[0], results[-1])
     assert all(not torch.equal(results[0], other) for other in results[1:-1])
-
-
-def test_what_is_counted(attachment, given):
-    call, _ = traced(attachment.model)
-    reports = []
-    for one in (attachment.model, call):
-        attachment.reset_report()
-        for topics in (None, "a", ["a", None]):
-            with torch.no_grad(), attachment.unlearn(topics):
-                one(**given, use_cache=False)
-        reports.append(attachment.report())
-    eager, carried = reports
-    for row, other in zip(eager, carried, strict=True):
+    for other, row in zip(*reports, strict=True):
         assert row["hits"] > 0
         assert {**row, "dose": 0, "max_dose": 0} == {**other, "dose": 0, "max_dose": 0}
         for figure in {"dose", "max_dose"} & row.keys():
             assert other[figure] == pytest.approx(row[figure], rel=1e-4)
 
 
-@pytest.mark.parametrize("place", ["layers.0", pytest.param("norm", marks=heavy)])
+@pytest.mark.parametrize("place", ["layers.0", *heavies("norm")])
 def test_a_trace_that_is_broken(some, given, place):
     """A break anywhere in the model parts ``rows_of`` from the layers: they look their rows up."""
     attachment, model = some, some.model
@@ -242,7 +234,7 @@ def test_by_inductor(attachment, given, mode):
             torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [True, *heavies(False)])
 def test_generate(some, given, static):
     attachment, model = some, some.model
     options = {"cache_implementation": "static"} if static else {}

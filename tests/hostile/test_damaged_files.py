@@ -318,27 +318,35 @@ def test_a_model_config_of_the_wrong_types_is_refused(folder, changes):
         load_model(folder)
 
 
-@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
-def test_code_in_the_folder_never_runs_and_nobody_is_asked(folder, tmp_path, where):
+def test_code_in_the_folder_never_runs_and_nobody_is_asked(folder, tmp_path):
     (folder / "evil.py").write_text(
         f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).write_text('x')\n"
         f"import transformers\nclass Config(transformers.LlamaConfig): model_type = 'unheard_of'\n"
         f"class Tokenizer(transformers.PreTrainedTokenizerFast): pass\n"
     )
-    changes = {
-        "config.json": {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config"}},
-        "tokenizer_config.json": {
+    other = shutil.copytree(folder, tmp_path / "other")
+    for path, changes in {
+        folder / "config.json": {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config"}},
+        other / "tokenizer_config.json": {
             "tokenizer_class": "Unheard",
             "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]},
         },
-    }[where]
-    record = json.loads((folder / where).read_text())
-    (folder / where).write_text(json.dumps(record | changes))
-    code = f"from cu_fast.hf.checkpoint import read_model; read_model({str(folder)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, input="y\n" * 9)
+    }.items():
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code = """
+import sys
+from cu_fast.hf.checkpoint import read_model
+for path in sys.argv[1:]:
+    try:
+        read_model(path)
+        print("read", path)
+    except ValueError:
+        print("refused", path)
+"""
+    command = [sys.executable, "-c", code, str(other), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, input="y\n" * 9)
     assert not (tmp_path / "ran").exists() and "y/N" not in run.stdout
-    if where == "config.json":
-        assert "ValueError" in run.stderr.splitlines()[-1] or "ValueError" in run.stderr, run.stderr
+    assert run.returncode == 0 and f"refused {folder}" in run.stdout, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("what", ["a layer", "one tensor", "another shape"])

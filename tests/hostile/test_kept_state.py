@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from kept_state import GIVEN, KINDS, LAYER, PAIR, Kept, small
-from tiers import heavy
+from tiers import heavies, heavy
 from tiny_models import D, in_thread, logits, mask_for, under
 from tiny_saes import LATENTS, firing, hidden, make_sae, mask_of, without
 
@@ -288,9 +288,7 @@ def test_an_autoencoder_is_no_part_of_the_model(tmp_path):
     assert torch.equal(logits(again, GIVEN), logits(before, GIVEN))
 
 
-@pytest.mark.parametrize(
-    ("place", "compiled"), [(LAYER, False), (PAIR, False), (PAIR, True), pytest.param(LAYER, True, marks=heavy)]
-)
+@pytest.mark.parametrize(("place", "compiled"), [(LAYER, False), (PAIR, False), *heavies((PAIR, True), (LAYER, True))])
 def test_gradients(place, compiled):
     """Through a deletion they raise; through a place where nothing is held they are the plain model's."""
     kept, twin = Kept("threshold", place), small()

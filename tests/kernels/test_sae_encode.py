@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiers import examples
 
 from cu_fast import ops
+from cu_fast.kernels.reference.fixed import LARGEST, LEAST
 
 
 def arguments_of(T, D, E, kind, x_dtype, w_dtype, layout, biases, seed, w_kind="gaussian"):
@@ -71,6 +72,21 @@ def test_dense_is_the_equation(impl, activation):
     got = encode(x, W, b, p, activation=activation, impl=impl)
     # 40 products of two entries below 5, each of which is off by at most 2^-23 of its row's largest.
     torch.testing.assert_close(got.double(), want, rtol=0, atol=40 * 2 * 25 * 2**-23)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_sum_is_rounded_once(impl):
+    """Above the middle of two numbers of fp32 by what fp64 rounds away."""
+    x = torch.tensor([[2.0**22] * 1024 + [2.0**15, 1.0, 0.0]])
+    W = torch.tensor([[2.0**22] * 1024 + [2.0**15, 1.0, LARGEST]])  # its step is 1
+    assert encode(x, W, activation="none", impl=impl).item() == 2.0**54 + 2.0**31
+
+
+def test_tiny_products_are_cut():
+    x, W = 1e-19 * torch.randn(9, 40), 1e-19 * torch.randn(24, 40)
+    want, got = (encode(x, W, activation="none", impl=impl) for impl in ("reference", "cpu"))
+    assert torch.equal(got, want) and (want == 0).any()
+    assert want[want != 0].abs().min() >= LEAST
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

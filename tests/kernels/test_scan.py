@@ -17,6 +17,7 @@ import pytest
 import torch
 from calls import call, cosine, plane_of
 from hurtful import normal
+from tiers import heavy
 
 from cu_fast import ops
 from cu_fast.kernels import native, reference
@@ -347,6 +348,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's address space is limited")
+@heavy
 def test_few_codes_need_little_memory():
     """Room for candidates is for as many as there are codes, not for the 4096 of a large codebook: 2 MB, not 15."""
     done = subprocess.run(

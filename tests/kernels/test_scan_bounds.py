@@ -11,7 +11,7 @@ import torch
 from calls import call, cosine, plane_of
 from hurtful import normal
 from test_scan import GROUP, INF, NAN, check
-from tiers import heavy
+from tiers import heavies
 
 from cu_fast.kernels import native, reference
 
@@ -324,9 +324,11 @@ class TestNoSlackIsLeftOver:
     "E, C, k, bytes, digits",  # with the safe threshold, the k-th lower bound in the sample: 3 to 10 times as many
     [
         (512, 25_000, 8, 220, 150),
-        (512, 25_000, 64, 600, 400),
-        pytest.param(4096, 16_384, 64, 3000, 800, marks=heavy),
-        pytest.param(2048, 65_536, 64, 2500, 1000, marks=heavy),
+        *heavies(
+            (512, 25_000, 64, 600, 400),
+            (4096, 16_384, 64, 3000, 800),
+            (2048, 65_536, 64, 2500, 1000),
+        ),
     ],
 )
 def test_candidates_of_the_guess(E, C, k, bytes, digits):

@@ -26,12 +26,8 @@ ALIKE = "a_sample_that_lies or blocks_of_wide_rows or width_of_a_model or buffer
 LEVELS = ["scalar", "neon"] if platform.machine() == "aarch64" else ["scalar", "avx2", "avx512", "amx"]
 
 
-# For `make test` the level of most machines, and the bound that emulated tiles can do: test_native.py has a digest of every
-# operator's results at each level.
-OFTEN = ("avx2", "amx")
-
-
-@pytest.mark.parametrize("level", [pytest.param(level, marks=[] if level in OFTEN else heavy) for level in LEVELS])
+# For `make test` the bound that emulated tiles can do: test_native.py has a digest of every operator's results at each level.
+@pytest.mark.parametrize("level", [pytest.param(level, marks=[] if level == "amx" else heavy) for level in LEVELS])
 def test_equals_the_reference(level):
     if native.simd_level() == level:
         pytest.skip("the level of this run, which runs them itself")

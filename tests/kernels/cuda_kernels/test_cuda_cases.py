@@ -10,7 +10,7 @@ import torch
 from calls import call, cosine
 from hurtful import normal
 from test_cuda_kernels import INF, NAN, bottleneck, deleted, emulated, plane_of, pytestmark, same, select
-from tiers import TEST_ALL
+from tiers import TEST_ALL, heavies
 
 from cu_fast.kernels import reference
 
@@ -31,7 +31,7 @@ class TestMaskRowsThatDoNotExist:
         row = torch.tensor([0, 5, -2, -1, 2, 3, 2**31 - 1, -(2**31)]).repeat(T)[:T].int()
         return (hurtful.masks(T, self.C, 0.4, 1)[0], row), (row >= -1) & (row < 3)
 
-    @pytest.mark.parametrize("T", [3, 8, 20, 140])
+    @pytest.mark.parametrize("T", [3, 20, *heavies(8, 140)])
     @pytest.mark.parametrize("k", [5, 20])
     def test_selection(self, plane, T, k):
         z, codes = normal(T, 24), normal(self.C, 24, seed=1)
@@ -49,7 +49,7 @@ class TestMaskRowsThatDoNotExist:
 
     @pytest.mark.parametrize("reselect", [True, False])
     @pytest.mark.parametrize("score_weights", [True, False])
-    @pytest.mark.parametrize("T, k", [(3, 5), (20, 20), (140, 5)])
+    @pytest.mark.parametrize("T, k", [(3, 5), (20, 20), *heavies((140, 5))])
     def test_bottleneck(self, plane, T, k, score_weights, reselect):
         z, codes, table = normal(T, 24), normal(self.C, 24, seed=1), normal(self.C, 600, seed=2)
         mask, exists = self.mask(T)
@@ -90,7 +90,7 @@ def test_a_weight_beside_no_code():
     assert torch.equal(y[0], table[0]) and y[1:].isnan().all()
 
 
-@pytest.mark.parametrize("T", [3, 20, 140])
+@pytest.mark.parametrize("T", [3, 20, *heavies(140)])
 def test_faulty_rows_are_nan_and_alone(plane, T):
     z, codes, table = normal(T, 40), normal(300, 40, seed=1), normal(300, 600, seed=2)
     faults = [t for t in (1, 2, 17, 135, 136) if t < T]
@@ -98,7 +98,7 @@ def test_faulty_rows_are_nan_and_alone(plane, T):
     for i, t in enumerate(faults):
         broken[t, 39 - i] = (NAN, INF, -INF)[i % 3]
     rest = [t for t in range(T) if t not in faults]
-    for k in (5, 30) if T < 140 or TEST_ALL else (5,):
+    for k in (5, 30):
         want, got = (select(x, codes, k=k, scan=plane(codes)) for x in (z, broken))
         assert (got[1][faults] == -1).all() and got[0][faults].isnan().all()
         assert all(torch.equal(a[rest], b[rest]) for a, b in zip(want, got))
@@ -108,7 +108,7 @@ def test_faulty_rows_are_nan_and_alone(plane, T):
             assert got[faults].isnan().all() and torch.equal(got[rest], want[rest])
 
 
-@pytest.mark.parametrize("T", [1, 4, 9, 30, 140])
+@pytest.mark.parametrize("T", [1, 30, 70, *heavies(4, 9, 140)])
 def test_a_row_does_not_depend_on_the_others_nor_on_the_machine(plane, T):
     z, codes, table = normal(T, 48), normal(700, 48, seed=1), normal(700, 40, seed=2)
     z[T // 2, 3] = 500.0  # an outlier
@@ -135,7 +135,7 @@ def test_the_order_of_threads_does_not_matter(plane):
     z[7, ::16] = 300.0
     mask = hurtful.masks(20, 700, 0.3, 2)
     results = []
-    for seed in range(20):
+    for seed in range(20 if TEST_ALL else 6):
         receipt = torch.zeros(2, dtype=torch.int64)
         given = dict(codes=codes, k=9, mask=mask, scan=plane(codes), seed=seed)
         y = bottleneck(z, table=table, reselect=True, score_weights=True, receipt=receipt, **given)
@@ -152,8 +152,8 @@ def test_tiles_of_a_part_follow_each_other(T):
         assert same(select(z, codes, k=60, hits=False, multiprocessors=1, seed=seed)[:2], want[:2])
 
 
-@pytest.mark.parametrize("T", [0, 1, 5, 137])
-@pytest.mark.parametrize("C, k", [(1, 1), (2, 2), (63, 63), (129, 129), (300, 37), (700, 1)])
+@pytest.mark.parametrize("T", [0, 5, *heavies(1, 137)])
+@pytest.mark.parametrize("C, k", [(1, 1), (129, 129), (300, 37), (700, 1), *heavies((2, 2), (63, 63))])
 @pytest.mark.parametrize("deleted", [False, True])
 def test_edges(plane, T, C, k, deleted):
     """No tokens, one code, k = C, fewer codes than a tile, all deleted, all scores equal."""

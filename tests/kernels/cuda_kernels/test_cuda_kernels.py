@@ -5,6 +5,8 @@ The emulation cuts small (SelectTuning in csrc/cuda/select.h), so that small inp
 
 from __future__ import annotations
 
+import itertools
+
 import deletions
 import emulation
 import hurtful
@@ -15,7 +17,7 @@ from calls import plane_of as plane_by
 from hurtful import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import TEST_ALL, examples
+from tiers import examples, heavies
 
 from cu_fast.kernels import reference
 
@@ -285,8 +287,8 @@ def test_delete_latents_of_a_token_alone():
 
 
 @pytest.mark.parametrize("dtype", hurtful.DTYPES)
-@pytest.mark.parametrize("T", [1, 3, 6, 70])
-@pytest.mark.parametrize("E", [1, 3, 63, 64, 65, 512, 1030, 4100])
+@pytest.mark.parametrize("T", [1, 6, 70, *heavies(3)])
+@pytest.mark.parametrize("E", [1, 63, 512, 1030, *heavies(3, 64, 65, 4100)])
 def test_widths(T, E, dtype):
     """Fewer entries than a step, whole steps, and more than a block holds of a row at a time."""
     z, codes = normal(T, E).to(dtype), normal(70, E, seed=1).to(dtype)
@@ -310,29 +312,24 @@ def extreme(T, E, C, signs):
     return z, digits
 
 
-@pytest.mark.parametrize("signs", ["one", "random"])
-@pytest.mark.parametrize("T", [1, 3, 5, 70])
-@pytest.mark.parametrize("E", [100, 43648, 43649, 65535])
-def test_digits_at_their_limits(T, E, signs):
-    """No sum of a level leaves its int32: the emulation refuses it. Beyond 43,648 entries a tensor core's might.
+WIDE = (43648, 43649, 65535)  # the last two: more than a tensor core sums
 
-    More than 64 tokens matter to the warpgroup's tile alone, and take a minute of emulated products: by `make test` that
-    tile, with the largest sums, and by `make test-all` all others too.
-    """
-    many = T > 64 and E > 100 and not TEST_ALL
-    if many and (E > 43648 or signs == "random"):
-        pytest.skip("heavy: make test-all")
+
+@pytest.mark.parametrize("T, E, signs", [
+    (1, 100, "one"), (5, 100, "random"), (70, 100, "one"), (3, 65535, "one"), (5, 43648, "one"),
+    *heavies(*itertools.product((1, 3, 5, 70), WIDE, ("one", "random"))),
+])  # fmt: skip
+def test_digits_at_their_limits(T, E, signs):
+    """No sum of a level leaves its int32: the emulation refuses it. Beyond 43,648 entries a tensor core's might."""
     C = 20 if E > 100 else 70
     z, digits = extreme(T, E, C, signs)
     given = dict(digits=digits, factor=1e-7 * normal(C, seed=1))
     want = call("sae_encode", on=reference, x=z, W_digits=digits, W_factor=given["factor"])
-    for wgmma in (True,) if many else (False, True):
+    for wgmma in (False, True):
         kernels()
         assert torch.equal(emulated("sae_encode", x=z, W_digits=digits, W_factor=given["factor"], wgmma=wgmma), want)
         tile = "QuadTile" if T <= 4 or E > 43648 else "WarpgroupTile" if T > 64 and wgmma else "TensorTile"
         assert f"sae_encode_tile<{tile}" in str(kernels())
-    if many:
-        return
     want = call("codebook_quantize", on=reference, z=z, **given, k=8, return_hits=True)
     assert same(emulated("codebook_quantize", z=z, **given, k=8, return_hits=True), want)
     given |= dict(zip(("scan_plane", "scan_terms", "scan_mean"), reference.pack_scan(*given.values(), E)))

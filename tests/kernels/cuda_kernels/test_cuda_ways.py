@@ -9,6 +9,7 @@ from calls import call
 from hurtful import normal
 from test_cuda_kernels import INF, NAN, bottleneck, emulated, kernels, plane_of, pytestmark, same, select
 from test_cuda_scan import CHUNK, PLACES, Scan, sampled_groups
+from tiers import heavies
 
 from cu_fast.kernels import reference
 
@@ -53,8 +54,10 @@ class TestWays:
             assert scan.check()[way] == CHUNK and (scan.count == C).all()
             agrees(z, codes, 5)
 
-    @pytest.mark.parametrize("C", [16, 40, 100, 256, PLACES])  # scored by teams of 32, 16, 8 and 4; a second window
-    @pytest.mark.parametrize("E", [40, 600, 1100])
+    @pytest.mark.parametrize(
+        "C", [16, 40, PLACES, *heavies(100, 256)]
+    )  # scored by teams of 32, 16, 8 and 4; a second window
+    @pytest.mark.parametrize("E", [40, 1100, *heavies(600)])
     def test_every_candidate_counts(self, C, E):
         # All codes are candidates, in no order, and each is among the best of some row.
         z, codes = normal(24, E), normal(1, E, seed=1) + 1e-6 * normal(C, E)
@@ -77,7 +80,7 @@ class TestWays:
                 want = call("codebook_quantize", on=reference, **given, return_hits=True)
                 assert same(select(**given), want) and same(select(**given | dict(scan=None)), want)
 
-    @pytest.mark.parametrize("k", [5, 12, 40, 70])
+    @pytest.mark.parametrize("k", [5, 40, *heavies(12, 70)])
     @pytest.mark.parametrize("T", [1, 3, 20])
     def test_one_part_holds_the_best(self, T, k):
         z, apart, masks = normal(T, 20), normal(3000, 20, seed=1), hurtful.masks(T, 3000, 0.5, 2)
@@ -171,9 +174,12 @@ class TestWays:
     @pytest.mark.parametrize(
         "T, kernel, stage",  # of so many steps of 32 entries
         [
-            (1, "scan_codes<4", 32), (4, "scan_codes<4", 32), (5, "scan_codes<8", 16), (8, "scan_codes<8", 16),
-            (9, "scan_codes<32", 4), (32, "scan_codes<32", 4), (33, "scan_codes<64", 2), (72, "scan_codes<64", 2),
-            (33, "scan_codes_sm90<", 2), (64, "scan_codes_sm90<", 2), (65, "scan_codes_sm90<", 2), (72, "scan_codes_sm90<", 2),
+            (4, "scan_codes<4", 32), (5, "scan_codes<8", 16), (32, "scan_codes<32", 4), (72, "scan_codes<64", 2),
+            (33, "scan_codes_sm90<", 2), (65, "scan_codes_sm90<", 2),
+            *heavies(
+                (1, "scan_codes<4", 32), (8, "scan_codes<8", 16), (9, "scan_codes<32", 4), (33, "scan_codes<64", 2),
+                (64, "scan_codes_sm90<", 2), (72, "scan_codes_sm90<", 2),
+            ),
         ],
     )  # fmt: skip
     def test_tiles_and_widths(self, T, kernel, stage):
@@ -196,7 +202,7 @@ class TestWays:
         assert Scan(z, codes, k=2).check()["certified"] == 1
         agrees(z, codes, 2)
 
-    @pytest.mark.parametrize("T", [CHUNK + 1, 2 * CHUNK + 9])
+    @pytest.mark.parametrize("T", [CHUNK + 1, *heavies(2 * CHUNK + 9)])
     def test_chunks(self, T):
         z, codes, table = normal(T, 24), normal(500, 24, seed=1), normal(500, 20, seed=2)
         z[CHUNK + 0, 3], z[CHUNK - 1, 2] = NAN, 300.0

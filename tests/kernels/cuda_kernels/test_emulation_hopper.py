@@ -12,6 +12,7 @@ import pytest
 import torch
 from calls import call, cosine, plane_of, spread
 from test_cuda_kernels import kernels
+from tiers import heavies
 
 from cu_fast.kernels import reference
 
@@ -203,15 +204,17 @@ def problem(seed, T, E, C):
 CASES = [  # seed, T, E, C, k, multiprocessors
     (0, 33, 1, 300, 5, 3),
     (1, 72, 31, 257, 3, 1),
-    (2, 34, 33, 900, 12, 2),
-    (3, 72, 70, 700, 9, 3),
-    (4, 63, 129, 1000, 12, 1),
     (5, 64, 300, 513, 7, 2),
-    (6, 72, 333, 1111, 20, 1),
     (7, 65, 257, 400, 4, 40),
     (8, 69, 256, 700, 20, 1),
-    (9, 70, 257, 600, 20, 1),
-    (10, 72, 130, 1200, 40, 2),
+    *heavies(
+        (2, 34, 33, 900, 12, 2),
+        (3, 72, 70, 700, 9, 3),
+        (4, 63, 129, 1000, 12, 1),
+        (6, 72, 333, 1111, 20, 1),
+        (9, 70, 257, 600, 20, 1),
+        (10, 72, 130, 1200, 40, 2),
+    ),
 ]
 
 

@@ -98,7 +98,7 @@ CASES = {
 }
 
 
-HEAVY = {"sae_encode: exact, width 4100"}
+HEAVY = {"sae_encode: exact, width 4100", "sae_encode: extreme digits, width 65535"}
 
 
 if __name__ == "__main__":

@@ -350,7 +350,17 @@ CASES = {
 }
 
 
-HEAVY = {"gradients: hot", "gradients: l2", "gradients: weights by scores", "scatter_sum: many pieces"}
+HEAVY = {
+    "gradients: fp16",
+    "gradients: gather_dot, twice",
+    "gradients: hot",
+    "gradients: l2",
+    "gradients: memory",
+    "gradients: tiles",
+    "gradients: weights by scores",
+    "scatter_sum: hot, fp16",
+    "scatter_sum: many pieces",
+}
 
 
 if __name__ == "__main__":

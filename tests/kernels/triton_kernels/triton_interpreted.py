@@ -383,9 +383,12 @@ CASES = {
 
 # A kernel's every statement is met without them (test_triton_kernels.py).
 HEAVY = {
-    "codebook_quantize: scan, bounds", "codebook_quantize: scan, rows of every size", "codebook_quantize: scan, chunks",
+    "codebook_quantize: scan, rows of every size", "codebook_quantize: scan, chunks",
     "codebook_quantize: scan, a sample that lies", "codebook_quantize: list of 256",
-    "delete_latents: layer norm of hurtful rows",
+    "codebook_quantize: scan, some overflow", "codebook_quantize: scan, two tiles of tokens", "codebook_quantize: tiles",
+    "codebook_quantize: scan, bounds with a mean and biases", "codebook_quantize: scan, most deleted",
+    "delete_latents: floor, ties", "delete_latents: impl, topk", "delete_latents: layer norm of hurtful rows",
+    "delete_latents: norms of hurtful rows",
 }  # fmt: skip
 
 
