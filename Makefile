@@ -11,7 +11,7 @@ VLLM_VENV := .venv-vllm
 OUTPUT ?= runs/gpu-check
 SOURCES := pyproject.toml setup.py sources.py older_libraries.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all planted test-vllm test-aarch64 lint format wheel wheel-check machine-code gpu-check clean
+.PHONY: demo test test-quick test-all planted test-vllm test-aarch64 lint format wheel wheel-check machine-code gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/cu-fast demo
@@ -22,7 +22,16 @@ WORKERS := --dist loadfile --max-worker-restart=0 --durations=15
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(WORKERS)
 
 test: $(VENV)/installed
-	$(PYTEST)
+	$(PYTEST) --budget tests/budget.csv
+
+# For the loop of edit and test: without these, which emulate GPUs, compile models, train, or start many processes.
+LONG := bench examples kernels/cuda_kernels kernels/triton_kernels vllm_plugin real gpu \
+  $(addsuffix .py,$(addprefix cli/test_,cli demo) $(addprefix train/test_,fit train) unlearn/test_processes \
+    $(addprefix hf/test_,captured carried hf_use) ops/test_traced test_build test_readme \
+    $(addprefix hostile/test_,canary command_line compiled_before continuous_batching damaged_files kept_state races) \
+    $(addprefix kernels/test_,delete_latents machine_code native scan scan_bounds simd_levels))
+test-quick: $(VENV)/installed
+	$(PYTEST) $(addprefix --ignore tests/,$(LONG))
 
 # Also what is too heavy for every check (tests/helpers/tiers.py), and the plug-in in vLLM.
 test-all: $(VENV)/installed

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,13 +54,16 @@ def build(tree: Path) -> None:
 
 
 def verdict(bug: Bug, tree: Path) -> str:
-    """ "seen", "missed", or what went wrong instead."""
+    """ "seen" and by which test, "missed", or what went wrong instead."""
     if bug.tests[0].endswith(".py") and "triton_" in Path(bug.tests[0]).name:
         done = run([sys.executable, *bug.tests], tree, TRITON_INTERPRET="1")
         found = [json.loads(line).get("failure") for line in done.stdout.splitlines()]
         return f"broken: {done.stderr[-500:]}" if not found else "seen" if any(found) else "missed"
     done = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *bug.tests], tree)
-    return {0: "missed", 1: "seen"}.get(done.returncode, f"broken: {(done.stdout + done.stderr)[-500:]}")
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return f"seen by {failed[0]}"
+    return "missed" if done.returncode == 0 else f"broken: {(done.stdout + done.stderr)[-500:]}"
 
 
 def plant(bug: Bug, tree: Path) -> tuple[str, float]:
@@ -99,14 +103,14 @@ def main() -> int:
             found = []
             for bug in some:
                 said, seconds = plant(bug, tree)
-                print(f"{said.splitlines()[0]:8} {seconds:5.1f} s  {bug.name}", flush=True)
+                print(f"{bug.name}: {said.splitlines()[0]}, {seconds:.0f} s", flush=True)
                 found.append(said)
             return found
 
         with ThreadPoolExecutor(2) as pool:
             shares = (trees[0], native), (trees[1], plain[::2]), (trees[2], plain[1::2])
             found = [said for each in pool.map(lambda share: work(*share), shares) for said in each]
-    seen = found.count("seen")
+    seen = sum(said.startswith("seen") for said in found)
     print("\n".join(said for said in found if said.startswith("broken")))
     print(f"{seen} of {len(bugs)} seen, {time.monotonic() - begin:.0f} s")
     return 0 if seen == len(bugs) else 1

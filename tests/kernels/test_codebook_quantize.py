@@ -192,14 +192,6 @@ class TestSelection:
         assert got.hits.tolist() == reference.is_deleted(free, table, row).sum(1).tolist()
         assert not reference.is_deleted(got.ids, table, row).any()
 
-    def test_a_code_that_is_never_selected_is_no_hit(self, impl):
-        codes = torch.eye(4)
-        codes[2, 0] = torch.nan
-        table, row = torch.full((1, 1), 0b1100, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        mask = dict(mask_table=table, mask_row=row, return_hits=True)
-        got = ops.codebook_quantize(torch.ones(1, 4), ops.pack_codes(codes, "dot"), k=4, **mask, impl=impl)
-        assert got.ids.tolist() == [[0, 1, -1, -1]] and got.hits.tolist() == [1]
-
     def test_inputs_are_not_written_to(self, impl):
         z, codes = torch.randn(5, 24), torch.randn(90, 24)
         table, row = hurtful.masks(5, 90, 0.4, 5)
