@@ -207,6 +207,24 @@ def rows(n, seed=0):
     return LatentRows(*parts, dict(kind="threshold", k=None, scale="none", norm=1.0, site=None, site_out=None))
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"strength": 0.0}, "strength is 0 and clamp is 0, which changes nothing"),
+        ({"strength": -1.0}, "strength is -1.0; it should be a number from 0 to 1,000,000"),
+        ({"strength": 1e38}, "strength is 1e\\+38; it should be"),
+        ({"strength": float("nan")}, "strength is nan; it should be"),
+        ({"clamp": -1e38}, "clamp is -1e\\+38; it should be a number from -1,000,000 to 1,000,000"),
+        ({"clamp": float("inf")}, "clamp is inf; it should be"),
+        ({"dense": True}, "not 0 where the mask is dense"),
+    ],
+)
+def test_what_would_change_nothing_or_overflow_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        mask([3], **how)
+    assert mask([3], strength=0.0, clamp=1.0).clamp == 1.0, "adds to what is left"
+
+
 class TestGate:
     ids = torch.tensor([[0, 1, 5], [5, 9, -1], [2, 69, 0], [-1, -1, -1], [0, 5, 69]], dtype=torch.int32)
     sequence = torch.tensor([0, 2, 2, 2, -1])

@@ -91,6 +91,7 @@ class Active(Forwards):
         """End a request: no more forwards run under it. Its rows are given back once those running have ended."""
         if self._thread.hold is request.hold:
             self._thread.hold = None  # the forwards of this thread have ended
+            self._thread.fired.clear()
         with self._lock:
             self._in_use.discard(request)
             self._open.discard(request)

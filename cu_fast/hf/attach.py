@@ -243,7 +243,7 @@ def _attached(
         layers.append(Layer(name_of(reads, writes), part, part.new_table(device), reads, writes, skip))
     attachment = Attachment(model, layers, silent)
     for name, some in masks.items():
-        attachment._topics.add(some, name)
+        attachment._topics.add(some, name, elsewhere=True)
     attachment._install()
     return attachment
 

@@ -44,7 +44,6 @@ from cu_fast.hf.context import Unlearning
 from cu_fast.hf.forwards import GRAPHS_ON
 from cu_fast.hf.generating import wrap_generate
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook
-from cu_fast.hf.places import near
 from cu_fast.hf.sites import is_in, model_type, part, prefixes, replace_attribute, sequences, submodule
 from cu_fast.hf.topics import Entry, Layer, Topics
 from cu_fast.masks import Mask
@@ -80,39 +79,41 @@ class Attachment:
         """Name -> its masks, one per layer that it deletes codes of; a read-only view."""
         return MappingProxyType(self._topics.masks)
 
-    def add_mask(self, mask: Mask | Iterable[Mask], name: str | None = None) -> str:
+    def add_mask(self, mask: Mask | Iterable[Mask], name: str | None = None, *, elsewhere: bool = False) -> str:
         """Make masks known under one name, each for the layer whose codebook it was made for.
 
         Args:
             mask: one, or one per layer. Copied: writing to it later changes nothing here.
-            name: None = their topic.
+            name: None = their topic. Names are compared in Unicode's form NFC.
+            elsewhere: take a mask that was found at another place, whose codebook or autoencoder is the same.
 
         Returns:
-            The name.
+            The name, in form NFC.
 
         Raises:
-            ValueError: a mask made for another codebook, one that deletes no code, several topics and no name, or a
-                name that is taken.
+            ValueError: a mask made for another codebook or found at another place, one that deletes no code, several
+                topics and no name, or a name that is taken or looks like one that is.
         """
         self._check_usable()
-        return self._topics.add(mask, name)
+        return self._topics.add(mask, name, elsewhere)
 
-    def load_mask(self, path: str | Path, name: str | None = None) -> str:
+    def load_mask(self, path: str | Path, name: str | None = None, *, elsewhere: bool = False) -> str:
         """:meth:`add_mask` from a folder written by ``Mask.save``, or from one that holds several, one per layer.
 
         Args:
             path: the folder.
-            name: None = the masks' topic.
+            name: as for :meth:`add_mask`, and so is the next.
+            elsewhere: take a mask that was found at another place.
 
         Returns:
-            The name.
+            The name, in form NFC.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or as :meth:`add_mask` raises.
         """
         self._check_usable()
-        return self._topics.load(path, name)
+        return self._topics.load(path, name, elsewhere)
 
     def remove_mask(self, name: str) -> None:
         """Forget a name. A context that uses it goes on.
@@ -160,10 +161,9 @@ class Attachment:
         self._check_usable()
         if isinstance(names, str):
             raise TypeError(f"always is {names!r}; it should be a set of names")
-        if unknown := sorted(set(names) - self.masks.keys()):
-            raise ValueError(f"there is no mask {unknown[0]!r}; {near(unknown[0], self.masks)}")
+        known = frozenset(map(self._topics.known, names))
         self._active.check_nothing_open("always cannot change")
-        self._topics.always = frozenset(names)
+        self._topics.always = known
         self._hold_always()
 
     def _hold_always(self) -> None:

@@ -17,7 +17,7 @@ from transformers import Cache
 from cu_fast.hf.active import Active
 from cu_fast.hf.forwards import check_can_delete
 from cu_fast.hf.request import POISON, CapturedRequest, Request
-from cu_fast.hf.states import STAMP, check_order, length_of, mark_order
+from cu_fast.hf.states import STAMP, check_length, check_order, length_of, mark_length, mark_order
 from cu_fast.masks import stream_of
 
 
@@ -95,6 +95,8 @@ class CapturedForward:
             for value, stamp in states:
                 setattr(value, STAMP, stamp)
                 mark_order(self._active, value)
+                if isinstance(value, Cache):
+                    mark_length(value)
         return self.output
 
     def _rows(self, request: Request | None) -> torch.Tensor:
@@ -131,6 +133,7 @@ class CapturedForward:
                 is_cache = isinstance(value, Cache)
                 length = length_of(value) if is_cache else 1
                 if is_cache:
+                    check_length(value)
                     check_order(value)
             states.append((value, self._active.check_filled(getattr(value, STAMP, None), length, what)))
         return states

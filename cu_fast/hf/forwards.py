@@ -37,6 +37,7 @@ class _Thread(threading.local):
             forward's tokens they count.
         read: number of a layer -> what it read, where it changes another place, until that place is reached.
         handed: runner -> numbers of the layers that its compiled forward hands its rows to.
+        fired: number of a layer -> keeps the rows of the gates that had fired in its last forward.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class _Thread(threading.local):
         self.gates: dict[int, tuple[GateState, Tensor]] = {}
         self.read: dict[int, Tensor] = {}
         self.handed: dict[int, Set[int]] = {}
+        self.fired: dict[int, Hold] = {}
 
 
 class Forwards:
@@ -280,7 +282,10 @@ class Forwards:
                 f"layer {layer.name!r}: gated=True needs a model whose input_ids or inputs_embeds are [batch, tokens], in "
                 f"eager mode; judge the prompts before, with cu_fast.topics_of, and give unlearn() what it returns"
             )
-        rows = gated_rows(state, self.topics, request, layer, index, x, counted)
+        hold, held = self.topics.hold()
+        rows = gated_rows(state, self.topics, request, layer, index, x, counted, self._copies(layer), held)
+        hold.streams |= request.hold.streams
+        self._thread.fired[index] = hold  # the rows of the forward before are given back
         return torch.tensor(rows, dtype=torch.int32).to(x.device)
 
     def _observe(self, x: Tensor, layer: Layer) -> None:
@@ -317,8 +322,12 @@ class Forwards:
         tables = ops.LatentMasks(*layer.table.tensors)
         return layer.bottleneck(x, tables, rows, **({"residual": kept} if elsewhere else {}))
 
+    def _copies(self, layer: Layer) -> int:
+        """How many rows of the batch ``generate`` made of one sequence, beams or answers, at a layer."""
+        return 1 if layer.in_encoder else max(1, self.expand.get())
+
     def _check_entries(self, batch: int, entries: int, layer: Layer) -> None:
-        expected = entries * (1 if layer.in_encoder else max(1, self.expand.get()))
+        expected = entries * self._copies(layer)
         if batch != expected:
             raise ValueError(
                 f"the batch holds {batch} sequences and unlearn() was given {entries} entries; the batch should be "

@@ -2,7 +2,8 @@
 
 A mask with a learned gate deletes in a sequence from the forward on in which the gate's value, over all tokens of the
 sequence so far, exceeds its level: in the first forward that is the whole prompt, as ``topics_of`` would judge it. What
-has begun goes on: a sequence that came to speak of the topic does not talk its way out again.
+has begun goes on: a sequence that came to speak of the topic does not talk its way out again. Masks that always hold have
+no gate here.
 
 The counts belong to the sequences that a cache holds, and are kept on the cache. Of a gate with a window those of the
 blocks that windows to come begin with.
@@ -38,7 +39,15 @@ class GateState:
 
 
 def gated_rows(
-    state: GateState, topics: Topics, request: Request, layer: Layer, index: int, x: Tensor, counted: Tensor
+    state: GateState,
+    topics: Topics,
+    request: Request,
+    layer: Layer,
+    index: int,
+    x: Tensor,
+    counted: Tensor,
+    copies: int,
+    held: list[frozenset[str]],
 ) -> tuple[int, ...]:
     """The mask table's rows for a layer, after its gates have seen this forward's tokens.
 
@@ -51,13 +60,14 @@ def gated_rows(
         x: [B, S, d_in], what the layer reads. Rows of the batch that were made of one sequence (beams) are adjacent and
             count together.
         counted: bool [B, S], which tokens count: neither padding nor the first of a sequence.
+        copies: rows of the batch that were made of one sequence.
+        held: keys of the rows that are kept for this forward; added to.
 
     Returns:
         One row per row of the batch, -1 = nothing is deleted.
     """
     B = x.shape[0]
-    names = request.names if request.of == "sequence" else request.names * B
-    copies = B // len(names)
+    names = request.names if request.of == "sequence" else request.names * (B // copies)
     before = state.tokens.get(index, torch.zeros(len(names), dtype=torch.int64))
     order = counted.cpu().long().cumsum(1)  # of each row's tokens that count, from 1
     position = (order - 1 + before.repeat_interleave(copies)[:, None]).flatten().to(x.device)
@@ -67,7 +77,7 @@ def gated_rows(
     on = state.on.setdefault(index, [set() for _ in names])
     mine = request.masks.get(layer.name, {})
     for name, mask in mine.items():
-        if mask.gate is None:
+        if mask.gate is None or name in request.always:
             for entry, some in zip(on, names):
                 entry |= {name} & set(some)
             continue
@@ -87,5 +97,5 @@ def gated_rows(
         for entry, some, fired in zip(on, names, fires.tolist()):
             if fired and name in some:
                 entry.add(name)
-    rows = [topics.row_at(layer, [mine[name] for name in sorted(entry)], request) for entry in on]
+    rows = [topics.row_at(layer, [mine[name] for name in sorted(entry)], held) for entry in on]
     return tuple(row for row in rows for _ in range(copies))

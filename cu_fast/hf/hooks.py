@@ -20,7 +20,7 @@ from cu_fast.hf.compiled import ORDER, Carried, Differentiable, begin, hand_to, 
 from cu_fast.hf.forwards import UNKNOWN
 from cu_fast.hf.gating import GateState
 from cu_fast.hf.places import Place
-from cu_fast.hf.positions import first_of_paged, first_tokens, real_tokens
+from cu_fast.hf.positions import first_of_paged, first_tokens, tokens_of
 from cu_fast.hf.sites import SEQUENCES, argument_names
 from cu_fast.hf.states import (
     GATES,
@@ -30,12 +30,14 @@ from cu_fast.hf.states import (
     caches_in,
     check_encoded,
     check_filled,
+    check_length,
     check_order,
     check_towers,
     gates_of,
     identity_of,
     knows_length,
     length_of,
+    mark_length,
     mark_order,
 )
 from cu_fast.nn.bottleneck import refuse_gradient
@@ -250,6 +252,8 @@ class ModelHook:
                     f"under; pass use_cache=False, or None for {name}"
                 )
         for cache in caches_in((*args, *kwargs.values())):
+            if not compiling and active.topics.masks:
+                check_length(cache)
             # Inside generate transformers moves rows too, but only within a sequence.
             if not compiling and not active.expand.get():
                 check_order(cache)
@@ -273,11 +277,7 @@ class ModelHook:
         """bool [B, S], the tokens that some layer's masks leave alone; None = there are none, or they are not known."""
         if any(isinstance(value, PagedAttentionCache) for value in given.values()):
             return first_of_paged(given, SEQUENCES, self.skip_first)
-        caches = caches_in(given.values())
-        length = length_of(caches[0]) if caches else 0
-        if caches and not knows_length(caches[0]) and length:
-            return None  # it holds one token or more
-        return first_tokens(given, SEQUENCES, length, self.skip_first)
+        return first_tokens(given, SEQUENCES, _length(caches_in(given.values())), self.skip_first)
 
     def _judge(self, given: Mapping[str, Any], first: Tensor | None) -> None:
         """Let the gates of a gated request go on from what they have seen of the sequences in the cache."""
@@ -288,9 +288,15 @@ class ModelHook:
             return
         caches = caches_in(given.values())
         state = gates_of(caches[0]) if caches else None
-        counted = real_tokens(given, SEQUENCES)
-        if counted is not None:
-            self.active.judge(self.runner, state or GateState(), counted if first is None else counted & ~first)
+        tokens = tokens_of(given, SEQUENCES, _length(caches))
+        if tokens is not None and not tokens.known:
+            raise RuntimeError(
+                "gated=True was given an attention mask that does not tell which tokens are padding; give a mask "
+                "[batch, tokens], or judge the prompts before, with cu_fast.topics_of, and give unlearn() what it returns"
+            )
+        if tokens is not None:
+            counted = tokens.real if first is None else tokens.real & ~first
+            self.active.judge(self.runner, state or GateState(), counted)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: stamps the caches and the output. Raises RuntimeError where a swapped layer did not run."""
@@ -311,6 +317,7 @@ class ModelHook:
             if getattr(cache, STAMP, None) is None:  # this forward made the cache
                 setattr(cache, STAMP, check_filled(active, cache, None, "KV cache"))
             mark_order(active, cache)
+            mark_length(cache)
         if isinstance(output, ModelOutput):
             # Where nothing is traced past its own __setattr__, which looks through its fields each time.
             put = setattr if compiling else object.__setattr__
@@ -322,3 +329,11 @@ class ModelHook:
         """A forward hook that is called where the forward failed, too."""
         if not torch.compiler.is_compiling():
             self.active.ended(self.runner)
+
+
+def _length(caches: list[Cache]) -> int | Tensor | None:
+    """How many tokens the cache of a forward holds, 0 without one; None = some, and it does not know how many."""
+    if not caches:
+        return 0
+    length = length_of(caches[0])
+    return length if knows_length(caches[0]) or not length else None

@@ -148,6 +148,13 @@ def _hook(model: nn.Module, number: int, hook: str) -> Place:
     raise unknown
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two names are of one place, in a model and in the same one inside another: "layers.1", "model.layers.1"."""
+    pairs = list(zip(one.split(" -> "), other.split(" -> ")))
+    same = all(a == b or a.endswith(f".{b}") or b.endswith(f".{a}") for a, b in pairs)
+    return same and one.count(" -> ") == other.count(" -> ")
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """For a message about an unknown name: which known names are like it."""
     names = list(names)

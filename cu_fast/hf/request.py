@@ -52,6 +52,7 @@ class Request:
         names: per row the names of the masks that it is the union of.
         gated: masks with a learned gate delete only where it fires, as the sequence goes on (``gating``).
         masks: layer's name -> mask's name -> mask; of a gated request.
+        always: names of masks that hold whatever their gates say.
         held: keys of the rows that its Hold keeps.
         outer: the request that held where the context was entered; None = there was none.
         beyond: it deletes more than what always holds.
@@ -67,6 +68,7 @@ class Request:
     names: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     gated: bool = False
     masks: dict[str, dict[str, Mask]] = dataclasses.field(default_factory=dict)
+    always: frozenset[str] = frozenset()
     held: list[frozenset[str]] = dataclasses.field(default_factory=list)
     outer: Request | None = None
     beyond: bool = False

@@ -19,6 +19,7 @@ from cu_fast.hf.request import CapturedRequest
 # Attributes that are set on the objects of transformers.
 STAMP = "_cu_fast_stamp"  # of a cache or an encoder's output: the signature of the request that it was computed under
 ROWS = "_cu_fast_rows"  # of a cache: its sequences have different masks; of its first tensor: no row was moved since
+LENGTH = "_cu_fast_length"  # of a cache: tokens that it held when the last forward under an attachment ended
 GATES = "_cu_fast_gates"  # of a cache: what the gates of a gated request have seen of its sequences
 VALUE = "_cu_fast_value"  # of an encoder's output: the identity of the tensor that the stamp is for
 
@@ -40,6 +41,29 @@ def check_order(cache: Cache) -> None:
             "this KV cache was cropped, or its rows were selected or moved, since it was filled under gates or a mask for "
             "each sequence; which row has which mask is no longer known; start with a new one"
         )
+
+
+def check_length(cache: Cache) -> None:
+    """Raises StaleCacheError where a cache holds more tokens than when a forward under this attachment left it.
+
+    Of a static cache that is not known: its length is a tensor, for which the host would have to wait.
+    """
+    known, length = getattr(cache, LENGTH, None), _known_length(cache)
+    if known is not None and length is not None and length > known:
+        raise StaleCacheError(
+            f"this KV cache holds {length} tokens, and {known} when a forward with masks left it; what is between was "
+            f"computed without cu_fast; start with a new one"
+        )
+
+
+def mark_length(cache: Cache) -> None:
+    """Note how many tokens a cache holds; nothing is known where the forward was compiled."""
+    setattr(cache, LENGTH, None if torch.compiler.is_compiling() else _known_length(cache))
+
+
+def _known_length(cache: Cache) -> int | None:
+    length = length_of(cache) if knows_length(cache) else None
+    return length if isinstance(length, int) else None
 
 
 def gates_of(cache: Cache) -> GateState | None:

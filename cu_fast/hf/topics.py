@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import threading
+import unicodedata
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cu_fast.hf.places import Place, near
+from cu_fast.hf.places import Place, near, same_place
 from cu_fast.hf.request import KEPT, UNKNOWN_FILLING, Hold, Request, remember, signature_of
 from cu_fast.masks import Mask, load_masks
 from cu_fast.masks.tables import RowTable
@@ -85,7 +86,7 @@ class Topics:
         # Of Holds that were freed: the keys of their rows, and the streams that read them.
         self._returned: collections.deque[tuple[list[frozenset[str]], set[Any]]] = collections.deque()
 
-    def add(self, masks: Mask | Iterable[Mask], name: str | None) -> str:
+    def add(self, masks: Mask | Iterable[Mask], name: str | None, elsewhere: bool = False) -> str:
         """See ``Attachment.add_mask``."""
         masks = (masks,) if isinstance(masks, Mask) else tuple(masks)
         if name is None:
@@ -95,10 +96,19 @@ class Topics:
             name = topics[0]
         if not isinstance(name, str) or not name or not masks:
             raise ValueError(f"name is {name!r} and there are {len(masks)} masks; neither should be empty")
+        name = unicodedata.normalize("NFC", name)
         if name in self.masks:
             raise ValueError(f"there is a mask {name!r} already; remove it first, or give another name")
+        if alike := [known for known in self.masks if _look(known) == _look(name)]:
+            raise ValueError(f"name is {name!r}, which looks like that of the mask {alike[0]!r}; give another name")
         for mask in masks:
-            self.route(mask).bottleneck.check_mask(mask)
+            layer = self.route(mask)
+            layer.bottleneck.check_mask(mask)
+            if not elsewhere and mask.layer is not None and not same_place(mask.layer, layer.name):
+                raise ValueError(
+                    f"mask {mask.topic!r} was found at layer {mask.layer!r}, and its codebook is at {layer.name!r} here; say "
+                    f"elsewhere=True if it is meant for that place"
+                )
             if mask.num_deleted == 0 and "erased" not in mask.method:
                 raise ValueError(
                     f"mask {mask.topic!r} deletes no code; find it again with more texts or lower thresholds"
@@ -107,20 +117,20 @@ class Topics:
         self.masks[name] = tuple(dataclasses.replace(mask, bits=mask.bits.clone()) for mask in masks)
         return name
 
-    def load(self, path: str | Path, name: str | None) -> str:
+    def load(self, path: str | Path, name: str | None, elsewhere: bool = False) -> str:
         """See ``Attachment.load_mask``."""
-        return self.add(load_masks(path), name)
+        return self.add(load_masks(path), name, elsewhere)
 
     def remove(self, name: str) -> None:
         """See ``Attachment.remove_mask``."""
-        self._check_name(name)
+        name = self.known(name)
         if name in self.always:
             raise ValueError(f"mask {name!r} always holds; take it out of attachment.always first")
         del self.masks[name]
 
     def erase(self, name: str) -> None:
         """Remove a mask's codes from their codebooks for good; the other masks are renumbered to what remains."""
-        self._check_name(name)
+        name = self.known(name)
         if kept := [layer.name for layer, _ in self._route_again(name) if layer.bottleneck.splice == "delta"]:
             raise RuntimeError(
                 f"mask {name!r} is for {', '.join(kept)}, whose splice keeps the hidden state: the model's weights still "
@@ -210,7 +220,7 @@ class Topics:
         codebooks = {layer.name: mask.codebook_sha256 for masks in wanted for layer, mask in masks}
         text = ", ".join(" + ".join(names) or "nothing" for names in entries)
         signature = self._sign(keys, f"{text}, gated" if gated else text, gated)
-        hold, held = self._hold()
+        hold, held = self.hold()
         with self._lock, torch.inference_mode(False):
             rows = tuple(self._acquire(key, masks, held) for key, masks in zip(keys, wanted))
         beyond = not set().union(*entries) <= self.always
@@ -220,27 +230,27 @@ class Topics:
                 masks.setdefault(layer.name, {})[name] = mask
         return Request(
             rows, "sequence" if by_sequence else "all", signature, codebooks, hold, keys, names=entries, gated=gated,
-            masks=masks, held=held, beyond=beyond,
+            masks=masks, always=self.always, held=held, beyond=beyond,
         )  # fmt: skip
 
-    def row_at(self, layer: Layer, masks: list[Mask], request: Request) -> int:
-        """The row of a union of masks at one layer, kept as long as an open request's Hold; -1 for no masks."""
+    def row_at(self, layer: Layer, masks: list[Mask], held: list[frozenset[str]]) -> int:
+        """The row of a union of masks at one layer, kept as long as the Hold of ``held``; -1 for no masks."""
         key = frozenset(f"{layer.name} {mask.digest}" for mask in masks)
         with self._lock, torch.inference_mode(False):
-            if key in self._rows and key in request.held:
+            if key in self._rows and key in held:
                 return self._rows[key][0]
-            return self._acquire(key, [(layer, mask) for mask in masks], request.held)
+            return self._acquire(key, [(layer, mask) for mask in masks], held)
 
     def share(self, request: Request, entry: int) -> Request:
         """One entry of an open request as a request of its own, with its own Hold."""
         key = request.keys[entry]
-        hold, held = self._hold()
+        hold, held = self.hold()
         with self._lock:
             row = self._acquire(key, [], held)  # it is there: the open request holds it
         signature = self._sign([key], "a request")
         return Request((row,), "all", signature, request.codebooks, hold, [key], beyond=request.beyond)
 
-    def _hold(self) -> tuple[Hold, list[frozenset[str]]]:
+    def hold(self) -> tuple[Hold, list[frozenset[str]]]:
         """A Hold, and the list of keys whose rows are given back when it is freed, even if no request is made."""
         hold: Hold = Hold()
         held: list[frozenset[str]] = []
@@ -262,13 +272,14 @@ class Topics:
             raise TypeError(f"an entry of unlearn() is {entry!r}; it should be a mask's name, several, or None")
         if not names:
             raise ValueError("an entry of unlearn() is an empty collection; say None to delete nothing")
-        for name in names:
-            self._check_name(name)
-        return tuple(sorted({*names, *self.always}))
+        return tuple(sorted({*map(self.known, names), *self.always}))
 
-    def _check_name(self, name: str) -> None:
+    def known(self, name: str) -> str:
+        """A mask's name as it is kept, in Unicode's form NFC. Raises ValueError where there is no such mask."""
+        name = unicodedata.normalize("NFC", name)
         if name not in self.masks:
             raise ValueError(f"there is no mask {name!r}; {near(name, self.masks)}")
+        return name
 
     def _route_again(self, name: str) -> list[tuple[Layer, Mask]]:
         try:
@@ -322,3 +333,9 @@ class Topics:
         signature = signature_of([content, modes, skips, *(["gated"] if gated else [])])
         remember(signature, f"{text} ({'/'.join(dict.fromkeys(modes))}, {f'{signature:016x}'[:8]})")
         return signature
+
+
+def _look(name: str) -> str:
+    """What a name looks like: without signs that are not seen, and with one form of those that look the same."""
+    seen = (sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
+    return " ".join("".join(seen).split())

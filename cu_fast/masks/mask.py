@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ _TYPES = {
     "method": dict,
 }
 HOW = ("strength", "clamp", "dense")
+MOST = 1_000_000  # of strength and clamp: what they are multiplied with stays far inside fp32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,8 +57,8 @@ class Mask:
         topic: what the mask deletes.
         layer: name of the layer that it was found at; None = not known.
         method: how it was found (thresholds, statistics, counts), JSON values only.
-        strength: how many times of what a code wrote is taken out, at least 0; 1 = exactly that. None = what the splice
-            takes out by itself: 2 for a codebook, 4 for a sparse autoencoder.
+        strength: how many times of what a code wrote is taken out, from 0 to 1,000,000; 1 = exactly that. None = what the
+            splice takes out by itself: 2 for a codebook, 4 for a sparse autoencoder.
         clamp: added to what is left of a code's activation where it fires, in its own units. Strength 1 and a clamp below
             0 is the clamping of Farrell et al. (arXiv 2410.19278).
         dense: where one code of the mask fires, all others of it become ``clamp`` as well (DSG, arXiv 2504.08192).
@@ -69,7 +69,7 @@ class Mask:
 
     Raises:
         ValueError: bits has another shape or dtype, or sets a bit beyond the last code; a number out of range; dense
-            with clamp 0, which changes nothing; a gate with a code beyond the last.
+            with clamp 0 or strength 0 with clamp 0, which change nothing; a gate with a code beyond the last.
     """
 
     bits: Tensor
@@ -85,12 +85,14 @@ class Mask:
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength is {self.strength!r}; it should be a finite number, at least 0, or None")
-        if not math.isfinite(self.clamp) or (self.dense and self.clamp == 0):
+        if self.strength is not None and not 0 <= self.strength <= MOST:
+            raise ValueError(f"strength is {self.strength!r}; it should be a number from 0 to {MOST:,}, or None")
+        if not abs(self.clamp) <= MOST or (self.dense and self.clamp == 0):
             raise ValueError(
-                f"clamp is {self.clamp!r}; it should be a finite number, and not 0 where the mask is dense"
+                f"clamp is {self.clamp!r}; it should be a number from -{MOST:,} to {MOST:,}, and not 0 where the mask is dense"
             )
+        if self.strength == self.clamp == 0:
+            raise ValueError("strength is 0 and clamp is 0, which changes nothing; give a strength above 0, or no mask")
         words = (self.num_codes + 31) // 32
         if self.bits.dtype != torch.int32 or tuple(self.bits.shape) != (words,):
             raise ValueError(f"bits is {self.bits.dtype} {list(self.bits.shape)}; it should be int32 [{words}]")

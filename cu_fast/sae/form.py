@@ -136,7 +136,7 @@ class SAE:
 
     def rows_of(self, ids: Tensor) -> LatentRows:
         """The rows of some latents, in memory of their own, for a mask that is to serve without the autoencoder."""
-        return LatentRows(*(row[ids.long()].cpu() for row in self.rows()), self.settings())
+        return LatentRows(*(row[ids.long().to(row.device)].cpu() for row in self.rows()), self.settings())
 
     def to(self, device: torch.device | str) -> SAE:
         """The same autoencoder on a device; itself where it is there."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cu_fast import ops
 from cu_fast.kernels import reference
@@ -52,7 +53,7 @@ class SAESplice(Splice):
         self._row_of: dict[int, int] = {}  # latent -> row of _latents
         self._outgrown: list[ops.Latents] = []  # kernels may still read them
         self._whole: tuple[SAE, SAE] | None = None  # the autoencoder, and the same on the device that asked for it last
-        self._judged: dict[int, tuple[Tensor, SAE]] = {}  # id of a gate's latents -> these, and what they are
+        self._judged = WeakTensorKeyDictionary()  # a gate's latents -> their rows, as long as somebody has the former
         if self.settings["kind"] == "topk":
             if self.sae is None:
                 raise ValueError(
@@ -214,15 +215,15 @@ class SAESplice(Splice):
         """
         if self.settings["kind"] == "topk":
             return super().keeps(x, codes)
-        known = self._judged.get(id(codes))
-        if known is None or known[0] is not codes or known[1].enc.device != x.device:
+        known = self._judged.get(codes)
+        if known is None or known.enc.device != x.device:
             if rows is None and self.sae is None:
                 raise RuntimeError(
                     "the gate carries no rows, and there is no autoencoder; save its mask with rows=True"
                 )
             rows = self.sae.rows_of(codes) if rows is None else rows
-            known = self._judged[id(codes)] = codes, SAE(*rows.rows(), **self.settings).to(x.device)
-        return known[1].activations(x.detach().reshape(-1, self.d_in)) > 0
+            known = self._judged[codes] = SAE(*rows.rows(), **self.settings).to(x.device)
+        return known.activations(x.detach().reshape(-1, self.d_in)) > 0
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor | None:

@@ -174,13 +174,15 @@ def topics_of(
         The argument of ``attachment.unlearn``: per prompt a set of names, None = nothing.
 
     Raises:
-        ValueError: a topic that the attachment has no mask for, an unknown figure, a level that is not a number, or a
-            name whose masks carry no gate.
-        TypeError: gates is one name.
+        ValueError: a topic that the attachment has no mask for, an unknown figure, a level that is not a number, a
+            name whose masks carry no gate, or a prompt that is longer than the model takes.
+        TypeError: gates is one name, or prompts is one prompt.
         RuntimeError: the autoencoder is not at hand, and neither are the gate's rows.
     """
     if isinstance(gates, str):
         raise TypeError(f"gates is {gates!r}; it should be a set of names, or name -> level")
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is {prompts!r}; it should be a list of prompts")
     check_choice("figure", figure, get_args(Figure))
     levels = dict(gates) if isinstance(gates, Mapping) else dict.fromkeys(gates)
     for name, level in levels.items():

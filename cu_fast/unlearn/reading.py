@@ -79,13 +79,14 @@ def reading(
         layers: names of those that are read.
         visit: called once per batch and layer; the tensors are the model's, in the order of the batch.
         skip_first: first positions of each text that are left out; None = those that the layer's masks leave alone.
-        max_length: tokens that a text is cut to; None = what the tokenizer says.
+        max_length: tokens that a text is cut to; None = none is cut.
 
     Returns:
         A function of a batch of texts. A batch without tokens is not visited.
 
     Raises:
-        ValueError: from the function, none of the layers runs where texts are read.
+        ValueError: from the function, none of the layers runs where texts are read, or a text that is not cut is longer
+            than the model takes.
     """
     model, seen = attachment.model, set()
     wanted = {id(attachment.bottlenecks[layer]): layer for layer in layers}
@@ -104,9 +105,14 @@ def reading(
 
     def read(texts: list[str]) -> None:
         nonlocal tokens, attention
-        cut = {} if max_length is None else dict(truncation=True, max_length=max_length)
+        cut = dict(truncation=False) if max_length is None else dict(truncation=True, max_length=max_length)
         encoded = tokenizer(texts, return_tensors="pt", padding=True, **cut)
         tokens, attention = encoded["input_ids"], encoded["attention_mask"]
+        if max_length is None and tokens.shape[1] > (most := _most_tokens(model, tokenizer)):
+            raise ValueError(
+                f"a text has {tokens.shape[1]} tokens, and the model takes {most}; nothing is cut here, since what is cut "
+                f"would not be judged: give parts of it, each of at most {most} tokens"
+            )
         if not attention.any():  # every text of the batch is empty
             return
         seen.clear()
@@ -128,6 +134,12 @@ def reading(
     finally:
         if training:
             model.train()
+
+
+def _most_tokens(model: nn.Module, tokenizer: Tokenizer) -> int:
+    """How many tokens of a text a model takes, as its config and its tokenizer say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(most for most in (positions, tokenizer.model_max_length) if most is not None)
 
 
 def kept_codes(

@@ -9,11 +9,15 @@ unlearned.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
-from cu_fast.masks import Mask
+from cu_fast.masks import Gate, Mask
 from cu_fast.nn import Splice
+
+_KNOWN: weakref.WeakKeyDictionary[Mask, tuple[Tensor, Gate | None]] = weakref.WeakKeyDictionary()
 
 
 def fires(splice: Splice, mask: Mask, level: float | None, x: Tensor) -> bool:
@@ -27,11 +31,19 @@ def fires(splice: Splice, mask: Mask, level: float | None, x: Tensor) -> bool:
     """
     if not len(x):
         return True
+    codes, gate = _on(mask, x.device)
     if level is None:
-        gate = mask.gate.to(x.device)
         position = torch.arange(len(x), device=x.device)
         kept = splice.keeps(x, gate.codes, gate.rows)
         counts = gate.count_kept(kept, torch.zeros_like(position), position, 1, gate.num_blocks(len(x)))
         return bool(gate.value(counts) > gate.level)
-    kept = splice.keeps(x, mask.ids().to(x.device, torch.int32), mask.rows)
-    return int(kept.sum()) / len(x) > level
+    return int(splice.keeps(x, codes, mask.rows).sum()) / len(x) > level
+
+
+def _on(mask: Mask, device: torch.device) -> tuple[Tensor, Gate | None]:
+    """A mask's codes, int32 [n], and its gate on a device: the same tensors each time, as a splice keeps what is of them."""
+    codes, gate = _KNOWN.get(mask, (None, None))
+    if codes is None or codes.device != device:
+        codes, gate = mask.ids().to(device, torch.int32), mask.gate and mask.gate.to(device)
+        _KNOWN[mask] = codes, gate
+    return codes, gate

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,13 +85,14 @@ class Served:
             self.layers[-1].warm_up()
         self.topics = Topics([one.layer for one in self.layers])
         for name, masks in catalog.masks.items():
-            self.topics.add(masks, name)
+            self.topics.add(masks, name, elsewhere=True)  # it was checked where the attachment was made
         self.open: list[Open] = []
         self.tokens: int | None = None  # of the forward that runs
         self._filled: int | None = None  # the same, from fill on until a forward takes it
         self._steps = self._computed = 0
         self._masked: collections.Counter[str] = collections.Counter()
-        self._request = functools.lru_cache(1024)(self._make_request)
+        # Requests for the same masks share their rows as long as one of them is held; what is gated has rows of its own.
+        self._requests: weakref.WeakValueDictionary[tuple[str, ...], Request] = weakref.WeakValueDictionary()
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -123,14 +125,15 @@ class Served:
             self.release(gone)
 
     def _new(self, names: tuple[str, ...], prompt: int) -> Held:
-        request = self._request(names)
         gated = tuple(name for name in names if name in self.catalog.gates)
+        request = None if gated else self._requests.get(names)
+        if request is None:
+            request = self.topics.request(set(names) if names else None, gated=True)
+            if not gated:
+                self._requests[names] = request
         plain = [name for name in names if name not in gated]
         rows = [self._row(one, request, plain) if gated else self._whole(one, request) for one in self.layers]
         return Held(request, rows, plain, gated, prompt)
-
-    def _make_request(self, names: tuple[str, ...]) -> Request:
-        return self.topics.request(set(names) if names else None, gated=True)
 
     @staticmethod
     def _whole(one: ServedLayer, request: Request) -> int:
@@ -139,7 +142,7 @@ class Served:
 
     def _row(self, one: ServedLayer, request: Request, names: Iterable[str]) -> int:
         mine = request.masks.get(one.layer.name, {})
-        return self.topics.row_at(one.layer, [mine[name] for name in names if name in mine], request)
+        return self.topics.row_at(one.layer, [mine[name] for name in names if name in mine], request.held)
 
     # -- steps -----------------------------------------------------------------------------------------------
 

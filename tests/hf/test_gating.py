@@ -230,3 +230,91 @@ def test_what_cannot_be_judged_raises(sae, ids):
         pytest.raises(RuntimeError, match="cannot be used with continuous batching"),
     ):
         attachment.model.generate_batch([[1, 2, 3]])
+
+
+# -- which tokens count, and for which rows of the batch --------------------------------------------------------------
+
+
+def padded(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sequences of 12, 8 and 5 tokens, padded on the left."""
+    mask = torch.ones_like(ids)
+    mask[1, :4], mask[2, :7] = 0, 0
+    return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["dynamic", "static"]
+)
+def test_padding_does_not_count_in_generate(sae, ids, cache):
+    """A padded batch is answered as each prompt alone decides; that padding would add to no count is not enough."""
+    given = padded(ids)
+    rows = [row[valid][None] for row, valid in zip(given["input_ids"], given["attention_mask"].bool())]
+    fires = torch.cat(
+        [(activations(sae, hidden("llama", LAYER, {"input_ids": row}))[:, 1:] > 0).float().mean(1) for row in rows]
+    )
+    most = fires[2] - fires[0]  # of the shortest prompt, and less of the one without padding
+    latent, mask = int(most.argmax()), gated(sae, ids)[0]
+    gate = Gate(torch.tensor([latent], dtype=torch.int32), torch.ones(1), 0.0, float(fires[2, latent].sqrt()) - 1e-3)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask.with_gate(gate))
+    entries = ["a" if share.sqrt() > gate.level else None for share in fires[:, latent]]
+    assert entries[2] == "a" and None in entries
+
+    def first_answer(topics, gated):
+        options = dict(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+        with attachment.unlearn(topics, gated=gated), torch.no_grad():
+            found = attachment.model.generate(
+                **given, **options, **cache, output_logits=True, return_dict_in_generate=True
+            )
+        return found.logits[0]
+
+    assert torch.equal(first_answer("a", True), first_answer(entries, False))
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused(sae, ids):
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(gated(sae, ids)[0])
+    with (
+        attachment.unlearn("a", gated=True),
+        pytest.raises(RuntimeError, match="does not tell which tokens are padding"),
+    ):
+        attachment.model(input_ids=ids, attention_mask=torch.ones(3, 12, 12))
+
+
+def test_what_always_holds_is_not_gated(sae, ids):
+    mask, _, _ = gated(sae, ids)
+    never = Gate(mask.gate.codes, mask.gate.weights, 0.0, 1e6)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask.with_gate(never))
+    attachment.always = {"a"}
+    given = {"input_ids": ids}
+    with attachment.unlearn("a"):
+        want = logits(attachment.model, given)
+    for topics in (None, "a", [None, "a", {"a"}]):
+        with attachment.unlearn(topics, gated=True):
+            assert torch.equal(logits(attachment.model, given), want)
+
+
+@pytest.mark.parametrize("entries", ["a", ["a", "a", "a"]], ids=["one entry", "a list"])
+def test_beams_of_a_sequence_are_judged_together(sae, ids, entries):
+    """A gate that has fired holds for every beam, whichever of them goes on."""
+    mask, _, _ = gated(sae, ids)
+    attachment = cu_fast.attach(build("llama"), {LAYER: sae})
+    attachment.add_mask(mask)
+    seen = []
+    original = type(attachment._layers[0].bottleneck).forward
+
+    def forward(self, x, masks=None, mask_row=None, residual=None):
+        if mask_row is not None:
+            seen.append((mask_row.reshape(3, 4, -1) >= 0)[..., -1])
+        return original(self, x, masks, mask_row, residual)
+
+    type(attachment._layers[0].bottleneck).forward = forward
+    try:
+        with attachment.unlearn(entries, gated=True), torch.no_grad():
+            attachment.model.generate(input_ids=ids[:, :6], num_beams=4, max_new_tokens=8, do_sample=False)
+    finally:
+        type(attachment._layers[0].bottleneck).forward = original
+    steps = torch.stack(seen)
+    assert torch.equal(steps, steps[..., :1].expand_as(steps)), "all beams of a sequence, or none"
+    assert (steps[1:] >= steps[:-1]).all() and steps.any() and not steps.all()

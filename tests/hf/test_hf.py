@@ -286,3 +286,38 @@ def test_no_use_after_detach(attachment, given, tmp_path):
     assert model.generate() == "mine"
     again.detach()
     assert model.generate is mine
+
+
+# -- names and places of masks ---------------------------------------------------------------------------------------
+
+
+def test_names_are_compared_as_they_look(attachment, given):
+    (bottleneck,) = attachment.bottlenecks.values()
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert attachment.add_mask(mask_for(bottleneck, [1, 2], "x"), decomposed) == composed
+    with pytest.raises(ValueError, match="already; remove it first"):
+        attachment.add_mask(mask_for(bottleneck, [3], "x"), composed)
+    for alike in ("ca\ufb01", "cafi"), ("two words", "two\u00a0words"), ("zero", "ze\u200bro"):
+        attachment.add_mask(mask_for(bottleneck, [3], "x"), alike[0])
+        with pytest.raises(ValueError, match="looks like that of the mask"):
+            attachment.add_mask(mask_for(bottleneck, [3], "x"), alike[1])
+    assert torch.equal(under(attachment, composed, given), under(attachment, {decomposed}, given))
+    attachment.always = {decomposed}
+    assert attachment.always == {composed}
+    attachment.always = ()
+    attachment.remove_mask(decomposed)
+    assert composed not in attachment.masks
+
+
+def test_a_mask_of_another_place_is_taken_only_where_that_is_said():
+    model = build("llama")
+    attachment = attach_to(model, LAYER)
+    (bottleneck,) = attachment.bottlenecks.values()
+    found = mask_for(bottleneck, [1], "x", layer="model.layers.2")
+    with pytest.raises(
+        ValueError, match=r"was found at layer 'model.layers.2', and its codebook is at 'model.layers.1' here"
+    ):
+        attachment.add_mask(found)
+    assert attachment.add_mask(found, elsewhere=True) == "x"
+    for name, layer in (("inside", f"base_model.model.{LAYER}"), ("outside", "layers.1"), ("not known", None)):
+        attachment.add_mask(mask_for(bottleneck, [1], "x", layer=layer), name)

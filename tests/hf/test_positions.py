@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, C, D, attach_to, build, inputs, logits
 from tiny_saes import LATENTS, make_sae, mask_of
 
 import cu_fast
-from cu_fast.hf.positions import first_of_paged, first_tokens
+from cu_fast.hf.positions import first_of_paged, first_tokens, tokens_of
 from cu_fast.masks import Mask
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -45,13 +45,70 @@ def test_padding_is_not_first():
     assert first(attention_mask=left, position_ids=(left.cumsum(1) - 1).clamp(min=0)) == first(attention_mask=left)
 
 
+def seen(valid, length=0, room=0):
+    """Which queries see which keys, bool [B, 1, S, K], as transformers makes it: who would see nothing sees everything."""
+    K = valid.shape[1]
+    causal = torch.arange(K + room) <= torch.arange(length, K)[:, None]
+    mask = causal & torch.nn.functional.pad(valid.bool(), (0, room))[:, None]
+    return (mask | ~mask.any(-1, keepdim=True))[:, None]
+
+
+def added(mask, dtype=torch.float32):
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+LEFT, RIGHT = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1] * 7]), torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+
+
+@pytest.mark.parametrize("length", [0, 2])
+@pytest.mark.parametrize("valid", [LEFT, RIGHT], ids=["left", "right"])
+def test_every_form_of_a_mask_says_the_same(valid, length):
+    """Of S tokens after what the cache holds: of all keys, with room in a static cache, for each query, added or not."""
+    given = {"input_ids": torch.zeros(2, 7 - length)}
+    for name, mask in {
+        "keys": valid,
+        "keys, and room": torch.nn.functional.pad(valid, (0, 3)),
+        "queries": seen(valid, length),
+        "queries, and room": seen(valid, length, 3),
+        "added": added(seen(valid, length)),
+        "added, fp16": added(seen(valid, length, 3), torch.float16),
+        "by kind of layer": {"full_attention": seen(valid, length), "sliding_attention": None},
+        "heads": seen(valid, length).expand(2, 4, -1, -1),
+    }.items():
+        for held in (length, torch.tensor(length)) if mask is not valid or length else (length,):
+            if torch.is_tensor(held) and "room" not in name:
+                continue  # only a static cache has a tensor
+            found = tokens_of(given | {"attention_mask": mask}, ("input_ids",), held)
+            assert found.known and torch.equal(found.real, valid[:, length:].bool()), name
+            before = found.before if torch.is_tensor(found.before) else torch.zeros(2, 1, dtype=torch.int64)
+            assert torch.equal(before, valid[:, :length].sum(1, keepdim=True)), name
+
+
+def test_masks_of_other_forms():
+    given, every = {"input_ids": IDS}, torch.ones(2, 5, dtype=torch.bool)
+    both_ways = (LEFT[:, 2:].bool()[:, None] & LEFT[:, 2:].bool()[:, :, None])[:, None]
+    found = tokens_of(given | {"attention_mask": both_ways | ~both_ways.any(-1, keepdim=True)}, ("input_ids",), 0)
+    assert torch.equal(found.real, LEFT[:, 2:].bool()), "an encoder's queries see what comes after them"
+    for mask in (object(), torch.ones(2, 5, 5), torch.ones(2, 1, 1, 5), torch.ones(3, 5), torch.ones(2, 4)):
+        found = tokens_of(given | {"attention_mask": mask}, ("input_ids",), 0)
+        assert not found.known and torch.equal(found.real, every)
+    # A decoder's tokens, and a mask of the encoder's.
+    given = {"decoder_input_ids": IDS, "attention_mask": torch.zeros(2, 9)}
+    assert tokens_of(given, ("input_ids", "decoder_input_ids"), 0).real.all()
+    # Keys that the cache does not count one by one: the last ones are those of the forward.
+    found = tokens_of({"input_ids": IDS, "attention_mask": LEFT}, ("input_ids",), None)
+    assert torch.equal(found.real, LEFT[:, 2:].bool())
+
+
 def test_after_a_cache():
     assert first(length=1) is None and first(length=7, n=3) is None
     assert first(length=2, n=3) == [[1, 0, 0, 0, 0]] * 2
     assert first(length=torch.tensor(2), n=3) == [[1, 0, 0, 0, 0]] * 2  # a static cache's length is a tensor
     assert first(length=torch.tensor(7), n=3) == none_of()
-    # A mask of all tokens, those of the cache too, says nothing of which of these is the first.
+    # A mask of all tokens, those of the cache too, says which of these is the first.
     assert first(length=1, n=2, attention_mask=torch.ones(2, 6)) == [[1, 0, 0, 0, 0]] * 2
+    padded = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [1] * 8])
+    assert first(length=3, attention_mask=padded) == [[0, 1, 0, 0, 0], [0] * 5], "the cache holds padding alone"
 
 
 def test_positions_switch_nothing_off():
@@ -180,6 +237,24 @@ def test_every_token_that_is_generated_loses_its_latents():
         rows = 2 * more.get("num_beams", 1)
         forwards = 4 if more.get("use_cache") is False else 1
         assert rows < report["tokens"] and report["tokens"] - report["changed"] <= rows * forwards, more
+
+
+@pytest.mark.parametrize("skip", [1, 3])
+def test_the_first_tokens_do_not_depend_on_the_cache_nor_on_chunks(skip):
+    """Of prompts that are padded on the left, one by more tokens than a chunk has."""
+    ids = torch.cat([torch.zeros(2, 4, dtype=torch.long), inputs("llama")["input_ids"]], 1)
+    ids[1, 2:4] = torch.tensor([9, 8])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    answers = []
+    for more in ({}, {"cache_implementation": "static", "disable_compile": True}, {"prefill_chunk_size": 3}):
+        attachment = swapped(skip_first=skip)
+        with attachment.unlearn("all"):
+            found = attachment.model.generate(
+                **given, **more, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        answers.append(found.logits[0])
+    for other in answers[1:]:
+        torch.testing.assert_close(other, answers[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_static_cache_in_steps_gives_what_one_forward_gives():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tiers import TEST_ALL
+from tiers import TEST_ALL, heavies
 
 RACE = """
 import sys, threading, time
@@ -93,15 +93,12 @@ def refused(argument: str, cases: list[str]) -> dict[str, int]:
 SELECTIONS = ["codebook_quantize", "every code scored", "sae_encode_topk", "reselect"]
 # A process and a second for each.
 INDICES = [("ids", ["masked_decode"]), ("mask_row", ["masked_decode", "codebook_quantize"])]
-NUMBERS = []
+NUMBERS = heavies(
+    ("z", ["codebook_quantize", "every code scored"]), ("scan_terms", ["codebook_quantize"]), ("weights", ["masked_decode"]),
+    ("mask_table", ["codebook_quantize", "masked_decode"]),
+)  # fmt: skip
 if TEST_ALL:
     INDICES += [("ids", ["gather_sum", "gather_dot", "scatter_sum"]), ("mask_row", ["ablate", *SELECTIONS])]
-    NUMBERS += [
-        ("z", ["codebook_quantize", "every code scored"]),
-        ("scan_terms", ["codebook_quantize"]),
-        ("weights", ["masked_decode"]),
-    ]
-    NUMBERS += [("mask_table", ["codebook_quantize", "masked_decode"])]
 
 
 @pytest.mark.parametrize(("argument", "cases"), INDICES)

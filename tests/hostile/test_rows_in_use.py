@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_models import C, add_masks, attach_to, build, inputs, logits, under
+from tiny_saes import make_sae, mask_of
 
-from cu_fast.masks import MaskTable, tables
+from cu_fast import attach
+from cu_fast.masks import Gate, MaskTable, tables
+from cu_fast.sae import SAESplice
+from cu_fast.vllm.gating import fires
 
 LAYER = "model.layers.1"
 
@@ -77,6 +82,37 @@ def test_a_row_is_given_back_when_its_last_holder_is_gone(attachment, given):
         attachment.unlearn({"a", "b"}).__enter__()  # never left: Python drops it
         attachment._active.request.set(None)
     assert len(topics._rows) <= 2 and len(attachment._layers[0].table.table) == 64
+
+
+def test_rows_of_masks_that_fired_together_are_given_back():
+    """Each prompt of a block may fire other gates: their unions hold rows for a forward, not as long as the block."""
+    sae = make_sae()
+    attachment = attach(build("llama"), {LAYER: sae})
+    for latent in range(6):
+        gate = Gate(torch.tensor([latent], dtype=torch.int32), torch.ones(1), 0.0, 0.75)
+        attachment.add_mask(mask_of(sae, [latent, latent + 6], f"mask {latent}").with_gate(gate))
+    seen, generator = set(), torch.Generator().manual_seed(0)
+    with torch.no_grad(), attachment.unlearn(set(attachment.masks), gated=True):
+        for _ in range(60):
+            attachment.model(torch.randint(1, 60, (1, 9), generator=generator))
+            rows = attachment._topics._rows
+            seen |= set(rows)
+            assert len(rows) <= 3, "of the block, of this forward, of the one before"
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("level", [0.5, None])
+def test_a_prompt_that_is_judged_leaves_nothing_behind(level):
+    """vLLM's judge, many times: what a splice keeps of a gate's latents is kept once."""
+    sae, x = make_sae(), torch.randn(7, 32)
+    gate = Gate(torch.arange(4, dtype=torch.int32), torch.ones(4), 0.0, 0.5)
+    mask, splice = mask_of(sae, range(5), "a").with_gate(gate), SAESplice(sae)
+    for _ in range(50):
+        fires(splice, mask, level, x)
+    assert len(splice._judged) == 1
+    del mask, gate
+    gc.collect()
+    assert len(splice._judged) == 0
 
 
 class Stream:

@@ -345,3 +345,25 @@ def test_a_cache_given_by_position_to_a_forward_that_others_wrapped(given):
     attachment.add_mask(mask_for(bottleneck, range(0, 150, 2), "a"))
     with torch.no_grad(), attachment.unlearn("a"), pytest.raises(StaleCacheError, match="computed under no mask"):
         model(torch.tensor([[5], [6]]), None, None, cache)
+
+
+def test_a_cache_that_went_through_the_model_without_masks(given):
+    """Filled under a mask, continued where nothing is attached, and then under the mask again."""
+    model = build("llama")
+    attachment = attach_to(model, LAYER)
+    add_masks(attachment, given)
+    masks, more = attachment.masks["a"], torch.tensor([[5], [6]])
+    with torch.no_grad(), attachment.unlearn("a"):
+        cache = model(**given, use_cache=True).past_key_values
+    bottleneck = attachment.bottlenecks[LAYER]
+    attachment.detach()
+    with torch.no_grad():
+        model(input_ids=more, past_key_values=cache, use_cache=True)
+    again = cu_fast.attach(model, {LAYER: bottleneck.config})
+    again.bottlenecks[LAYER].load_state_dict(bottleneck.state_dict())
+    again.add_mask(masks, "a")
+    with torch.no_grad(), again.unlearn("a"):
+        with pytest.raises(StaleCacheError, match="holds 7 tokens, and 6 when a forward with masks left it"):
+            model(input_ids=more, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        model(input_ids=more, past_key_values=cache, use_cache=True)

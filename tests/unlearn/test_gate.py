@@ -100,6 +100,10 @@ def test_the_topics_are_what_unlearn_takes(attachment, tokenizer, masks):
 
 
 def test_what_it_refuses(attachment, tokenizer, masks):
+    with pytest.raises(TypeError, match="prompts is 'Anna'; it should be a list of prompts"):
+        cu_fast.topics_of(attachment, tokenizer, "Anna", {"Anna": 1.0})
+    with pytest.raises(ValueError, match="a text has 70 tokens, and the model takes 64"):
+        cu_fast.topics_of(attachment, tokenizer, [TEXTS[0], "cat " * 69 + "Anna"], {"Anna": 1.0})
     with pytest.raises(ValueError, match=r"gates\['Anna'\] is nan"):
         cu_fast.topics_of(attachment, tokenizer, TEXTS, {"Anna": float("nan")})
     for gates, always in (({"Bruno": 1.0}, ()), ({}, {"Bruno"})):

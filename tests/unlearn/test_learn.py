@@ -170,6 +170,7 @@ def test_counts_of_windows_are_those_of_their_tokens(served, tokenizer):
 
 def test_a_window_finds_a_topic_in_other_text(served, tokenizer):
     """What other text around leaves of the distance between the topic's texts and others, as the gate measures it."""
+    served.model.config.max_position_embeddings = 512
     long = [" ".join(OTHERS[i : i + 24]) for i in range(20)]
     hidden = [" ".join([*OTHERS[i : i + 12], ANNA[i], *OTHERS[i + 12 : i + 23]]) for i in range(20)]
     left = []
