@@ -33,9 +33,10 @@ LONG := bench examples kernels/cuda_kernels kernels/triton_kernels vllm_plugin r
 test-quick: $(VENV)/installed
 	$(PYTEST) $(addprefix --ignore tests/,$(LONG))
 
-# Also what is too heavy for every check (tests/helpers/tiers.py), and the plug-in in vLLM.
+# Also what is too heavy for every check (tests/helpers/tiers.py), bugs that are planted, and the plug-in in vLLM.
 test-all: $(VENV)/installed
 	CU_FAST_TEST_ALL=1 $(PYTEST)
+	$(MAKE) planted
 	CU_FAST_TEST_ALL=1 $(MAKE) test-vllm
 
 # Whether the tests still see bugs that they once saw, planted one at a time in a copy: tests/planted_bugs.py.
