@@ -15,7 +15,7 @@ from cu_fast.hf.active import Silent
 from cu_fast.hf.attachment import Attachment
 from cu_fast.hf.hooks import CHILD
 from cu_fast.hf.places import Place, name_of, places_of
-from cu_fast.hf.sites import device_of, hidden_size, model_type
+from cu_fast.hf.sites import device_of, has_sink, hidden_size, model_type
 from cu_fast.hf.topics import Layer
 from cu_fast.masks import Mask, load_masks
 from cu_fast.nn import SPLICES, BottleneckConfig, CodebookBottleneck, Splice, SpliceKind
@@ -53,7 +53,8 @@ def attach(
             trained with. "delta" = it stays as it is, but for what deleted codes wrote: without a mask the model is as it
             was, bit for bit. None = what a config or folder says; "delta" for autoencoders, which can do nothing else.
         skip_first: positions at the start of each sequence that masks of a "delta" splice leave alone: the first is an
-            attention sink, which no autoencoder was fitted to. None = what a folder says, unless splice is given; else 1.
+            attention sink, which no autoencoder was fitted to. None = what a folder says, unless splice is given; else 1
+            in a model that attends to what came before alone and has no encoder, and 0 in others.
         impl: of every operator: "auto", "reference", "cpu", "cuda" or "triton".
         silent: what happens in a forward outside every :meth:`Attachment.unlearn`, once there is a mask that does not
             always hold. "refuse" = it raises. "plain" = it deletes :attr:`Attachment.always` alone; work that is handed
@@ -87,7 +88,7 @@ def attach(
             parts, masks = files.read_splices(Path(source), record, splice), files.read_masks(Path(source), record)
             if skip_first is None and splice is None:
                 skip_first = record.skip_first
-        return _attached(model, parts, masks, 1 if skip_first is None else skip_first, impl, silent)
+        return _attached(model, parts, masks, skip_first, impl, silent)
 
 
 def attach_masks(
@@ -95,7 +96,7 @@ def attach_masks(
     masks: Iterable[str | Path | Mask],
     *,
     layer: str | None = None,
-    skip_first: int = 1,
+    skip_first: int | None = None,
     impl: Impl = "auto",
     silent: Silent = "refuse",
 ) -> Attachment:
@@ -119,7 +120,8 @@ def attach_masks(
         FileNotFoundError, TypeError, RuntimeError: as :func:`attach` and ``Mask.load``.
     """
     _check_model(model, silent)
-    _check_skip(skip_first)
+    if skip_first is not None:
+        _check_skip(skip_first)
     if isinstance(masks, (str, Path, Mask)):
         raise TypeError(f"masks is {masks!r}; it should be a list of masks, or of their folders")
     loaded = [mask for one in masks for mask in ([one] if isinstance(one, Mask) else load_masks(one))]
@@ -212,7 +214,7 @@ def _attached(
     model: nn.Module,
     parts: Mapping[str, Splice],
     masks: Mapping[str, list[Mask]],
-    skip_first: int,
+    skip_first: int | None,
     impl: Impl,
     silent: Silent,
 ) -> Attachment:
@@ -239,7 +241,8 @@ def _attached(
             raise ValueError(f"layer {name!r} is on the meta device; load the model's weights first")
         part.to(device).train(module.training)
         part.receipt()  # an impl that cannot run raises here, not in the first forward
-        skip = skip_first if part.splice == "delta" else 0
+        skip = int(has_sink(model, writes.module)) if skip_first is None else skip_first
+        skip = skip if part.splice == "delta" else 0
         layers.append(Layer(name_of(reads, writes), part, part.new_table(device), reads, writes, skip))
     attachment = Attachment(model, layers, silent)
     for name, some in masks.items():

@@ -68,6 +68,20 @@ def part(model: nn.Module, which: Literal["encoder", "decoder"]) -> nn.Module | 
     return get() if get is not None and (is_encoder_decoder or which == "decoder") else None
 
 
+def has_sink(model: nn.Module, name: str) -> bool:
+    """Whether the first position at a module is an attention sink, which nothing is read from: of causal attention alone.
+
+    A position that all others see too (an encoder's class token), or that the first answer is read from (a decoder's start
+    token), is none; nor is one without attention. ``is_causal`` of the attention modules that are nearest says so.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    for around in (name, *reversed(prefixes(name))):
+        if causal := [m.is_causal for m in model.get_submodule(around).modules() if hasattr(m, "is_causal")]:
+            return all(causal)
+    return False
+
+
 def is_in(layer: nn.Module, part: nn.Module | None) -> bool:
     """Whether a layer is a module of a part."""
     return part is not None and any(module is layer for module in part.modules())

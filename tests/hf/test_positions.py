@@ -182,6 +182,36 @@ def test_skip_first_leaves_as_many_alone():
     assert torch.equal(changed_tokens(swapped(), given), changed_tokens(swapped(skip_first=1), given)), "the default"
 
 
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("t5_encoder", "encoder.block.1"),
+        ("t5_decoder", "decoder.block.1"),
+        ("mamba", "backbone.layers.1"),
+        ("bert", "encoder.layer.1"),
+    ],
+)
+def test_no_first_token_is_left_alone_where_it_is_no_sink(name, layer):
+    """BERT's class and T5's first answer are read from it."""
+    if name == "bert":
+        config = hf.BertConfig(
+            hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=VOCABULARY
+        )
+        model, given = hf.BertModel(config).eval(), inputs("llama")
+    else:
+        model, given = build(name), inputs(name)
+    sae = make_sae()
+    attachment = cu_fast.attach(model, {layer: sae})
+    attachment.add_mask(mask_of(sae, range(LATENTS), "all"))
+    assert [one.skip_first for one in attachment._layers] == [0]
+    assert changed_tokens(attachment, given).all()
+
+
+@pytest.mark.parametrize("place", ["model.layers.1", "model.layers.1.mlp", "model.layers.1.self_attn:in", "model.norm"])
+def test_the_default_at_every_place_of_a_decoder(place):
+    assert [one.skip_first for one in cu_fast.attach(build("llama"), {place: make_sae()})._layers] == [1]
+
+
 def test_a_bottleneck_that_replaces_skips_nothing():
     attachment = attach_to(build("llama"), LAYER)
     (bottleneck,) = attachment.bottlenecks.values()
