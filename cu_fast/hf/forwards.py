@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextvars import ContextVar
 from typing import Any
@@ -52,7 +52,7 @@ class _Thread(threading.local):
         self.fired: dict[int, Hold] = {}
 
 
-class Forwards:
+class Forwards(ABC):
     """The forwards of one attachment: the base of ``Active``, which knows what holds."""
 
     layers: Sequence[Layer]

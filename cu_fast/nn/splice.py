@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ SPLICES = get_args(SpliceKind)
 PENDING = 64  # calls whose counts are kept before they are added up
 
 
-class Splice(nn.Module):
+class Splice(nn.Module, ABC):
     """A module that reads x [..., d_in] at one place of a model and changes what leaves the same place or another.
 
     T tokens, C codes (of a sparse autoencoder: latents), U masks in a table.
