@@ -43,8 +43,9 @@ from cu_fast.hf.check import check
 from cu_fast.hf.context import Unlearning
 from cu_fast.hf.forwards import GRAPHS_ON
 from cu_fast.hf.generating import wrap_generate
+from cu_fast.hf.guarded import Guarded
 from cu_fast.hf.hooks import CHILD, LayerHook, ModelHook
-from cu_fast.hf.sites import is_in, model_type, part, prefixes, replace_attribute, sequences, submodule
+from cu_fast.hf.sites import is_in, model_type, part, prefixes, sequences, submodule
 from cu_fast.hf.topics import Entry, Layer, Topics
 from cu_fast.masks import Mask
 from cu_fast.nn import Splice
@@ -413,30 +414,36 @@ class Attachment:
         ]  # fmt: skip
         undo = self._undo = []
         # Code that torch.compile makes for a plain model of the same class would fit this one: its guards do not notice
-        # hooks. They notice a forward of its own, be it the same.
+        # hooks. They notice a forward of its own.
+        numbers = {id(owner): runner for runner, owner in enumerate(owners)}
+        names = {id(module): name for name, module in self.model.named_modules(remove_duplicate=False)}
         reads = [self.model.get_submodule(layer.reads.module) for layer in self._layers]
+        guarded: dict[int, Guarded] = {}
         for module in dict.fromkeys((*owners, *self._modules, *reads)):
+            one = guarded[id(module)] = Guarded(module, names[id(module)], self._active, numbers.get(id(module)))
             if "forward" not in vars(module):
-                undo.append(replace_attribute(module, "forward", module.forward))
+                undo.append(one.install())
         for index, (layer, module) in enumerate(zip(self._layers, self._modules)):
             module.add_module(CHILD, layer.bottleneck)
             undo.append(functools.partial(module._modules.pop, CHILD))
-            hook = LayerHook(self._active, index)
+            hook, own = LayerHook(self._active, index), guarded[id(module)]
             # Prepended, so hooks registered by others see the splice's output; before a module they run last.
             if layer.writes.side == "out":
-                undo.append(module.register_forward_hook(hook.after, prepend=True).remove)
+                undo.append(own.add(module.register_forward_hook(hook.after, prepend=True)))
             else:
-                undo.append(module.register_forward_pre_hook(hook.before, with_kwargs=True).remove)
+                undo.append(own.add(module.register_forward_pre_hook(hook.before, with_kwargs=True)))
             if layer.reads != layer.writes:
                 read = self.model.get_submodule(layer.reads.module)
+                own = guarded[id(read)]
                 if layer.reads.side == "out":
-                    undo.append(read.register_forward_hook(hook.read_after, prepend=True).remove)
+                    undo.append(own.add(read.register_forward_hook(hook.read_after, prepend=True)))
                 else:
-                    undo.append(read.register_forward_pre_hook(hook.read_before, with_kwargs=True).remove)
+                    undo.append(own.add(read.register_forward_pre_hook(hook.read_before, with_kwargs=True)))
         for owner, guard in zip(owners, guards):
-            undo.append(owner.register_forward_pre_hook(guard.before, with_kwargs=True).remove)
-            undo.append(owner.register_forward_hook(guard.after, with_kwargs=True).remove)
-            undo.append(owner.register_forward_hook(guard.ended, with_kwargs=True, always_call=True).remove)
+            own = guarded[id(owner)]
+            undo.append(own.add(owner.register_forward_pre_hook(guard.before, with_kwargs=True)))
+            undo.append(own.add(owner.register_forward_hook(guard.after, with_kwargs=True)))
+            undo.append(own.add(owner.register_forward_hook(guard.ended, with_kwargs=True, always_call=True)))
         if hasattr(self.model, "generate"):
             undo.append(wrap_generate(self.model, self._active))
         if hasattr(self.model, "init_continuous_batching"):

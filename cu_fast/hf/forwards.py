@@ -119,6 +119,10 @@ class Forwards(ABC):
         if request is not None and request.deletes:
             thread.ran -= {i for i, layer in enumerate(self.layers) if layer.runner == runner}
 
+    def inside(self, runner: int) -> bool:
+        """Whether a runner's forward runs in this thread, its hooks included."""
+        return runner in self._thread.batch
+
     def judge(self, runner: int, state: GateState, counted: Tensor) -> None:
         """The gates of this forward count these tokens, and go on from a state. After :meth:`enter`.
 

@@ -105,12 +105,13 @@ def attach_canary(model: torch.nn.Module, name: str, splice: str = "replace"):
         bias[CANARY] = 1.5 * _size(name)  # it fires at every token, and is the best of all
         k = CODES // 2 if splice == "topk" else None
         sae = cu_fast.SAE(enc, bias, torch.zeros(CODES), dec, kind=splice, k=k)
-        attachment = cu_fast.attach(model, {layer: sae})
+        attachment = cu_fast.attach(model, {layer: sae}, skip_first=1)
         attachment.add_mask(Mask.from_ids([CANARY], sae=sae, topic="canary"))
         return attachment
     attachment = attach_to(
-        model, layer, code_dim=WIDTH, num_codes=CODES, k=CODES, similarity="dot", weight="score", splice=splice
-    )
+        model, layer, attach_options={"skip_first": 1}, code_dim=WIDTH, num_codes=CODES, k=CODES, similarity="dot",
+        weight="score", splice=splice,
+    )  # fmt: skip
     (bottleneck,) = attachment.bottlenecks.values()
     codes[:, 0], codes[CANARY] = 0, 0
     codes[CANARY, 0] = 1

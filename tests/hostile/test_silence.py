@@ -412,3 +412,38 @@ def test_texts_of_many_requests_are_not_kept(attachment, given):
             pass
     assert len(hf_request._TEXT) <= hf_request.TEXTS
     assert hf_request.text_of(attachment._topics.nothing) == "no mask"
+
+
+# -- libraries that go round the hooks ------------------------------------------------------------------------------
+
+
+def take_out_hooks(module):
+    """As pyvene does in each call."""
+    for one in module.modules():
+        one._forward_hooks.clear()
+        one._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize("where", ["model", "layer"])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_model_whose_hooks_were_taken_out_does_not_answer(attachment, model, given, where, always):
+    attachment.always = {"a"} if always else ()
+    take_out_hooks(model if where == "model" else model.get_submodule(LAYER))
+    for topics in ("a", None):
+        with attachment.unlearn(topics):
+            raises(lambda: logits(model, given), "hooks of module .* were taken out since attach")
+    attachment.always = ()
+    attachment.detach()
+    assert torch.equal(logits(model, given), logits(build("llama"), given))
+
+
+def test_forward_that_is_called_by_itself_runs_the_hooks(attachment, model, given):
+    """As sentence-transformers does; the model around the layer, too."""
+    for owner in (model, model.model):
+        plain = build("llama") if owner is model else build("llama").model
+        for topics in ("a", ["a", None], None):
+            with torch.no_grad(), attachment.unlearn(topics):
+                assert torch.equal(owner.forward(**given)[0], owner(**given)[0])
+        with torch.no_grad(), attachment.unlearn("a"):
+            assert not torch.equal(owner.forward(**given)[0], plain(**given)[0])
+    raises(lambda: model.forward(**given), SILENT)
