@@ -65,14 +65,39 @@ def wrap_generate(model: nn.Module, active: Active) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _ended_streamer(streamer: Any) -> Iterator[None]:
-    """End the streamer after an error: its reader, in another thread, would wait for ever for more tokens."""
+    """End the streamer after an error: its reader, in another thread, would wait for ever for more tokens.
+
+    A reader of transformers' iterators gets the error. It would take an end without one for the end of an answer.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if streamer is not None:
+            with contextlib.suppress(Exception):
+                _tell(streamer, error)
             with contextlib.suppress(Exception):
                 streamer.end()
         raise
+
+
+class _Failed:
+    """In a streamer's queue: the reader compares what it takes out with the signal of the end."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError(f"the answer ended with an error: {self.error}") from self.error
+
+    __hash__ = None
+
+
+def _tell(streamer: Any, error: BaseException) -> None:
+    queue = getattr(streamer, "text_queue", None)
+    if queue is not None and (loop := getattr(streamer, "loop", None)) is not None:
+        loop.call_soon_threadsafe(queue.put_nowait, _Failed(error))
+    elif queue is not None:
+        queue.put(_Failed(error))
 
 
 @contextlib.contextmanager
